@@ -1,0 +1,154 @@
+"""kernels.py - where the time goes: arithmetic, memory, and the table of what devices can do.
+
+THE IDEA
+    A processor is a factory, its memory a warehouse down the road. The factory multiplies far
+    faster than the road brings numbers, so an operation takes the longer of two times: its
+    arithmetic at the peak rate, or its bytes at the road's. Which one binds is told by the
+    arithmetic intensity, FLOPs per byte moved. Large matrix products reuse each number often and
+    are bound by arithmetic; all that is element by element is bound by memory, and gets faster
+    only by moving less.
+
+THE MATHS
+    time >= max(FLOPs / peak, bytes / bandwidth)                        the roofline
+    intensity = FLOPs / bytes; arithmetic binds when it exceeds peak / bandwidth
+    product of (n, n) and (n, n): 2n^3 FLOPs, 3n^2 numbers read or written: intensity n/3 in bf16
+    x + y of n numbers: n FLOPs, 3n numbers: intensity 1/6 in bf16, whatever n is
+    MFU = FLOPs that the model needs per second / peak                  (PaLM, 2204.02311, app. B)
+
+THE COSTS
+    On an H100 the ridge lies at 989e12 / 3.35e12 = 295 FLOPs per byte; DEVICES holds the numbers of
+    the others. On a device that is not in the table the peak is measured with a large product.
+
+CONTENTS  DEVICES / peak_flops_per_s / the lesson: intensity and measured rates
+NOT HERE  fused kernels in Triton come to this file; cuBLAS and cuDNN are what torch calls
+RUN       python kernels.py   # rates measured on this machine, and the roofline's prediction
+REFERENCES
+    Williams et al. 2009 (the roofline model); NVIDIA's datasheets (V100, T4, A10, A100, L4, H100,
+    H200, B200); Chowdhery et al. 2022 (2204.02311) for MFU
+EXERCISE  Empty `roofline_s` and fill it until `pytest test_all.py -k roofline` is green again.
+"""
+import argparse
+import platform
+import time
+
+import torch
+
+# -----------------------------------------------------------------------------
+# DEVICES: the one table of peak rates and bandwidths
+# Keyed by what torch.cuda.get_device_name says, or a part of it; of several that fit, the longest
+# counts. Dense rates (datasheets also print twice that, "with sparsity"), accumulated in fp32.
+
+DEVICES = {
+    # name: (bf16 FLOP/s; fp16 on devices without bf16, fp32 FLOP/s without tensor cores, bytes/s)
+    "V100": (125e12, 15.7e12, 0.9e12),
+    "T4": (65e12, 8.1e12, 0.32e12),
+    "A10": (125e12, 31.2e12, 0.6e12),
+    "A100": (312e12, 19.5e12, 1.555e12),
+    "A100-SXM4-80GB": (312e12, 19.5e12, 2.039e12),
+    "L4": (121e12, 30.3e12, 0.3e12),
+    "H100": (989e12, 67e12, 3.35e12),
+    "H100 PCIe": (756e12, 51e12, 2.0e12),
+    "H200": (989e12, 67e12, 4.8e12),
+    "B200": (2250e12, 75e12, 8.0e12),
+}
+
+def device_row(name):
+    """(bf16 FLOP/s, fp32 FLOP/s, bytes/s) of a device by its reported name, or None."""
+    words = set(name.replace("-", " ").split())
+    fits = [key for key in DEVICES if key in name and key.replace("-", " ").split()[0] in words]
+    return DEVICES[max(fits, key=len)] if fits else None
+
+def device_name(device):
+    """What to call a device in a log: the GPU's name, or the processor's."""
+    if device.type == "cuda": return torch.cuda.get_device_name(device)
+    if device.type == "mps": return "Apple GPU"
+    try:
+        with open("/proc/cpuinfo") as f:
+            models = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+        return f"{models[0]}, {len(models)} cores"
+    except (OSError, IndexError):  # not Linux, or a processor without that line
+        return platform.processor() or platform.machine()
+
+def synchronize(device):
+    """Waits for a device's queue: without it a timer sees only how fast work is handed over."""
+    if device.type == "cuda": torch.cuda.synchronize(device)
+    if device.type == "mps": torch.mps.synchronize()
+
+def seconds(run, device, repeats=5):
+    """Median time of run() in seconds, after one call to warm up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+def product_rate(n, device, dtype):
+    """Measured FLOP/s of an (n, n) product. Random numbers: zeros switch fewer transistors and run
+    faster on a GPU at its power limit."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n ** 3 / seconds(lambda: a @ b, device)
+
+def peak_flops_per_s(device, dtype):
+    """(FLOP/s, where it is from): the datasheet's dense peak, or a product measured now."""
+    row = device_row(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if row: return (row[1] if dtype in (torch.float32, torch.float64) else row[0]), "datasheet"
+    n = 1024 if device.type == "cpu" else 4096
+    return product_rate(n, device, dtype), f"measured: {n} x {n} product"
+
+def roofline_s(flops, n_bytes, peak, bandwidth):
+    """(seconds at least, "arithmetic" or "memory", whichever binds)."""
+    arithmetic, memory = flops / peak, n_bytes / bandwidth
+    return max(arithmetic, memory), "arithmetic" if arithmetic >= memory else "memory"
+
+# -----------------------------------------------------------------------------
+# The lesson: what an operation needs, and what it takes
+
+def operations(n, size):
+    """(name, FLOPs, bytes, function of (a, b)) for (n, n) inputs of `size` bytes a number."""
+    return [("a @ b", 2 * n ** 3, 3 * size * n ** 2, lambda a, b: a @ b),
+            ("a + b", n ** 2, 3 * size * n ** 2, lambda a, b: a + b),
+            ("gelu in 9 passes", 9 * n ** 2, 22 * size * n ** 2, gelu_reference),
+            ("gelu fused", 9 * n ** 2, 2 * size * n ** 2,
+             lambda a, b: torch.nn.functional.gelu(a, approximate="tanh")),
+            ("softmax of rows", 5 * n ** 2, 2 * size * n ** 2, lambda a, b: a.softmax(-1))]
+
+def gelu_reference(x, _=None):
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). Written out, each of its nine operations
+    reads one or two inputs from memory and writes its result there: 22 numbers per element."""
+    return 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.044715 * x * x * x)))
+
+def main(args):
+    device = torch.device(args.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    a, b = (torch.randn(args.n, args.n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    peak, source = peak_flops_per_s(device, dtype)
+    bandwidth = 2 * a.numel() * a.element_size() / seconds(lambda: out.copy_(a), device)
+    print(f"{device_name(device)}, {torch.get_num_threads()} threads, {dtype}: peak {peak:.3g} "
+          f"FLOP/s ({source}),\ncopying {bandwidth:.3g} bytes/s; the ridge lies at "
+          f"{peak / bandwidth:.1f} FLOPs per byte")
+    print(f"{'operation':18s}{'FLOPs':>10s}{'bytes':>10s}{'intensity':>11s}{'at least':>11s}"
+          f"{'takes':>11s}  bound by")
+    for name, flops, n_bytes, run in operations(args.n, a.element_size()):
+        least, side = roofline_s(flops, n_bytes, peak, bandwidth)
+        takes = seconds(lambda: run(a, b), device)
+        print(f"{name:18s}{flops:10.2e}{n_bytes:10.2e}{flops / n_bytes:11.2f}{1e3 * least:8.2f} ms"
+              f"{1e3 * takes:8.2f} ms  {side}")
+    h100 = DEVICES["H100"]
+    print(f"on an H100 a product of bf16 matrices is bound by arithmetic from n = "
+          f"{3 * h100[0] / h100[2]:.0f} on")
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description="Measures what operations take on a device, beside what the roofline allows.")
+    parser.add_argument("--n", type=int, default=2048, help="rows and columns (default: 2048)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda or mps (default: cuda if there is one)")
+    return parser
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())

@@ -1,0 +1,1013 @@
+"""test_all.py - what is true of this codebase, as sentences that run.
+
+Every test is a property held against an oracle that does not share its code: integers worked by
+hand, plain torch or numpy written in the test, autograd, float64, torch's own implementations, a
+conservation law. References are held against oracles and fast versions against references.
+Tests run in a temporary directory, without network and without a GPU, in minutes on two cores:
+
+    pytest test_all.py                      # everything
+    pytest test_all.py -k "attention"       # what an exercise at the end of a docstring asks for
+"""
+import ast, contextlib, dataclasses, errno, gzip, hashlib, http.server, importlib, json, math, os
+import random, re, shlex, shutil, signal, socket, subprocess, sys, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bpe
+import data
+import kernels
+import model
+import optim
+import sample
+import train
+from bpe import EOT, UserError
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+
+# -----------------------------------------------------------------------------
+# The house: budgets, imports, configuration, README.md
+
+SCRIPTS = ["bpe", "model", "optim", "train", "kernels", "parallel", "scaling", "data", "align", "sample"]
+IMPORTS = {"bpe": "", "kernels": "", "data": "bpe", "model": "bpe kernels", "optim": "bpe kernels",
+           "sample": "model bpe kernels", "train": "model optim data bpe sample kernels",
+           "parallel": "train model optim data bpe kernels", "scaling": "train model optim data bpe kernels",
+           "align": "train model optim data sample bpe kernels"}
+PACKAGES = {"torch", "triton", "numpy", "regex", "tqdm", "pytest"}
+OPTIONAL = {"matplotlib", "transformers"}  # used if installed, inside the one function that wants them
+
+def scripts():
+    return {name: (HERE / f"{name}.py").read_text() for name in SCRIPTS if (HERE / f"{name}.py").exists()}
+
+def test_every_file_keeps_its_line_budget():
+    lines = {name: text.count("\n") for name, text in scripts().items()}
+    assert max(lines.values()) <= 700 and sum(lines.values()) <= 6400, lines
+    assert Path(__file__).read_text().count("\n") <= 1400 and (HERE / "README.md").read_text().count("\n") <= 250
+    assert all(len(line) <= 100 for text in scripts().values() for line in text.splitlines())
+
+def test_imports_follow_the_graph_and_the_six_packages():
+    for name, text in scripts().items():
+        for node in ast.walk(ast.parse(text)):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            for top in (m.split(".")[0] for m in modules):
+                if top in SCRIPTS: assert top in IMPORTS[name].split(), f"{name} imports {top}"
+                elif top in OPTIONAL: assert node.col_offset > 0, f"{name} needs {top}"
+                else: assert top in PACKAGES | set(sys.stdlib_module_names), f"{name} imports {top}"
+
+def test_every_field_of_a_configuration_is_read_somewhere():
+    read = {node.attr for text in scripts().values() for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    read |= set(sample.SAMPLERS)  # read by the name of their sampler
+    for config in (model.ModelConfig, train.TrainConfig, sample.Sampling, train.Progress):
+        assert {f.name for f in dataclasses.fields(config)} <= read
+
+def test_every_command_of_the_readme_parses():
+    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    docs = [ast.get_docstring(ast.parse(text)) for text in scripts().values()]
+    commands = re.findall(r"python (\w+)\.py([^\n#`]*)", "\n".join(blocks + docs))
+    assert len(commands) > 10
+    for name, flags in commands:
+        flags = [w for w in shlex.split(flags) if w not in ("...", "&&")]
+        importlib.import_module(name).build_parser().parse_args(flags)
+
+# -----------------------------------------------------------------------------
+# bpe.py
+
+def random_text(rng, n):
+    """Few letters, so that pairs repeat; much white space; now and then any code point."""
+    rare = lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
+    return "".join(rare() if rng.random() < 0.1 else rng.choice("aab  \n\t1'.\u00e9\u4f60\U0001F30D") for _ in range(n))
+
+def naive_encode(tokenizer, text):
+    """An oracle in bytes: for each merge, in order, walk over each word and replace."""
+    ids, out = {token: i for i, token in tokenizer.vocab.items()}, []
+    for word in bpe.split_words(text, tokenizer.pattern):
+        parts = [bytes([byte]) for byte in word.encode()]
+        for left, right in tokenizer.merges:
+            for i in range(len(parts)):
+                if parts[i:i + 2] == [left, right]: parts[i:i + 2] = [left + right]
+        out += [ids[part] for part in parts]
+    return out
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A file of 0.1 MB of Python, and the tokenizer of 700 that comes of it."""
+    path = tmp_path_factory.mktemp("bpe") / "text.txt"
+    path.write_text(bpe.EOT.join(Path(module.__file__).read_text() for module in (random, json, subprocess)))
+    return path, bpe.Tokenizer(*bpe.train(path, 700), [bpe.EOT])
+
+def test_the_obvious_tokenizers_have_the_ratios_of_the_lecture():
+    text, supercali = "Hello, \U0001F30D! \u4f60\u597d!", "I'll say supercalifragilisticexpialidocious!"
+    for tokenizer, length in ((bpe.CodePoints(), 13), (bpe.Utf8(), 20), (bpe.Words(text), 5)):
+        assert len(tokenizer.encode(text)) == length and tokenizer.decode(tokenizer.encode(text)) == text
+    assert bpe.ratio(bpe.Words(supercali), supercali) == 8.8 and bpe.ratio(bpe.Utf8(), supercali) == 1
+
+def test_the_reference_learns_the_merges_worked_by_hand():
+    assert bpe.train_reference("the cat in the hat", 259, [], None)[1] == [(b"t", b"h"), (b"th", b"e"), (b"the", b" ")]
+    toy = "\n".join(["low"] * 5 + ["lower"] * 2 + ["widest"] * 3 + ["newest"] * 6)   # Sennrich 2016
+    merges = "s-t e-st o-w l-ow w-est n-e ne-west w-i wi-d wid-est low-e lowe-r".split()
+    assert [f"{a.decode()}-{b.decode()}" for a, b in bpe.train_reference(toy, 268, [])[1]] == merges
+
+def test_a_tie_goes_to_the_greater_pair_of_byte_strings(tmp_path):
+    # At the third merge (" a", "nd") and (" ", "d") have 2 each. " d" > " and" as joined bytes, and (" ", "d") is
+    # the least and the first seen; but as a pair of byte strings the other is greater, since " a" > " ".
+    text = "nd\nnd\nnd\nnd a a a a a d d and and"
+    (tmp_path / "t").write_text(text)
+    for vocab, merges in (bpe.train_reference(text, 259, []), bpe.train(tmp_path / "t", 259, [])):
+        assert merges == [(b" ", b"a"), (b"n", b"d"), (b" a", b"nd")] and vocab[258] == b" and"
+
+def test_train_equals_the_reference(tmp_path):
+    for seed in range(60):
+        rng, specials = random.Random(seed), [[], [bpe.EOT], ["ab", "aba"], ["<a b>", bpe.EOT]][seed % 4]
+        text = random_text(rng, rng.randrange(1, 300)) + "".join(rng.choices([*specials, "ab a"], k=9))
+        (tmp_path / "t").write_text(text, newline="")
+        size = 256 + len(specials) + rng.randrange(40)
+        assert bpe.train(tmp_path / "t", size, specials) == bpe.train_reference(text, size, specials)
+
+def test_train_in_parallel_equals_serial_and_the_reference(trained, monkeypatch):
+    path, tokenizer = trained
+    monkeypatch.setattr(bpe, "CHUNK", 10_000)   # makes a dozen jobs of the file
+    assert len(bpe.cut_points(path, bpe.CHUNK)) > 10
+    serial, parallel = bpe.train(path, 280, workers=1), bpe.train(path, 280, workers=2)
+    assert serial == parallel == bpe.train_reference(path.read_text(), 280, [bpe.EOT])
+    assert serial[1] == tokenizer.merges[:23]
+    prefix = path.read_bytes()[:20_000].decode()
+    assert bpe.train(path, 280, max_bytes=20_000) == bpe.train_reference(prefix, 280, [bpe.EOT])
+
+def test_cut_points_change_no_id(tmp_path, trained):
+    for seed in range(40):
+        rng, specials = random.Random(seed), [["<|a|>", "<|a|><|b|>", "x y", "yx"], [], [bpe.EOT]][seed % 3]
+        text = "".join(rng.choices([*specials, "ab", " x", " y", "y\n", "\u4f60 ", "\u00e9", "1", " ", "<|b|>"], k=400))
+        (tmp_path / "t").write_text(text, newline="")
+        raw, cuts = text.encode(), bpe.cut_points(tmp_path / "t", 20, specials)
+        assert cuts[0] == 0 and cuts[-1] == len(raw) and cuts == sorted(set(cuts)) and len(cuts) > 5
+        for pattern in bpe.SPLIT_PATTERNS:
+            tokenizer = bpe.Tokenizer(trained[1].vocab, trained[1].merges, specials, pattern)
+            parts = [raw[a:b].decode() for a, b in zip(cuts, cuts[1:])]   # strict: no character is cut
+            assert sum(map(tokenizer.encode, parts), []) == tokenizer.encode(text)
+
+def test_encode_equals_the_naive_oracle_and_decode_undoes_it(trained):
+    for seed in range(15):
+        text = random_text(random.Random(seed), 200) + " import random, re\nself._randbelow(n)"
+        for pattern in bpe.SPLIT_PATTERNS:
+            tokenizer = bpe.Tokenizer(trained[1].vocab, trained[1].merges, [bpe.EOT], pattern)
+            ids = tokenizer.encode(text)
+            assert ids == naive_encode(tokenizer, text) and tokenizer.decode(ids) == text
+
+def test_encode_replays_merges_in_the_order_of_learning():
+    tokens = [b" ", b"a", b"c", b"e", b"h", b"t", b"th", b" c", b" a", b"the", b" at"]   # the handout's example
+    merges = [(b"t", b"h"), (b" ", b"c"), (b" ", b"a"), (b"th", b"e"), (b" a", b"t")]
+    rest = [byte for byte in bpe.BYTES if byte not in tokens]
+    tokenizer = bpe.Tokenizer(dict(enumerate(tokens + rest)), merges)
+    assert tokenizer.encode("the cat ate") == [9, 7, 1, 5, 10, 3]
+
+def test_special_tokens_are_found_longest_first_and_never_split(trained):
+    path, plain = trained
+    tokenizer = bpe.Tokenizer(plain.vocab, plain.merges, [bpe.EOT, "<|a|>", "<|a|><|b|>"])
+    assert (tokenizer.eot, tokenizer.vocab_size) == (699, 702)
+    assert tokenizer.encode(f"<|a|><|b|><|a|>{bpe.EOT}") == [701, 700, 699]
+    assert 699 not in bpe.Tokenizer(plain.vocab, plain.merges).encode(bpe.EOT)   # not asked for: plain text
+    assert not any(b"<|endoftext" in token for token in list(plain.vocab.values())[:-1])
+
+def test_a_long_run_of_one_letter_is_encoded_in_seconds(trained):
+    tokenizer = bpe.Tokenizer(*bpe.train_reference("aaaa aaaa", 258, []))
+    start = time.monotonic()
+    assert tokenizer.encode("a" * 400_001) == [257] * 100_000 + [97]
+    assert time.monotonic() - start < 20   # quadratic would be hours; measured: 1
+
+def test_decode_joins_bytes_first_and_refuses_unknown_ids(trained):
+    assert trained[1].decode("\u00e9".encode()) == "\u00e9" and trained[1].decode([0xE3, 65]) == "\ufffdA"
+    for unknown in (-1, 700):
+        with pytest.raises(bpe.UserError, match=f"got id {unknown}; wanted ids from 0 to 699"): trained[1].decode([unknown])
+
+def test_a_saved_tokenizer_gives_the_same_ids_and_its_hash_is_that_of_the_file(tmp_path, trained):
+    chars = bpe.CharTokenizer("hello \u00e9\n", [bpe.EOT])
+    assert chars.decode(chars.encode("help " + bpe.EOT)) == "hel<|unk|> " + bpe.EOT
+    text = random_text(random.Random(0), 500) + bpe.EOT + "def hello(self):"
+    for tokenizer in (trained[1], chars, bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [bpe.EOT], "llama3")):
+        tokenizer.save(tmp_path)
+        for loaded in (bpe.load_tokenizer(tmp_path), type(tokenizer).load(tmp_path / "tokenizer.json")):
+            assert type(loaded) is type(tokenizer) and loaded.encode(text) == tokenizer.encode(text)
+            assert loaded.vocab == tokenizer.vocab and loaded.special_tokens == tokenizer.special_tokens
+            assert loaded.hash == hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+
+def test_atomic_write_leaves_the_old_file_when_the_writer_raises(tmp_path):
+    (tmp_path / "f").write_text("old")
+    for error, seen in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "No space"), bpe.UserError)):
+        with pytest.raises(seen), bpe.atomic_write(tmp_path / "f") as file:
+            file.write(b"new")
+            raise error
+        assert os.listdir(tmp_path) == ["f"] and (tmp_path / "f").read_text() == "old"
+    with bpe.atomic_write(tmp_path / "new" / "g", "w") as file: file.write("\u00e9")
+    assert (tmp_path / "new" / "g").read_bytes() == "\u00e9".encode()
+
+@pytest.mark.parametrize("command, message", [
+    ("train MISSING", "got no file"), ("train EMPTY", "got an empty file"), ("train TEXT --vocab_size 256", "wanted 257"),
+    ("train TEXT --out /dev/null", "cannot write /dev/null"), ("encode MISSING hi", "got No such file"),
+    ("encode TEXT hi", "damaged"), ("encode CUT hi", "damaged"), ("encode NO_BYTES hi", "have no token"), ("decode GOOD 999", "999")])
+def test_a_users_mistake_is_one_message_and_status_2(tmp_path, capsys, trained, command, message):
+    trained[1].save(tmp_path / "GOOD.json")
+    good = (tmp_path / "GOOD.json").read_text()
+    assert "\u0120" in good and len(bpe.PRINTABLE) == 188   # GPT-2's map of bytes: a space is U+0120
+    for name, text in dict(EMPTY="", TEXT="some text", CUT=good[:5000], GOOD=good,
+                           NO_BYTES=good.replace('"!": 33', '"!!!": 33')).items(): (tmp_path / name).write_text(text)
+    words = [str(tmp_path / word) if word.isupper() else word for word in command.split()]
+    with pytest.raises(SystemExit) as caught: bpe.main(bpe.build_parser().parse_args(words))
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error == f"{caught.value}\n" and message in error
+
+def test_ctrl_c_ends_training_without_a_traceback_or_a_file(tmp_path):
+    (tmp_path / "big").write_text("".join(f"word{i} " for i in range(2_000_000)))
+    child = subprocess.Popen([sys.executable, bpe.__file__, "train", tmp_path / "big", "--out", tmp_path / "t.json"],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    child.stdout.readline()
+    time.sleep(1)
+    os.killpg(child.pid, signal.SIGINT)   # as a terminal does: to the parent and its workers
+    error = child.communicate(timeout=30)[1]
+    assert child.returncode not in (0, 2) and "Traceback" not in error and os.listdir(tmp_path) == ["big"]
+
+# -----------------------------------------------------------------------------
+# data.py
+
+BODY = np.random.default_rng(0).bytes(300_000)
+
+@contextlib.contextmanager
+def server(files, drop=0, ranges=True, claim=0):
+    """Serves {name: bytes} on loopback -> (url, list of the Range of each GET). The first `drop`
+    replies break off half-way; `claim` bytes more are promised than there are."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body, wanted = files.get(self.path.rpartition("/")[2]), self.headers["Range"]
+            asked.append(wanted)
+            if body is None:
+                return self.send_error(404)
+            start, size = int(wanted[6:-1]) if wanted and ranges else 0, len(body) + claim
+            body = body[start:]
+            self.send_response((206 if body else 416) if start else 200)
+            if start:
+                span = f"{start}-{size - 1}" if body else "*"
+                self.send_header("Content-Range", f"bytes {span}/{size}")
+            self.send_header("Content-Length", size - start if body else 0)
+            self.end_headers()
+            self.wfile.write(body[:len(body) // 2] if len(asked) <= drop else body)
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}", asked
+    httpd.shutdown()
+    httpd.server_close()
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(data, "WAIT_S", 0.001)
+
+@pytest.mark.parametrize("there, behaviour, asked_for", [
+    (b"", dict(drop=2), [None, "bytes=150000-", "bytes=225000-"]),          # goes on, twice
+    (BODY[:1000], {}, ["bytes=1000-"]),                                     # from an earlier run
+    (BODY, {}, ["bytes=300000-"]),                                          # 416: it was complete
+    (BODY + b"?", {}, ["bytes=300001-", None]),                             # 416: not this file
+    (b"", dict(drop=1, ranges=False), [None, "bytes=150000-"])])            # 200: from the start
+def test_a_download_ends_whole_and_asks_only_for_what_it_lacks(tmp_path, there, behaviour, asked_for):
+    if there:
+        (tmp_path / "f.part").write_bytes(there)
+    with server({"f": BODY}, **behaviour) as (url, asked):
+        data.fetch(f"{url}/f", tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == BODY and os.listdir(tmp_path) == ["f"]
+    assert asked == asked_for
+
+@pytest.mark.parametrize("kind", ["too short", "missing", "no network"])
+def test_a_failed_download_leaves_no_file_and_names_url_and_place(tmp_path, kind):
+    with socket.socket() as s:                  # a port where nobody listens afterwards
+        s.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{s.getsockname()[1]}"
+    with server({"f": BODY} if kind == "too short" else {}, claim=7) as (url, asked):
+        url = f"{nowhere if kind == 'no network' else url}/f"
+        with pytest.raises(UserError) as error:
+            data.fetch(url, tmp_path / "f")
+    assert error.value.code == 2 and url in str(error.value) and str(tmp_path / "f") in str(error.value)
+    assert set(os.listdir(tmp_path)) <= {"f.part"} and (kind != "missing" or asked == [None])
+
+def test_a_compressed_source_comes_from_a_mirror_and_its_texts_are_enough_afterwards(tmp_path):
+    train = gzip.compress(b"One story.<|endoftext|>\nAnother one.<|endoftext|>" * 9)
+    files = {"owt_train.txt.gz": train, "owt_valid.txt.gz": gzip.compress(b"Third. " * 9)}
+    with server(files, drop=1) as (url, _):
+        corpus = data.prepare("owt", "byte", data_dir=tmp_path, mirror=url + "/", workers=1)
+    assert corpus.info["train"]["documents"] == 18 and corpus.info["train"]["bytes"] == 9 * 23
+    (tmp_path / "owt" / "owt_train.txt.gz").unlink()
+    assert data.prepare("owt", "byte", data_dir=tmp_path, workers=1).info == corpus.info
+    for name in files:                          # put there by hand, and cut short
+        (tmp_path / "owt" / name).write_bytes(train[:-9])
+    with pytest.raises(UserError, match="owt_train.txt.gz"):
+        data.prepare("owt", "byte", data_dir=tmp_path, workers=1)
+
+def test_shakespeare_is_cut_as_nanogpt_cuts_it(tmp_path):
+    text = "".join(chr(32 + i * i % 90) for i in range(5003))
+    (tmp_path / "shakespeare").mkdir()
+    (tmp_path / "shakespeare" / "input.txt").write_text(text)               # by hand: no network
+    corpus = data.prepare("shakespeare", "char", data_dir=tmp_path)
+    train, valid = text[:int(len(text) * 0.9)], text[int(len(text) * 0.9):]
+    assert corpus.tokenizer.decode(data.open_tokens(corpus.valid).tolist()) == EOT + valid + EOT
+    assert corpus.tokenizer.vocab_size == len(set(train)) + 2               # EOT and the unknown
+
+@pytest.mark.parametrize("text, end_of_train", [("ä你" * 100, "ä你" * 90), ("x" * 95 + EOT + "y" * 5,
+                                                                      "x" * 95 + EOT)])
+def test_one_file_is_cut_between_characters_and_at_the_end_of_a_document(tmp_path, text, end_of_train):
+    path = tmp_path / "f"
+    path.write_text(text, encoding="utf-8")
+    (_, _, cut), = data.split([path], tmp_path)[0]
+    assert path.read_bytes()[:cut].decode() == end_of_train
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "byte", "char"])
+def test_tokens_of_a_folder_give_its_texts_back_and_counts_are_exact(tmp_path, tokenizer):
+    texts, found = ["Text: né 你好\r\n\n" * (i + 1) for i in range(9)], []
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "in" / f"{i}.md").write_bytes(text.encode())
+    corpus = data.prepare(tmp_path / "in", tokenizer, 300, tmp_path / "out", workers=1)
+    for path, note in zip((corpus.train, corpus.valid), corpus.info.values()):
+        ids = data.open_tokens(path).tolist()
+        documents = corpus.tokenizer.decode(ids).split(EOT)[1:-1]
+        assert ids[0] == ids[-1] == corpus.tokenizer.eot and note["tokens"] == len(ids)
+        assert note["bytes"] == sum(len(d.encode()) for d in documents)
+        assert note["documents"] == len(documents) > 0
+        found += documents
+    assert sorted(found) == sorted(texts)
+
+def test_an_edited_text_makes_everything_made_from_it_stale(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("abc " * 100)
+    first = data.prepare(text, "char", data_dir=tmp_path / "d", workers=1)
+    made = first.train.stat().st_mtime_ns
+    assert data.prepare(text, "char", data_dir=tmp_path / "d").train.stat().st_mtime_ns == made
+    text.write_text("xyz " * 100)
+    second = data.prepare(text, "char", data_dir=tmp_path / "d", workers=1)
+    assert second.train == first.train and second.tokenizer.hash != first.tokenizer.hash
+    assert second.tokenizer.decode(data.open_tokens(second.train).tolist()) == EOT + "xyz " * 90 + EOT
+
+def test_a_killed_run_leaves_parts_and_the_next_run_gives_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 4000)
+    text, encode, made, left = tmp_path / "a.txt", data.encode_part, [], [2]
+    text.write_text("".join(f"word{i % 77} and {i}\n" for i in range(20000)))
+    whole = data.prepare(text, "bpe", 300, tmp_path / "whole", workers=2).train.read_bytes()
+
+    def watched(*job):
+        if len(made) == left[0]:
+            raise KeyboardInterrupt
+        made.append(job[3].exists())
+        return encode(*job)
+
+    monkeypatch.setattr(data, "encode_part", watched)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare(text, "bpe", 300, tmp_path / "killed", workers=1)
+    assert not list(tmp_path.glob("killed/*/*.bin"))
+    left[0] = -1
+    again = data.prepare(text, "bpe", 300, tmp_path / "killed", workers=1)
+    assert made[:5] == [False, False, True, True, False] and again.train.read_bytes() == whole
+    assert not list(tmp_path.glob("killed/*/*-parts-*"))
+
+def test_invalid_utf8_is_counted_and_replaced_and_binary_files_are_left_out(tmp_path, capsys):
+    files = {"a": b"good \xff bad \xe4\xbd" + b"." * 50, "b": "fine \ufffd".encode(), "c": b"MZ\0", "d": b""}
+    (tmp_path / "in").mkdir()
+    for name, content in files.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    corpus = data.prepare(tmp_path / "in", "byte", data_dir=tmp_path / "d", workers=1)
+    said = capsys.readouterr().out
+    assert "text of 2 files, 2 empty or binary" in said and "2 invalid UTF-8" in said
+    both = [corpus.tokenizer.decode(data.open_tokens(p).tolist()) for p in (corpus.train, corpus.valid)]
+    assert EOT + "good \ufffd bad \ufffd" + "." * 50 + EOT in both
+
+@pytest.mark.parametrize("content", [None, b"", b"tiny", b"\x7fELF\0\0" * 99])
+def test_what_is_no_text_is_a_user_error_that_leaves_nothing(tmp_path, content):
+    path = tmp_path / "f"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        data.main(data.build_parser().parse_args(["get", str(path), "--data_dir", str(tmp_path / "d")]))
+    assert error.value.code == 2 and str(path) in str(error.value) and not (tmp_path / "d").exists()
+
+@pytest.mark.parametrize("options, says", [
+    (["openwebtxt"], "stdlib, shakespeare, tinystories, owt"), (["owt"], "too little disk"),
+    (["T", "--tokenizer", "bpee"], "bpe, byte, char"), (["T", "--workers", "0"], "workers: got 0"),
+    (["T", "--vocab_size", "100"], "vocab_size: got 100"), (["T", "--data_dir", "T"], "cannot write")])
+def test_a_mistake_is_a_user_error_that_says_what_is_wanted(tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "T").write_text("text " * 99)
+    full = SimpleNamespace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(UserError, match=says) as error:
+        data.main(data.build_parser().parse_args(["get", *options]))
+    assert error.value.code == 2 and not (tmp_path / "data" / "owt").exists()
+
+def real(targets):
+    return [t for t in targets.flatten().tolist() if t >= 0]
+
+@pytest.mark.parametrize("n, seq_len, batch_size", [(103, 8, 4), (97, 8, 3), (33, 4, 8), (20, 7, 1)])
+def test_the_loader_gives_each_target_exactly_once_an_epoch(n, seq_len, batch_size):
+    ids = np.random.default_rng(1).permutation(n).astype(np.uint16)     # all different
+    before = dict(zip(ids[1:].tolist(), ids[:-1].tolist()))             # target -> the token before
+    loader, found = data.Loader(ids, seq_len, batch_size), []
+    for _ in range(loader.n_windows):                                   # batch_size epochs
+        tokens, targets = next(loader)
+        assert tokens.shape == targets.shape == (batch_size, seq_len) and tokens.dtype == torch.int64
+        assert (tokens[targets < 0] == 0).all()
+        assert [before[t] for t in real(targets)] == tokens[targets >= 0].tolist()
+        found += real(targets)
+    epochs = [found[i:i + n - 1] for i in range(0, len(found), n - 1)]
+    assert len(epochs) == batch_size and all(sorted(e) == sorted(before) for e in epochs)
+
+def test_two_epochs_and_two_seeds_have_different_orders_in_the_loader():
+    loaders = [data.Loader(np.arange(401), 8, 50, seed) for seed in (0, 1)]
+    orders = {tuple(real(next(loader)[1])) for loader in loaders for _ in range(2)}
+    assert len(orders) == 4                     # equal orders of 50 windows: once in 50!
+
+def test_the_loader_seeks_restores_and_splits_by_rank_and_refuses_less_than_a_batch():
+    ids = np.arange(1000, dtype=np.uint16)
+    loader = data.Loader(ids, 16, 12, seed=3)
+    batches = [next(loader) for _ in range(20)]                         # four epochs of 63 windows
+    loader.seek(12 * 7)
+    assert all(torch.equal(a, b) for a, b in zip(next(loader), batches[7]))
+    restored = data.Loader(ids, 16, 12, **json.loads(json.dumps(loader.state())))
+    assert restored.seen == 96 and torch.equal(next(restored)[0], batches[8][0])
+    ranks = [data.Loader(ids, 16, 12, seed=3, rank=r, world=3) for r in range(3)]
+    for batch in batches:
+        assert all(torch.equal(torch.cat(parts), b) for *parts, b in zip(*map(next, ranks), batch))
+    with pytest.raises(UserError, match="63 windows"):
+        data.Loader(ids, 16, 64)
+
+# -----------------------------------------------------------------------------
+# kernels.py
+
+def test_roofline_takes_the_longer_of_two_times():
+    assert kernels.roofline_s(flops=100, n_bytes=10, peak=10, bandwidth=10) == (10, "arithmetic")
+    assert kernels.roofline_s(flops=10, n_bytes=100, peak=10, bandwidth=10) == (10, "memory")
+
+def test_device_row_prefers_the_longest_name_that_fits():
+    assert kernels.device_row("NVIDIA H100 PCIe")[0] == 756e12
+    assert kernels.device_row("NVIDIA H100 80GB HBM3")[0] == 989e12
+    assert kernels.device_row("NVIDIA A100-SXM4-80GB")[2] == 2.039e12
+    assert kernels.device_row("NVIDIA A10")[0] == 125e12 and kernels.device_row("NVIDIA A1000") is None
+
+def test_gelu_written_out_equals_torch():
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    ours, theirs = kernels.gelu_reference(x), F.gelu(x, approximate="tanh")
+    assert torch.allclose(ours, theirs, atol=1e-7)  # 0.79788456 has eight digits
+
+# -----------------------------------------------------------------------------
+# model.py
+
+def tiny(preset_name="llama", **more):
+    sizes = dict(vocab_size=61, seq_len=24, n_layers=2, d_model=32, n_heads=4, dropout=0.0)
+    if preset_name == "gemma": sizes.update(n_layers=6, window=5)
+    return model.preset(preset_name, **{**sizes, **more})
+
+def make(cfg, dtype=torch.float64):
+    """A model whose every parameter is random, so that none hides behind a zero."""
+    torch.manual_seed(1)
+    m = model.LM(cfg).to(dtype).eval()
+    with torch.no_grad():
+        for p in m.parameters(): p.copy_(torch.randn_like(p) * (0.3 if p.ndim > 1 else 0.5) + (p.ndim == 1))
+    return m
+
+def ids(B, T, seed=0):
+    return torch.randint(0, 61, (B, T), generator=torch.Generator().manual_seed(seed))
+
+EVERY = [("llama", dict(mixers="A")), ("llama", dict(mixers="W", window=5)), ("llama", dict(n_kv_heads=2)),
+         ("llama", dict(n_kv_heads=1, pos="none"))] + [(name, {}) for name in model.PRESETS]
+
+@pytest.fixture(params=EVERY, ids=lambda p: p[0] + "".join(f"-{k}={v}" for k, v in p[1].items()))
+def cfg(request):
+    return tiny(request.param[0], **request.param[1])
+
+def test_no_token_sees_a_later_one(cfg):
+    m, x = make(cfg), ids(2, 12)
+    y = x.clone()
+    y[:, 7:] = ids(2, 5, seed=9)
+    a, b = m(x)[0], m(y)[0]
+    assert torch.equal(a[:, :7], b[:, :7]) and not torch.allclose(a[:, 7:], b[:, 7:])
+
+@pytest.mark.parametrize("chunks", [[1] * 12, [5, 4, 3], [11, 1]])
+def test_decode_with_cache_equals_full_forward(cfg, chunks):
+    m, x = make(cfg), ids(3, 12)
+    cache = m.new_cache(3, 12)
+    parts = [m(part, cache=cache)[0] for part in x.split(chunks, dim=1)]
+    assert torch.allclose(torch.cat(parts, 1), m(x)[0], atol=1e-10)  # float64, sums reordered
+
+def test_cache_forgets_what_is_truncated(cfg):
+    m, x = make(cfg), ids(1, 12)
+    cache = m.new_cache(1, 12)
+    m(x[:, :6], cache=cache), m(ids(1, 4, seed=5), cache=cache)
+    for c in cache: c.truncate(6)
+    assert torch.allclose(m(x[:, 6:], cache=cache)[0], m(x)[0][:, 6:], atol=1e-10)
+
+def test_padded_row_equals_row_alone(cfg):
+    m, short, long = make(cfg), ids(1, 7), ids(1, 12, seed=3)
+    tokens, pos = sample.pad_left([short[0].tolist(), long[0].tolist()])
+    padded = m(tokens, pos=pos)[0]
+    assert torch.allclose(padded[0, 5:], m(short)[0][0], atol=1e-10)
+    assert torch.allclose(padded[1], m(long)[0][0], atol=1e-10)
+
+def test_documents_in_one_row_do_not_see_each_other(cfg):
+    m, x = make(cfg), ids(1, 12)
+    pos = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    cache = m.new_cache(1, 12)
+    through_cache = torch.cat([m(x[:, a:b], pos=pos[:, a:b], cache=cache)[0] for a, b in ((0, 3), (3, 12))], 1)
+    whole = m(x, pos=pos)[0]
+    assert torch.allclose(whole[:, :5], m(x[:, :5])[0], atol=1e-10)
+    assert torch.allclose(whole[:, 5:], m(x[:, 5:])[0], atol=1e-10)
+    assert torch.allclose(whole, through_cache, atol=1e-10)
+
+def test_flops_formula_equals_torchs_counter(cfg, monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+    monkeypatch.setattr(model, "attention", lambda q, k, v, mask, p: model.attention_reference(q, k, v, mask))
+    with FlopCounterMode(display=False) as counter: model.LM(cfg)(ids(2, 16))
+    assert counter.get_total_flops() == 2 * sum(model.LM(cfg).flops(16).values())
+
+def test_every_parameter_gets_a_finite_gradient(cfg):
+    m = make(cfg, torch.float32).train()
+    losses, _ = m(ids(2, 12), ids(2, 12, seed=4))
+    losses.mean().backward()
+    for name, p in m.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().max() > 0, name
+
+def test_window_sees_exactly_w_keys():
+    m = make(tiny(mixers="W", window=5, n_layers=1))
+    x = m.embed_tokens(ids(1, 12)).detach().requires_grad_()
+    m.embed_tokens.forward = lambda tokens: x
+    m(ids(1, 12))[0][0, 10].sum().backward()
+    assert (x.grad[0].abs().sum(-1) > 0).nonzero().flatten().tolist() == [6, 7, 8, 9, 10]
+
+def test_window_of_the_whole_length_is_full_attention():
+    full, local = make(tiny()), make(tiny(mixers="W", window=12))
+    assert torch.allclose(full(ids(2, 12))[0], local(ids(2, 12))[0], atol=1e-12)
+
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_attention_equals_its_reference(kv):
+    q, k, v = (torch.randn(2, h, 9, 8, dtype=torch.float64, requires_grad=True) for h in (4, kv, kv))
+    mask = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)
+    for m in (None, mask):
+        pairs = [torch.autograd.grad(f(q, k, v, m).square().sum(), (q, k, v))
+                 for f in (model.attention, model.attention_reference)]
+        assert torch.allclose(model.attention(q, k, v, m), model.attention_reference(q, k, v, m), atol=1e-12)
+        assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*pairs))
+
+def test_attention_reference_equals_a_loop_over_definitions():
+    q, k, v = (torch.randn(1, h, 5, 4, dtype=torch.float64) for h in (4, 2, 2))
+    out = model.attention_reference(q, k, v)
+    for h in range(4):
+        for t in range(5):
+            scores = [(q[0, h, t] @ k[0, h // 2, s]).item() / 2 for s in range(t + 1)]  # sqrt(4)
+            weights = [math.exp(s) for s in scores]
+            want = sum(w * v[0, h // 2, s] for s, w in enumerate(weights)) / sum(weights)
+            assert torch.allclose(out[0, h, t], want, atol=1e-12)
+
+def test_rope_scores_depend_on_distance_only():
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    def score(i, j):
+        turn = lambda x, p: model.rotate(x, *(t.double() for t in model.rope_tables(torch.tensor([[p]]), 8, 100.0)))
+        return (turn(q, i) * turn(k, j)).sum().item()
+    assert score(3, 1) == pytest.approx(score(10, 8), abs=1e-5)  # tables are float32
+    assert abs(score(3, 1) - score(4, 1)) > 1e-3
+
+def test_rope_pairs_first_half_with_second():
+    cos, sin = model.rope_tables(torch.tensor([[1]]), 4, 10000.0)
+    out = model.rotate(torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]]), cos, sin).flatten()
+    c, s, c2, s2 = math.cos(1), math.sin(1), math.cos(0.01), math.sin(0.01)
+    assert torch.allclose(out, torch.tensor([c - 3 * s, 2 * c2 - 4 * s2, 3 * c + s, 4 * c2 + 2 * s2]))
+
+def test_sinusoid_is_the_formula_of_the_paper():
+    out = model.sinusoid(torch.tensor([[3]]), 6)[0, 0]
+    want = [f(3 / 10000 ** (2 * i / 6)) for f in (math.sin, math.cos) for i in range(3)]
+    assert torch.allclose(out, torch.tensor(want))
+
+def test_norms_equal_torchs():
+    x = torch.randn(3, 16) * 5
+    rms, layer = model.RMSNorm(16, 1e-5), model.LayerNorm(16, 1e-5)
+    assert torch.allclose(rms(x), F.rms_norm(x, (16,), eps=1e-5), atol=1e-6)
+    assert torch.allclose(layer(x), F.layer_norm(x, (16,), eps=1e-5), atol=1e-6)
+
+def test_softmax_and_cross_entropy_survive_huge_logits():
+    z, y = torch.randn(2, 5, 7) * 1000, torch.randint(0, 7, (2, 5))
+    y[0, 0] = -1
+    want = F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none").view(2, 5)
+    for f in (model.cross_entropy, model.cross_entropy_reference):
+        assert torch.allclose(f(z, y), want) and f(z, y)[0, 0] == 0
+    assert torch.allclose(model.softmax(z), z.softmax(-1)) and torch.isfinite(model.softmax(z)).all()
+
+def test_gqa_equals_mha_with_repeated_heads():
+    gqa = make(tiny(n_kv_heads=2))
+    mha = make(tiny(n_kv_heads=4))
+    weights = gqa.state_dict()
+    for name in [n for n in weights if "k_proj" in n or "v_proj" in n]:
+        weights[name] = weights[name].view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
+    mha.load_state_dict(weights)
+    assert torch.allclose(gqa(ids(2, 9))[0], mha(ids(2, 9))[0], atol=1e-12)
+
+@pytest.mark.parametrize("size, n", [("small", 124_439_808), ("medium", 354_823_168), ("XL", 1_557_611_200),
+                                     ("175B", 174_604_259_328)])
+def test_parameter_counts_equal_the_published_ones(size, n):
+    assert sum(model.sized("gpt2", size, seq_len=2048 if size == "175B" else 1024).n_params().values()) == n
+
+@pytest.mark.parametrize("size, n, flops, head", [("small", 190_460_160, 3.4963e11, 22.61),
+                                                  ("XL", 2_127_057_600, 4.5133e12, 3.65)])
+def test_accounting_gives_the_numbers_of_the_course(size, n, flops, head):
+    m = model.sized("llama", size)
+    parts = m.flops(1024)
+    assert sum(m.n_params().values()) == n == sum(p.numel() for p in m.parameters())
+    assert sum(parts.values()) == pytest.approx(flops, rel=1e-4)
+    assert 100 * parts["head"] / sum(parts.values()) == pytest.approx(head, abs=0.005)
+
+def test_softcap_bounds_logits_and_tying_shares_the_table():
+    m = make(tiny(softcap=3.0, tie=True))
+    assert m(ids(2, 9))[0].abs().max() < 3
+    assert m.lm_head is None and "lm_head.weight" not in model.published(m)
+
+def test_model_starts_near_a_uniform_guess():
+    for name in model.PRESETS:  # logits of std 1, at most, cost half a nat
+        torch.manual_seed(0)
+        loss = model.LM(tiny(name, vocab_size=512))(ids(4, 20), ids(4, 20, seed=1))[0].mean().item()
+        assert math.log(512) - 0.1 < loss < math.log(512) + 0.8, (name, loss)
+
+def test_bfloat16_stream_keeps_float32_weights_and_loss():
+    m = make(tiny(), torch.float32)
+    want = m(ids(2, 9), ids(2, 9, seed=1))[0]
+    m.compute_dtype = torch.bfloat16
+    losses, _ = m(ids(2, 9), ids(2, 9, seed=1))
+    assert losses.dtype == torch.float32 and m(ids(2, 9))[0].dtype == torch.bfloat16
+    assert 0 < (losses - want).abs().max() < 0.3  # bf16 has eight bits; logits here reach ten
+
+def test_dropout_acts_in_training_only():
+    m = make(tiny(dropout=0.5))
+    assert torch.equal(m(ids(1, 9))[0], m(ids(1, 9))[0])
+    m.train()
+    assert not torch.equal(m(ids(1, 9))[0], m(ids(1, 9))[0])
+
+def test_tensor_files_round_trip_and_are_safetensors(tmp_path):
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.randn(2, 2).bfloat16(),
+               "none": torch.zeros(0, 3), "flag": torch.tensor([True, False]), "one": torch.tensor(2.5).double()}
+    model.save_tensors(tmp_path / "t.safetensors", tensors, {"who": "me"})
+    out, metadata = model.load_tensors(tmp_path / "t.safetensors")
+    assert metadata["who"] == "me" and out.keys() == tensors.keys()
+    assert all(torch.equal(out[k], t) and out[k].dtype == t.dtype for k, t in tensors.items())
+    data = (tmp_path / "t.safetensors").read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    a, b = json.loads(data[8:8 + n])["b"]["data_offsets"]
+    assert n % 8 == 0 and np.frombuffer(data[8 + n + a:8 + n + b], np.int64).tolist() == [0, 1, 2, 3, 4]
+
+@pytest.mark.parametrize("harm", [lambda d: d[:-3], lambda d: d[:5], lambda d: b"", lambda d: d[:-9] + b"x" + d[-8:],
+                                  lambda d: d[:12] + b"\xff" + d[13:], lambda d: b"\xff" * 8 + d[8:]])
+def test_damaged_tensor_file_is_named(tmp_path, harm, capsys):
+    path = tmp_path / "t.safetensors"
+    model.save_tensors(path, {"a": torch.randn(40)})
+    path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(bpe.UserError) as e: model.load_tensors(path)
+    assert e.value.code == 2 and str(path) in capsys.readouterr().err
+
+def test_saved_model_loads_with_the_same_logits(cfg, tmp_path):
+    m = make(cfg, torch.float32)
+    model.save_model(m, tmp_path)
+    loaded = model.load_model(tmp_path)
+    assert loaded.cfg == cfg and torch.equal(loaded(ids(1, 9))[0], m(ids(1, 9))[0])
+
+def test_llama_tensors_have_their_published_names():
+    names = model.published(model.LM(tiny(n_layers=1)))
+    layer = [f"model.layers.0.{n}.weight" for n in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+        "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")]
+    assert sorted(names) == sorted(layer + ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+
+@pytest.mark.parametrize("bad, word", [
+    (dict(mixers="AX"), "mixers"), (dict(mixers="AAW"), "mixers"), (dict(ffns=""), "ffns"), (dict(n_heads=5), "n_heads"),
+    (dict(n_kv_heads=3), "n_kv_heads"), (dict(window=4), "window"), (dict(pos="rop"), "pos"), (dict(d_head=3), "d_head"),
+    (dict(pos="none", rope_theta=5.0), "rope_theta"), (dict(dropout=1.0), "dropout"), (dict(softcap=-1.0), "softcap"),
+    (dict(n_layers=0), "n_layers"), (dict(norm="rmsnorm"), "norm"), (dict(norm_place="mid"), "norm_place")])
+def test_bad_model_configuration_is_refused_by_name(bad, word, capsys):
+    with pytest.raises(bpe.UserError) as e: model.ModelConfig(**bad)
+    assert e.value.code == 2 and f"--{word}" in str(e.value) and capsys.readouterr().err.count("\n") == 1
+
+# -----------------------------------------------------------------------------
+# optim.py
+
+TORCHS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01), "momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, eps=1e-10),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.99, eps=1e-8),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.95), eps=1e-8),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)}
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_optimizer_equals_torchs_for_fifty_steps(name):
+    ours, theirs = (torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+                    for _ in range(2))
+    a, b = optim.OPTIMIZERS[name]([ours], lr=0.01), TORCHS[name]([theirs])
+    for i in range(50):
+        g = torch.randn(5, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        a.step(), b.step()
+    assert (ours - theirs).abs().max() < 1e-12
+
+def test_frozen_parameters_stay_and_count_no_step():
+    p, q = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    adam = optim.AdamW([p, q], lr=0.1)
+    p.grad = torch.ones(2)
+    adam.step()
+    assert torch.equal(q, torch.ones(2)) and not adam.state[0][1] and adam.state[0][0]["t"] == 1
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_optimizer_state_survives_saving_bit_for_bit(name, tmp_path):
+    p = torch.randn(4, 4).requires_grad_()
+    q = p.detach().clone().requires_grad_()
+    a, b = optim.OPTIMIZERS[name]([p], lr=0.01), optim.OPTIMIZERS[name]([q], lr=0.01)
+    def go(opt, x, seeds):
+        for i in seeds:
+            x.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(i))
+            opt.step()
+    go(a, p, range(6)), go(b, q, range(3))
+    model.save_tensors(tmp_path / "s", b.state_tensors())
+    fresh = optim.OPTIMIZERS[name]([q], lr=0.01)
+    fresh.load_state_tensors(model.load_tensors(tmp_path / "s")[0])
+    go(fresh, q, range(3, 6))
+    assert torch.equal(p, q)
+
+def test_groups_partition_the_parameters_and_only_matrices_decay():
+    for name in model.PRESETS:
+        m = model.LM(tiny(name))
+        groups = optim.param_groups(m, weight_decay=0.1, embedding=0.5)
+        assert sorted(map(id, (p for g in groups for p in g["params"]))) == sorted(map(id, m.parameters()))
+        for g in groups:
+            assert (g["weight_decay"] > 0) == (g["role"] == "matrix") and ("lr" in g) == (g["role"] == "embedding")
+            assert all((p.ndim == 1) == (g["role"] == "vector") for p in g["params"])
+
+def test_clipping_equals_torchs_and_leaves_small_gradients():
+    for size in (0.01, 100.0):
+        a = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True), torch.randn(2, requires_grad=True)]
+        for p in a[:2]: p.grad = torch.randn_like(p) * size
+        b = [p.grad.clone() for p in a[:2]]
+        norm = optim.clip_grad_norm(a, 1.0)
+        assert norm.item() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in b)), rel=1e-5)
+        scale = min(1.0, 1.0 / (norm.item() + 1e-6))
+        assert all(torch.allclose(p.grad, g * scale, rtol=1e-5) for p, g in zip(a, b))
+
+def test_cosine_schedule_has_the_values_of_the_course():
+    # peak 1, floor .1, warm-up 7 of 21 steps
+    lr = lambda it: optim.cosine(it / 21, warmup=7 / 21, final=0.1)
+    assert lr(0) == 0 and lr(7) == 1 and lr(8) == pytest.approx(0.98871756) and lr(14) == pytest.approx(0.55)
+    assert lr(21) == pytest.approx(0.1) and lr(30) == pytest.approx(0.1)
+
+def test_wsd_schedule_rises_stays_and_falls_on_straight_lines():
+    f = lambda x: optim.wsd(x, warmup=0.1, cooldown=0.4, final=0.2)
+    assert [f(x) for x in (0.0, 0.05, 0.1, 0.35, 0.6)] == pytest.approx([0, 0.5, 1, 1, 1])
+    assert f(0.8) == pytest.approx(0.6) and f(1.0) == pytest.approx(0.2) and f(1.5) == pytest.approx(0.2)
+
+def test_turning_the_valley_hurts_only_preconditioners():
+    needed = lambda name, turned: optim.steps_needed(optim.OPTIMIZERS[name], *optim.valley(turned, d=4), 400)[0]
+    assert needed("momentum", True) == needed("momentum", False)
+    assert needed("rmsprop", True) > 2 * needed("rmsprop", False)
+
+# -----------------------------------------------------------------------------
+# sample.py
+
+def test_top_p_sampling_keeps_the_token_that_crosses():
+    z = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    kept = lambda p: torch.isfinite(sample.top_p(z, p)).nonzero().flatten().tolist()
+    assert kept(0.4) == [1] and kept(0.6) == [1, 3] and kept(0.8) == [1, 2, 3] and kept(1.0) == [0, 1, 2, 3]
+
+def test_top_k_and_min_p_sampling_keep_what_they_say():
+    z = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    assert torch.isfinite(sample.top_k(z, 2)).nonzero().flatten().tolist() == [1, 3]
+    assert torch.isfinite(sample.top_k(torch.zeros(5), 2)).nonzero().flatten().tolist() == [0, 1]
+    assert torch.isfinite(sample.min_p(z, 0.4)).nonzero().flatten().tolist() == [1, 3]
+    assert sample.temperature(z, 0.5).softmax(-1)[1].item() == pytest.approx(0.25 / 0.345)  # p^2, normalised
+
+def test_sampling_draws_with_the_models_frequencies():
+    p = torch.tensor([0.5, 0.3, 0.2])
+    g, n = torch.Generator().manual_seed(0), 4000
+    counts = np.bincount([sample.draw(p.log(), sample.Sampling(), g) for _ in range(n)], minlength=3)
+    chi2 = sum((c - n * q) ** 2 / (n * q) for c, q in zip(counts, p.tolist()))
+    assert chi2 < 13.8  # two degrees of freedom: exceeded by chance once in a thousand
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generate_gives_the_same_tokens_with_and_without_cache_alone_and_in_a_batch(cfg, temperature):
+    m = make(cfg)  # float64; 40 tokens outgrow the context of 24 twice
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [8], list(range(20))]
+    how = sample.Sampling(40, temperature=temperature, top_k=30)
+    cached, plain = sample.generate(m, prompts, how), sample.generate(m, prompts, how, use_cache=False)
+    assert cached == plain and all(len(text) == 40 for text in cached)
+    for i, prompt in enumerate(prompts):
+        alone = sample.Sampling(40, temperature=temperature, top_k=30, seed=i)
+        assert sample.generate(m, [prompt], alone) == [cached[i]]
+
+def test_generate_stops_at_the_stop_token_and_streams_what_it_returns():
+    m, told = make(tiny()), []
+    full = sample.generate(m, [[1], [2]], sample.Sampling(30))
+    stop = full[0][3]
+    cut = sample.generate(m, [[1], [2]], sample.Sampling(30, stop=stop), on_token=lambda i, t: told.append((i, t)))
+    assert cut == [text[:text.index(stop)] if stop in text else text for text in full]
+    assert [[t for i, t in told if i == row] for row in (0, 1)] == cut
+
+def test_greedy_generation_takes_the_argmax_of_a_full_forward():
+    m = make(tiny())
+    text = sample.generate(m, [[5, 6]], sample.Sampling(10, temperature=0.0))[0]
+    row = [5, 6]
+    for _ in range(10): row.append(int(m(torch.tensor([row]))[0][0, -1].argmax()))
+    assert row[2:] == text
+
+def test_text_stream_waits_for_whole_characters():
+    tokenizer, out = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT]), []
+    stream = sample.TextStream(tokenizer, out.append)
+    for b in "né🌍".encode() + b"\xff": stream.put(b)
+    stream.flush()
+    assert out == ["n", "é", "🌍", "\ufffd"]
+
+@pytest.mark.parametrize("bad, word", [(dict(temperature=-1.0), "temperature"), (dict(top_p=0.0), "top_p"),
+                                       (dict(max_tokens=0), "max_tokens"), (dict(top_k=0), "top_k")])
+def test_bad_sampling_is_refused_by_name(bad, word, capsys):
+    with pytest.raises(bpe.UserError, match=word): sample.Sampling(**bad)
+
+# -----------------------------------------------------------------------------
+# train.py
+
+CPU = train.Machine(torch.device("cpu"), torch.float32, False, 1e12, "")
+
+def small_run(steps=12, **more):
+    """(model, optimizer, loader, cfg, evaluation) on a text of random tokens with structure."""
+    cfg = train.TrainConfig(minutes=None, steps=steps, **{**dict(batch_size=4, evals=2, log_steps=4, lr=1e-2), **more})
+    torch.manual_seed(cfg.seed)
+    m, opt = train.build(tiny("modern", seq_len=8, dropout=0.1), cfg, CPU)
+    tokens = (np.arange(600) ** 2 % 61).astype(np.uint16)
+    loader = data.Loader(tokens, 8, cfg.batch_size, cfg.seed)
+    return m, opt, loader, cfg, lambda: train.evaluate(m, tokens[:101], 250, 8, 4, CPU.device)
+
+def losses_of(run):
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in rows if "loss" in r], [(r["step"], r["valid"]) for r in rows if "valid" in r]
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch():
+    m = make(tiny("modern"))
+    x, y = ids(6, 10), ids(6, 10, seed=1)
+    y[4:, 3:] = -1  # the last micro-batch counts fewer targets than the others
+    grads = []
+    for micro in (6, 2, 1):
+        m.zero_grad()
+        loss = train.local_step(m, list(zip(x.split(micro), y.split(micro))))
+        grads.append([loss] + [p.grad.clone() for p in m.parameters()])
+    for other in grads[1:]: assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(grads[0], other))
+    want = m(x, y)[0].sum() / (y >= 0).sum()
+    assert torch.allclose(grads[0][0], want)
+
+def test_a_model_can_learn_one_batch_by_heart():
+    m, opt, _, _, _ = small_run()
+    m.eval()  # no dropout
+    batch = [(ids(2, 8), ids(2, 8, seed=1))]
+    for _ in range(150):
+        opt.zero_grad()
+        loss = train.local_step(m, batch)
+        opt.step()
+    assert loss < 0.01
+
+def test_evaluation_of_a_uniform_model_is_log_two_of_the_vocabulary():
+    m = model.LM(tiny("modern"))  # its head starts at zero
+    tokens = np.arange(100) % 61
+    for batch_size in (1, 3, 64):
+        out = train.evaluate(m, tokens, n_bytes=200, seq_len=24, batch_size=batch_size, device=CPU.device)
+        assert out["tokens"] == 99 and out["loss"] == pytest.approx(math.log(61))
+        assert out["bits_per_byte"] == pytest.approx(99 * math.log2(61) / 200)
+
+def test_evaluation_counts_every_token_once_whatever_the_batch():
+    m, tokens = make(tiny()), np.random.default_rng(0).integers(0, 61, 333)
+    outs = [train.evaluate(m, tokens, 500, 24, b, CPU.device)["loss"] for b in (1, 5, 100)]
+    x = torch.tensor(tokens)
+    want = sum(m(x[None, i:i + 24][:, :len(x[i + 1:i + 25])], x[None, i + 1:i + 25])[0].sum().item() for i in range(0, 332, 24))
+    assert outs == pytest.approx([want / 332] * 3)
+
+def test_shannons_ladder_on_a_text_counted_by_hand():
+    text = np.array([0, 1] * 50)
+    out = train.shannon(text, text, 4, n_bytes=100)
+    assert out["uniform"] == pytest.approx(99 * 2 / 100)
+    assert out["unigram"] == pytest.approx(99 * -math.log2(51 / 104) / 100)  # (50 + 1) / (100 + 4)
+    p01, p10 = (50 + 51 / 104) / 51, (49 + 51 / 104) / 50  # one kind of follower each
+    assert out["bigram"] == pytest.approx(-(50 * math.log2(p01) + 49 * math.log2(p10)) / 100)
+
+def test_a_run_that_is_resumed_repeats_the_undisturbed_one_bit_for_bit(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    m, opt, loader, cfg, check = small_run()
+    train.fit(m, opt, loader, cfg, CPU, whole, evaluation=check)
+    m, opt, loader, cfg, check = small_run(save_minutes=0.0)
+    class Dead(Exception): pass
+    def step(model, batches, n=[0]):
+        n[0] += 1
+        if n[0] == 8: raise Dead
+        return train.local_step(model, batches)
+    with pytest.raises(Dead): train.fit(m, opt, loader, cfg, CPU, cut, evaluation=check, step=step)
+    m, opt, loader, cfg, check = small_run(save_minutes=0.0)
+    torch.manual_seed(99)  # dropout must go on from the checkpoint, not from here
+    train.fit(m, opt, loader, cfg, CPU, cut, resume=True, evaluation=check)
+    assert losses_of(whole) == losses_of(cut) and len(losses_of(whole)[0]) == 4
+    a, b = model.load_tensors(whole / "model.safetensors")[0], model.load_tensors(cut / "model.safetensors")[0]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
+    m, opt, loader, cfg, check = small_run(save_minutes=0.0)
+    train.fit(m, opt, loader, cfg, CPU, tmp_path, evaluation=check)
+    newest, older = train.checkpoints(tmp_path)
+    newest.write_bytes(newest.read_bytes()[:-50])
+    m, opt, loader, cfg, check = small_run()
+    progress = train.load_checkpoint(tmp_path, m, opt)
+    assert progress.step == int(older.stem.split("-")[1]) == 11 and str(newest) in capsys.readouterr().out
+    older.write_bytes(b"")
+    with pytest.raises(bpe.UserError, match="no checkpoint that is whole"): train.load_checkpoint(tmp_path, m, opt)
+
+def test_a_step_without_a_finite_loss_is_skipped_and_three_end_the_run(tmp_path):
+    m, opt, loader, cfg, check = small_run()
+    def step(model, batches, bad=(3, 4, 6, 7, 8), n=[0]):
+        n[0] += 1
+        loss = train.local_step(model, batches)
+        if n[0] in bad:
+            for p in model.parameters(): p.grad = p.grad * float("nan")
+        return loss
+    with pytest.raises(SystemExit, match="checkpoint-00000006") as e:
+        train.fit(m, opt, loader, cfg, CPU, tmp_path, evaluation=check, step=step)
+    assert all(torch.isfinite(p).all() for p in m.parameters())
+
+TEXT = "".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(40))
+
+def train_main(*flags):
+    return train.main(train.build_parser().parse_args(["--dataset", "text.txt", "--tokenizer", "byte", *map(str, flags)]))
+
+TINY = ("--n_layers", 1, "--d_model", 16, "--n_heads", 2, "--seq_len", 16, "--batch_size", 4, "--log_steps", 1)
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """An empty folder with a text file, as the current directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+def test_the_main_command_trains_samples_and_ranks(desk, capsys):
+    train_main(*TINY, "--steps", 5, "--run", "one")
+    out = capsys.readouterr().out
+    assert "bits_per_byte of uniform 8" in out and "sample:" in out and "validation bits_per_byte" in out
+    sample.main(sample.build_parser().parse_args(["--run", "one", "--prompt", "7 times", "--max_tokens", "5"]))
+    assert capsys.readouterr().out.startswith("7 times")
+    train.main(train.build_parser().parse_args(["--board"]))
+    assert "one " in capsys.readouterr().out
+    assert json.loads((desk / "runs/one/config.json").read_text())["hidden_size"] == 16
+
+def test_walk_and_profile_leave_no_run(desk, capsys):
+    train_main(*TINY, "--walk")
+    out = capsys.readouterr().out
+    assert "9. the same batch again" in out and "layers.0.self_attn.q_proj" in out
+    before, after = re.search(r"loss (\S+) -> (\S+)", out).groups()
+    assert float(after) <= float(before) and not list(desk.glob("runs/*/train.json"))
+
+@pytest.mark.parametrize("flags, word", [
+    (["--preset", "gpt7"], "gpt2"), (["--dataset", "nowhere"], "stdlib"), (["--minutes", "-1"], "minutes"),
+    (["--batch_size", "6", "--micro_batch", "4"], "micro_batch"), (["--optimizer", "adamm"], "adamw"),
+    (["--minutes", "1", "--steps", "5"], "steps"), (["--batch_size", "100000"], "batch_size"),
+    (["--resume", "--run", "none"], "resume"), (["--n_heads", "7"], "n_heads"), (["--device", "abacus"], "device")])
+def test_bad_flags_give_one_message_and_status_two(desk, flags, word, capsys):
+    with pytest.raises(SystemExit) as e: train_main(*TINY, *flags)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and word in err and "Traceback" not in err and not list(desk.glob("runs/*/*.safetensors"))
+
+def test_resuming_with_another_configuration_names_the_difference(desk, capsys):
+    train_main(*TINY, "--steps", 3, "--run", "one")
+    with pytest.raises(bpe.UserError, match="lr: got 0.5, wanted 0.003"):
+        train_main(*TINY, "--steps", 3, "--run", "one", "--resume", "--lr", 0.5)
+    with pytest.raises(bpe.UserError, match="exists"): train_main(*TINY, "--steps", 3, "--run", "one")
+
+def test_prompts_that_are_empty_or_too_long_are_refused(desk):
+    train_main(*TINY, "--steps", 1, "--run", "one")
+    ask = lambda *flags: sample.main(sample.build_parser().parse_args(list(flags)))
+    with pytest.raises(bpe.UserError, match="empty"): ask("--run", "one", "--prompt", "")
+    with pytest.raises(bpe.UserError, match="at most the context, 16"): ask("--run", "one", "--prompt", "x" * 17)
+    with pytest.raises(bpe.UserError, match="known under runs/: one"): ask("--run", "two")
+
+def test_killed_at_any_moment_a_run_goes_on_as_if_undisturbed(desk):
+    here = Path(__file__).parent
+    command = [sys.executable, str(here / "train.py"), "--dataset", "text.txt", "--tokenizer", "byte", *map(str, TINY),
+               "--steps", "60", "--save_minutes", "0", "--threads", "1", "--dtype", "float32"]
+    subprocess.run(command + ["--run", "whole"], check=True, capture_output=True)
+    child = subprocess.Popen(command + ["--run", "killed"], stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.startswith("step     20"): break
+    child.kill()  # SIGKILL: nothing can be tidied up
+    child.wait()
+    child = subprocess.Popen([*command, "--run", "killed", "--resume"], stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.startswith("step     40"): child.send_signal(signal.SIGTERM); break
+    rest = child.stdout.read()
+    assert child.wait() == 0 and "SIGTERM: stopped after step" in rest
+    subprocess.run([*command, "--run", "killed", "--resume"], check=True, capture_output=True)
+    assert losses_of(desk / "runs/killed") == losses_of(desk / "runs/whole")
+    assert len(losses_of(desk / "runs/whole")[0]) == 60

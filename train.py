@@ -1,0 +1,651 @@
+"""train.py - the training loop: from a budget of minutes to a model, and the log of how it went.
+
+THE IDEA
+    Show the model text, ask for every next token, move the weights so that what came would have
+    been likelier; a few thousand times. All skill goes into spending the budget well: a model
+    neither too large to see enough text nor too small to use it, a step size that falls to zero
+    exactly when time is up, and no second lost. So the budget is a flag, --minutes, the schedule is
+    tied to it, and the result is one number that compares across tokenizers: bits per byte of text
+    the model has never seen.
+
+THE MATHS
+    loss = mean of -log p(next token), in nats          perplexity = exp(loss)
+    bits_per_byte = sum of -log p / (ln 2 * bytes)      what a compressor made of it would reach
+    training FLOPs a token = 6 N + 6 L S H Dh           (model.py counts them exactly)
+    MFU = tokens/s * FLOPs a token / peak FLOP/s        the part of the machine that did useful work
+
+THE COSTS
+    Memory in float32: 16 bytes a parameter for weight, gradient and AdamW's two averages; and
+    activations, which grow with micro_batch, not with batch_size: gradients of micro-batches add.
+
+CONTENTS  TrainConfig / setting up a machine / evaluation and Shannon's ladder / one step /
+          checkpoints / fit, the loop / tools: walk, profile, board, plot / command line
+NOT HERE  many devices (parallel.py passes its own step, save and load to the same `fit`)
+RUN       python train.py                   # 3 minutes on a laptop; last line: bits_per_byte, steps
+          python train.py --dataset owt     # OpenWebText; 90 minutes on one GPU
+          python train.py --walk            # one batch through all stages, value by value
+          python train.py --resume          # goes on with the newest run
+REFERENCES
+    Shannon 1948, 1951 (n-gram models, entropy of English); Micikevicius et al. 2018 (1710.03740)
+    mixed precision; Kaplan et al. 2020 (2001.08361) 6ND; Chowdhery et al. 2022 (2204.02311) MFU
+EXERCISE  Empty `local_step`; fill it until `pytest test_all.py -k accumulation` is green again.
+"""
+import argparse
+import ctypes
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bpe import UserError, atomic_write, load_tokenizer
+from data import SOURCES, Loader, open_tokens, prepare, windows
+from kernels import device_name, peak_flops_per_s, synchronize
+from model import (LM, PRESETS, ModelConfig, flag, load_state, load_tensors, preset, published,
+                   save_model, save_tensors)
+from optim import OPTIMIZERS, SCHEDULES, clip_grad_norm, param_groups, role
+from sample import Sampling, TextStream, generate, pick_device
+
+# -----------------------------------------------------------------------------
+# Configuration
+
+@dataclass(frozen=True)
+class TrainConfig:
+    dataset: str = flag("stdlib", f"{', '.join(SOURCES)}, or a path to a text file or folder")
+    tokenizer: str = flag("bpe", "bpe, byte, char, or a path to a tokenizer.json")
+    minutes: float | None = flag(3.0, "budget in minutes of training steps; none: use steps")
+    steps: int | None = flag(None, "budget in optimizer steps; none: use minutes")
+    batch_size: int = flag(32, "sequences per optimizer step, over all ranks")
+    micro_batch: int | None = flag(None, "sequences per forward pass; none: batch_size")
+    optimizer: str = flag("adamw", ", ".join(OPTIMIZERS))
+    lr: float = flag(3e-3, "peak learning rate")
+    weight_decay: float = flag(0.1, "decay of matrices, for an optimizer that has it")
+    schedule: str = flag("wsd", ", ".join(SCHEDULES) + ", over the fraction of the budget spent")
+    warmup: float = flag(0.02, "fraction of the budget in which lr rises")
+    cooldown: float = flag(0.6, "fraction of the budget in which wsd falls")
+    final_lr: float = flag(0.0, "lr at the end as a fraction of its peak")
+    clip: float = flag(1.0, "largest global norm of the gradient")
+    evals: int = flag(3, "evaluations on the whole validation set, the last at the end")
+    save_minutes: float = flag(1.0, "minutes between checkpoints; 0: after every step")
+    log_steps: int = flag(50, "steps between lines of the log")
+    dtype: str = flag("auto", "of activations: float32, bfloat16, float64; auto: the fastest")
+    device: str = flag("auto", "cpu, cuda or mps; auto: the best there is")
+    threads: int | None = flag(None, "CPU threads; none: one a core")
+    compile: bool | None = flag(None, "torch.compile the model; none: on cuda")
+    seed: int = flag(0, "of initial weights, order of data, dropout and the sample")
+
+    def __post_init__(self):
+        def need(ok, name, wanted):
+            if not ok:
+                got = getattr(self, name)
+                raise UserError(f"{name}: got {got!r}, wanted {wanted}; set --{name}")
+        for name in ("minutes", "steps", "batch_size", "micro_batch", "lr", "clip", "evals",
+                     "log_steps", "threads"):
+            value = getattr(self, name)
+            need(value is None or 0 < value < math.inf, name, "a positive number")
+        need((self.minutes is None) != (self.steps is None), "steps", "one of minutes and steps")
+        need(self.optimizer in OPTIMIZERS, "optimizer", " or ".join(OPTIMIZERS))
+        need(self.schedule in SCHEDULES, "schedule", " or ".join(SCHEDULES))
+        need(self.dtype in DTYPES, "dtype", " or ".join(DTYPES))
+        need(self.batch_size % (self.micro_batch or 1) == 0, "micro_batch",
+             f"a divisor of batch_size {self.batch_size}")
+        for name in ("warmup", "cooldown", "final_lr"):
+            need(0 <= getattr(self, name) <= 1, name, "a fraction from 0 to 1")
+        need(self.cooldown > 0, "cooldown", "more than 0; --schedule constant has none")
+        for name in ("weight_decay", "save_minutes", "seed"):
+            need(getattr(self, name) >= 0, name, "0 or more")
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
+          "float64": torch.float64}
+
+# What a budget buys on a kind of device, as defaults under a preset's row and under flags. The row
+# for a CPU was chosen by trials on two cores [measured]; those for a GPU are [our choice].
+RECIPES = {
+    "cpu": dict(vocab_size=2048, seq_len=128, n_layers=4, d_model=192, n_heads=3, batch_size=16),
+    "cuda": dict(vocab_size=4096, seq_len=256, n_layers=6, d_model=384, n_heads=6, batch_size=128,
+                 lr=2e-3),
+    "cuda owt": dict(vocab_size=32000, seq_len=1024, n_layers=12, d_model=1024, n_heads=8, lr=1e-3,
+                     batch_size=512, micro_batch=32, minutes=90.0, save_minutes=5.0, log_steps=10),
+}
+
+def add_fields(parser, config_class):
+    """One flag per field of a dataclass. What is not given stays out of the namespace, so that it
+    can be told from a default; `none` spells None."""
+    def read(text, kind, optional):
+        if optional and text.lower() == "none": return None
+        if kind is not bool: return kind(text)
+        if text.lower() not in ("true", "false"): raise ValueError(text)
+        return text.lower() == "true"
+
+    group = parser.add_argument_group(config_class.__name__)
+    for f in dataclasses.fields(config_class):
+        kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
+        parse = lambda text, k=kind, o="None" in str(f.type): read(text, k, o)
+        parse.__name__ = kind.__name__  # what argparse calls it in an error
+        bare = dict(nargs="?", const=True) if kind is bool else {}  # --tie is --tie true
+        group.add_argument(f"--{f.name}", type=parse, default=argparse.SUPPRESS, **bare,
+                           help=f"{f.metadata['help']} (default: {f.default})",
+                           metavar=kind.__name__)
+
+# -----------------------------------------------------------------------------
+# Setting up a machine
+
+def fastest_dtype(device):
+    """bfloat16 where there are units for it, else float32. On a CPU without them a bfloat16 product
+    is emulated, a hundred times slower."""
+    if device.type == "cuda": fast = torch.cuda.is_bf16_supported()
+    elif device.type == "cpu":
+        fast = any(getattr(torch.cpu, name, lambda: False)()
+                   for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    else: fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+def keep_freed_memory():
+    """Asks glibc not to return freed memory to the system. A tensor above its threshold is mapped
+    anew at each use and zeroed page by page, which took longer than the softmax computed in it."""
+    if not sys.platform.startswith("linux"): return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"): return False
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1))
+
+@dataclass
+class Machine:
+    """Where and how a run computes, resolved from a TrainConfig and printed as a line."""
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    peak: float  # FLOP/s
+    line: str
+
+def set_up(cfg):
+    device = pick_device(cfg.device)
+    torch.set_num_threads(cfg.threads or os.cpu_count() or 1)
+    torch.manual_seed(cfg.seed)
+    dtype = DTYPES[cfg.dtype] or fastest_dtype(device)
+    kept = device.type == "cpu" and keep_freed_memory()
+    if device.type == "cuda": torch.set_float32_matmul_precision("high")
+    peak, source = peak_flops_per_s(device, dtype)
+    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
+    return Machine(device, dtype, compiled, peak,
+                   f"{device} ({device_name(device)}), {torch.get_num_threads()} threads, {dtype}, "
+                   f"compile {'on' if compiled else 'off'}, malloc keeps memory: {kept}; "
+                   f"peak {peak:.3g} FLOP/s ({source})")
+
+def build(model_cfg, cfg, machine):
+    """A fresh model on its device and its optimizer. Weights are float32 (float64 on request), the
+    stream has the dtype of the machine."""
+    model = LM(model_cfg).to(machine.device)
+    if machine.dtype == torch.float64: model = model.double()
+    else: model.compute_dtype = machine.dtype
+    make = OPTIMIZERS[cfg.optimizer]
+    decay = cfg.weight_decay if "weight_decay" in make.defaults else None
+    return model, make(param_groups(model, decay), lr=cfg.lr)
+
+# -----------------------------------------------------------------------------
+# Evaluation
+# The whole validation set in windows that do not overlap, each token predicted once. Tokens at the
+# start of a window see little context, so a longer seq_len alone makes the number better: it is
+# printed with it. Bytes are those of the text; tokens that mark ends of text cost bits, not bytes.
+
+@torch.no_grad()
+def evaluate(model, tokens, n_bytes, seq_len, batch_size, device):
+    """-> dict of loss (nats per token), bits_per_byte, tokens."""
+    training, total, counted = model.training, 0.0, 0
+    model.eval()
+    n = -(-(len(tokens) - 1) // seq_len)
+    for first in tqdm(range(0, n, batch_size), desc="evaluating", unit="batch",
+                      leave=False, delay=3, disable=None):
+        which = range(first, min(first + batch_size, n))
+        x, y = windows(tokens, seq_len, which)
+        short = batch_size - len(which)  # a last batch of the same shape, for a compiled model
+        x, y = (torch.nn.functional.pad(t, (0, 0, 0, short), value=v) for t, v in ((x, 0), (y, -1)))
+        losses, _ = model(x.to(device), y.to(device))
+        total, counted = total + losses.double().sum().item(), counted + (y >= 0).sum().item()
+    model.train(training)
+    bits_per_byte = total / math.log(2) / n_bytes
+    return {"loss": total / counted, "bits_per_byte": bits_per_byte, "tokens": counted}
+
+def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
+    """bits_per_byte of models that know no tokens, single tokens, pairs of tokens: what a network
+    must beat. Counted on at most `limit` tokens; smoothed as Witten and Bell (1991) do: a pair's
+    count is mixed with the single token's probability, the more so the more different tokens
+    followed the first."""
+    train, valid = np.asarray(train[:limit], np.int64), np.asarray(valid, np.int64)
+    to_bpb = lambda p: float(-np.log2(p).sum() / n_bytes)
+    single = np.bincount(train, minlength=vocab_size) + 1.0
+    single /= single.sum()
+    pairs, count = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
+    followers = np.bincount(pairs // vocab_size, minlength=vocab_size)
+    seen = np.bincount(train[:-1], minlength=vocab_size)
+    a, b = valid[:-1], valid[1:]
+    at = np.searchsorted(pairs, a * vocab_size + b).clip(max=len(pairs) - 1)
+    together = np.where(pairs[at] == a * vocab_size + b, count[at], 0)
+    mixed = np.where(seen[a] > 0, (together + followers[a] * single[b])
+                     / np.maximum(seen[a] + followers[a], 1), single[b])
+    return {"uniform": to_bpb(np.full(len(b), 1 / vocab_size)), "unigram": to_bpb(single[b]),
+            "bigram": to_bpb(mixed)}
+
+# -----------------------------------------------------------------------------
+# One step
+
+def local_step(model, batches):
+    """Gradients of the mean loss over all counted targets of `batches` [(tokens, targets)], which
+    add up over the micro-batches -> that mean. Dividing each by the *common* count makes the result
+    independent of how the batch was cut; a mean of means would weigh a padded one too much."""
+    counted = sum((targets >= 0).sum() for _, targets in batches)
+    total = 0.0
+    for tokens, targets in batches:
+        losses, aux = model(tokens, targets)
+        loss = losses.sum() / counted
+        (loss + aux["loss"] / len(batches)).backward()
+        total = total + loss.detach()
+    return total
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+# One file holds all that the next step depends on: weights, optimizer state, random generators,
+# and where the data stands. It is replaced whole or not at all; the one before it is kept too.
+
+@dataclass
+class Progress:
+    step: int = 0
+    seconds: float = 0.0   # sum of step times: what --minutes counts
+    seen: int = 0          # sequences
+    tokens: int = 0
+    evals: int = 0         # evaluations done
+    loss_sum: float = 0.0  # over the steps since the last line of the log
+    loss_steps: int = 0
+
+def checkpoints(run):
+    """Paths, newest first."""
+    return sorted(Path(run).glob("checkpoint-*.safetensors"), reverse=True)
+
+def save_checkpoint(run, model, optimizer, progress):
+    """Writes a checkpoint, then the weights alone as a directory that sample.py reads."""
+    state = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available(): state["rng.cuda"] = torch.cuda.get_rng_state()
+    save_tensors(Path(run) / f"checkpoint-{progress.step:08d}.safetensors",
+                 {**{f"model/{k}": v for k, v in published(model).items()},
+                  **{f"optimizer/{k}": v for k, v in optimizer.state_tensors().items()}, **state},
+                 {"progress": json.dumps(dataclasses.asdict(progress))})
+    save_model(model, run)
+    for old in checkpoints(run)[2:]: old.unlink()
+
+def load_checkpoint(run, model, optimizer):
+    """Restores the newest checkpoint that is whole -> Progress; none at all is a fresh start."""
+    found = checkpoints(run)
+    for path in found:
+        try: tensors, metadata = load_tensors(path)
+        except UserError:  # it has said which file and what is wrong
+            print(f"{path} is left out; trying the one before it", flush=True)
+            continue
+        part = lambda kind: {k[len(kind):]: v for k, v in tensors.items() if k.startswith(kind)}
+        load_state(model, part("model/"), path)
+        optimizer.load_state_tensors(part("optimizer/"))
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        return Progress(**json.loads(metadata["progress"]))
+    if found:
+        raise UserError(f"{run}: got no checkpoint that is whole, wanted one; start a new run")
+    return Progress()
+
+# -----------------------------------------------------------------------------
+# The loop
+# There is one, for one process or many. What is different with many is passed in: step (gets all
+# micro-batches of a step and leaves gradients), save, load, agree (one value for all ranks) and
+# is_main (who writes).
+
+class Stop:
+    """Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second does not wait."""
+    def __enter__(self):
+        self.asked, self.old = None, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try: self.old[number] = signal.signal(number, self.ask)
+            except ValueError: pass  # not the main thread: whoever started us handles signals
+        return self
+
+    def ask(self, number, frame):
+        self.asked = signal.Signals(number).name
+        for n, handler in self.old.items(): signal.signal(n, handler)
+
+    def __exit__(self, *_):
+        for n, handler in self.old.items(): signal.signal(n, handler)
+
+class Log:
+    """Prints a line and appends it as JSON to the run's log.jsonl; a run that goes on first drops
+    what came after its checkpoint."""
+    def __init__(self, run, progress):
+        self.path = Path(run) / "log.jsonl" if run else None
+        if self.path:
+            old = self.path.read_text().splitlines() if self.path.exists() else []
+            rows = [json.loads(line) for line in old if line.endswith("}")]
+            keep = [r for r in rows if r["step"] < progress.step or (r["step"] == progress.step
+                                                                     and "loss" in r)]
+            with atomic_write(self.path, "w") as f: f.writelines(json.dumps(r) + "\n" for r in keep)
+
+    def write(self, line, **row):
+        print(line, flush=True)
+        if self.path:
+            with open(self.path, "a") as f: f.write(json.dumps(row) + "\n")
+
+def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluation=None,
+        step=local_step, save=save_checkpoint, load=load_checkpoint, agree=lambda x: x,
+        is_main=True):
+    """Trains until the budget of cfg is spent or a signal comes -> (Progress, last evaluation).
+    `evaluation()` returns the dict of `evaluate`; run is a directory, or None to keep nothing."""
+    micro = cfg.micro_batch or cfg.batch_size
+    assert cfg.batch_size % micro == 0
+    now = load(run, model, optimizer) if run and resume else Progress()
+    loader.seek(now.seen)
+    log = Log(run if is_main else None, now)
+    forward = torch.compile(model, dynamic=False) if machine.compile else model
+    per_token, result, bad, saved = model.flops_per_token(), {}, 0, time.perf_counter()
+    params = [p for group in optimizer.groups for p in group["params"]]
+    fraction = lambda: agree(now.step / cfg.steps if cfg.steps else now.seconds / 60 / cfg.minutes)
+    if run and not (resume and now.step): save(run, model, optimizer, now)
+    if machine.compile: warm_up(forward, loader, micro, machine, step)
+    model.train()
+    mark = dataclasses.replace(now)  # as of the last line of the log
+    with Stop() as stop:
+        while True:
+            x = fraction()
+            asked = agree(stop.asked)
+            due = x >= (now.evals + 1) / cfg.evals
+            if run and (asked or due or time.perf_counter() - saved > 60 * cfg.save_minutes):
+                save(run, model, optimizer, now)  # before an evaluation: none can lose a run
+                saved = time.perf_counter()
+            if asked: break
+            if due:
+                now.evals = int(x * cfg.evals + 1e-9)
+                if evaluation:
+                    result = evaluation()
+                    if is_main: report(log, now, result)
+            if x >= 1: break
+            start = time.perf_counter()
+            batches = take(loader, micro, machine.device)
+            optimizer.zero_grad()
+            loss = step(forward, batches)
+            norm = clip_grad_norm(params, cfg.clip)
+            if agree(bool(torch.isfinite(loss) & torch.isfinite(norm))):
+                optimizer.step(SCHEDULES[cfg.schedule](x, cfg.warmup, cfg.cooldown, cfg.final_lr))
+                bad = 0
+            else:
+                bad += 1
+                if is_main: log.write(f"step {now.step}: loss {loss.item()}, gradient norm "
+                                      f"{norm.item()}: skipped", step=now.step, skipped=True)
+                if bad == 3: raise SystemExit(give_up(run, now))
+            synchronize(machine.device)
+            took = time.perf_counter() - start
+            now.step, now.seen = now.step + 1, loader.seen
+            now.tokens += cfg.batch_size * loader.seq_len
+            now.seconds = agree(now.seconds + took)
+            now.loss_sum, now.loss_steps = now.loss_sum + loss.item(), now.loss_steps + 1
+            if now.step % cfg.log_steps == 0 or now.step == 1 or now.step == cfg.steps:
+                if is_main: log_step(log, now, mark, x, norm, per_token, machine, cfg)
+                now.loss_sum, now.loss_steps = 0.0, 0
+                mark = dataclasses.replace(now)
+    if asked and is_main:
+        print(f"{asked}: stopped after step {now.step}" + (
+            f", saved; go on with: python train.py --resume --run {run}" if run else ""))
+    return now, result
+
+def take(loader, micro, device):
+    """The next batch as micro-batches on the device."""
+    tokens, targets = next(loader)
+    if device.type == "cuda": tokens, targets = tokens.pin_memory(), targets.pin_memory()
+    return [(a.to(device, non_blocking=True), b.to(device, non_blocking=True))
+            for a, b in zip(tokens.split(micro), targets.split(micro))]
+
+def warm_up(forward, loader, micro, machine, step):
+    """Compiles on a batch that is then put back: compiling is set-up, not training."""
+    seen = loader.seen
+    step(forward, take(loader, micro, machine.device)[:1])
+    loader.seek(seen)
+
+def give_up(run, now):
+    last = next(iter(checkpoints(run)), None) if run else None
+    return (f"three steps in a row without a finite loss, the last at step {now.step}; the last "
+            f"good checkpoint is {last}; train with a smaller --lr, or on other data")
+
+def log_step(log, now, mark, x, norm, per_token, machine, cfg):
+    rate = (now.tokens - mark.tokens) / (now.seconds - mark.seconds)
+    lr = cfg.lr * SCHEDULES[cfg.schedule](x, cfg.warmup, cfg.cooldown, cfg.final_lr)
+    row = dict(step=now.step, minutes=now.seconds / 60, loss=now.loss_sum / now.loss_steps, lr=lr,
+               grad_norm=norm.item(), tokens=now.tokens, tokens_per_s=rate,
+               mfu=rate * per_token / machine.peak)
+    log.write("step {step:6d}  {x:5.1f} %  {minutes:7.2f} min  loss {loss:7.4f}  lr {lr:.2e}  norm "
+              "{grad_norm:6.2f}  {tokens_per_s:9,.0f} tokens/s  MFU {percent:4.1f} %"
+              .format(x=100 * x, percent=100 * row["mfu"], **row), **row)
+
+def report(log, now, result):
+    row = dict(step=now.step, minutes=now.seconds / 60, valid=result)
+    log.write("step {step:6d}  validation: bits_per_byte {valid[bits_per_byte]:.4f}, loss "
+              "{valid[loss]:.4f} nats a token, {minutes:.2f} min".format(**row), **row)
+
+# -----------------------------------------------------------------------------
+# Tools that look at a run
+
+def walk(model, optimizer, corpus, cfg, machine):
+    """One batch through every stage from text to moved weights; waits for Enter in a terminal."""
+    def stage(title, lines):
+        print(f"\n== {title}")
+        for line in lines: print("   " + line)
+        if sys.stdin.isatty(): input("   [Enter] ")
+
+    def shown(name, t):
+        values = " ".join(f"{v:+.3f}" for v in t.detach().float().flatten()[:6].tolist())
+        return f"{name:38s} {str(tuple(t.shape)):20s} {values} ..."
+
+    tok, named, outputs = corpus.tokenizer, dict(model.named_parameters()), []
+    batch = next(Loader(open_tokens(corpus.train), model.cfg.seq_len, 2, cfg.seed))
+    ids, piece = batch[0][0].tolist(), lambda i: repr(tok.decode([i]))
+    tokens, targets = (t.to(machine.device) for t in batch)
+    stage("1. text: the first of two sequences", tok.decode(ids)[:240].splitlines())
+    stage("2. tokens: ids, and the pieces they stand for",
+          [str(ids[:12]), " ".join(map(piece, ids[:12]))])
+    stage("3. targets: the same, one place on", [f"{t[0, :8].tolist()}" for t in batch])
+    hooks = [m.register_forward_hook(lambda m, _, out, name=name: outputs.append((name, out)))
+             for name, m in model.named_modules() if not name.startswith("layers.") or ".0" in name]
+    logits = model(tokens)[0]
+    for hook in hooks: hook.remove()
+    stage("4. forward: what the modules put out, of the layers the first", [
+        shown(name, out) for name, out in outputs + [("logits", logits)] if torch.is_tensor(out)])
+    best = logits[0, -1].softmax(-1).topk(5)
+    stage("5. prediction: the likeliest tokens after the last, and their probabilities", [
+        f"{p:.4f}  {piece(i)}" for p, i in zip(best.values.tolist(), best.indices.tolist())])
+    optimizer.zero_grad()
+    loss = local_step(model, [(tokens, targets)]).item()
+    stage("6. loss: mean of -log p(target)", [f"{loss:.4f} nats; a uniform guess has ln "
+          f"{model.cfg.vocab_size} = {math.log(model.cfg.vocab_size):.4f}"])
+    stage("7. backward: gradients, in the shape of what they move", [
+        shown(name, p.grad) for name, p in named.items() if ".0" in name or "layers" not in name])
+    old = {name: p.detach().clone() for name, p in named.items()}
+    optimizer.step()
+    stage(f"8. update: {cfg.optimizer} moves each weight by about lr = {cfg.lr}", [
+        shown(f"{role(name, p):9s} {name[-28:]}", p - old[name]) for name, p in named.items()
+        if ".0" in name or "layers" not in name])
+    after = (model(tokens, targets)[0].sum() / (targets >= 0).sum()).item()
+    stage("9. the same batch again", [f"loss {loss:.4f} -> {after:.4f}"])
+
+def profile(model, optimizer, loader, cfg, machine, folder):
+    """Ten steps under torch.profiler: the ten costliest operations, and a trace for a browser."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if machine.device.type == "cuda": kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    steps = lambda n: dataclasses.replace(cfg, minutes=None, steps=n, log_steps=n)
+    fit(model, optimizer, loader, steps(2), machine)  # the first steps are slower than all others
+    with torch.profiler.profile(activities=kinds) as prof:
+        fit(model, optimizer, loader, steps(10), machine)
+    key = "self_cuda_time_total" if machine.device.type == "cuda" else "self_cpu_time_total"
+    print(prof.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=40))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    prof.export_chrome_trace(str(Path(folder) / "trace.json"))
+    print(f"trace: {folder}/trace.json (open it at ui.perfetto.dev or chrome://tracing)")
+
+def board(runs):
+    """Finished runs by bits_per_byte; they compare where the text is the same."""
+    rows = []
+    for path in Path(runs).glob("*/result.json"):
+        try: rows.append({"run": path.parent.name, **json.loads(path.read_text())})
+        except ValueError: print(f"{path}: damaged, left out")
+    if not rows:
+        raise UserError(f"board: got no finished run under {runs}/; wanted one; python train.py")
+    print(f"{'run':26s}{'bits_per_byte':>14s}{'minutes':>9s}{'FLOPs':>10s}{'parameters':>12s}")
+    for r in sorted(rows, key=lambda r: (r["text"], r["bits_per_byte"])):
+        print("{run:26s}{bits_per_byte:14.4f}{minutes:9.2f}{flops:10.2e}{parameters:12,d}  "
+              "{dataset} {text:.8}, {hardware}".format(**r))
+
+def plot(run):
+    """Draws runs/NAME/loss.png from the log if matplotlib is installed."""
+    try: import matplotlib
+    except ImportError: return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    rows = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    steps, valid = ([r for r in rows if key in r] for key in ("tokens_per_s", "valid"))
+    plt.figure(figsize=(7, 4))
+    plt.plot([r["minutes"] for r in steps], [r["loss"] for r in steps], label="training")
+    plt.plot([r["minutes"] for r in valid], [r["valid"]["loss"] for r in valid], "o",
+             label="validation")
+    plt.xlabel("minutes")
+    plt.ylabel("loss (nats per token)")
+    plt.legend()
+    plt.savefig(Path(run) / "loss.png", dpi=120)
+    plt.close()
+    print(f"picture: {run}/loss.png")
+
+# -----------------------------------------------------------------------------
+# The command line
+
+def settle(given, device):
+    """Flags over the preset's row over the recipe over the dataclasses' defaults -> (TrainConfig,
+    fields of the ModelConfig)."""
+    if given["preset"] not in PRESETS:
+        raise UserError(f"preset: got {given['preset']!r}, wanted {' or '.join(PRESETS)}; "
+                        "set --preset")
+    recipe = "cpu" if device.type != "cuda" else \
+        "cuda owt" if given.get("dataset") == "owt" else "cuda"
+    merged = {**RECIPES[recipe], **PRESETS[given["preset"]], **given}
+    if given.get("steps") and "minutes" not in given: merged["minutes"] = None
+    names = lambda c: {f.name for f in dataclasses.fields(c)}
+    return (TrainConfig(**{k: v for k, v in merged.items() if k in names(TrainConfig)}),
+            {k: v for k, v in merged.items() if k in names(ModelConfig)})
+
+def resumed(run, given):
+    """The settings a run was started with; a flag given now that differs is an error."""
+    try: old = json.loads((run / "train.json").read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{run}/train.json: got {type(e).__name__}, wanted the settings of a run; "
+                        "resume a run that train.py began")
+    known = {**old["train"], **old["model"], **old["where"]}
+    for name, value in given.items():
+        if name in known and known[name] != value:
+            raise UserError(f"{name}: got {value!r}, wanted {known[name]!r}, as {run} was begun; "
+                            f"leave --{name} out, or begin a new run")
+    return TrainConfig(**old["train"]), old["model"], old["where"]
+
+def run_directory(args, dataset):
+    """Where the run lives: --run, or a free name; with --resume the newest unless named."""
+    runs = Path("runs")
+    if args.run: path = Path(args.run) if os.sep in args.run else runs / args.run
+    elif args.resume:
+        found = sorted(runs.glob("*/train.json"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise UserError("resume: got no run under runs/, wanted one; leave --resume out")
+        path = found[-1].parent
+    else:
+        stem = f"{Path(dataset).stem}-{args.preset}"
+        path = next(p for p in (runs / f"{stem}-{i}" for i in range(1, 10 ** 6)) if not p.exists())
+    if args.resume and not (path / "train.json").exists():
+        raise UserError(f"resume: got {path}, wanted a run that train.py began; leave --resume out")
+    if not args.resume and (path / "train.json").exists():
+        raise UserError(f"run: got {path}, which exists; wanted a new name; set --run, or go on "
+                        f"with it: --resume --run {path}")
+    return path
+
+def main(args):
+    if args.board: return board("runs")
+    given = vars(args)
+    tools = args.walk or args.profile  # they look at a model and leave no run
+    run = run_directory(args, given.get("dataset", "stdlib"))
+    if args.resume: cfg, fields, where = resumed(run, given)
+    else:
+        cfg, fields = settle(given, pick_device(given.get("device", "auto")))
+        ModelConfig(**fields)  # errors come before any work
+        where = {"preset": args.preset, "data_dir": args.data_dir, "mirror": args.mirror}
+        settings = {"train": dataclasses.asdict(cfg), "model": fields, "where": where}
+        if not tools:
+            with atomic_write(run / "train.json", "w") as f: json.dump(settings, f, indent=1)
+    print(f"{run}: {cfg}")
+    machine = set_up(cfg)
+    print(machine.line)
+    if cfg.dataset == "owt" and machine.device.type == "cpu":
+        print(f"no GPU: a small model trains for {cfg.minutes} minutes on the same data")
+    vocab_size = fields.get("vocab_size", ModelConfig.vocab_size)
+    corpus = prepare(cfg.dataset, cfg.tokenizer, vocab_size, where["data_dir"], where["mirror"])
+    tok, notes = corpus.tokenizer, corpus.info
+    model_cfg = ModelConfig(**{**fields, "vocab_size": tok.vocab_size})
+    model, optimizer = build(model_cfg, cfg, machine)
+    train_tokens, valid_tokens = open_tokens(corpus.train), open_tokens(corpus.valid)
+    loader = Loader(train_tokens, model_cfg.seq_len, cfg.batch_size, cfg.seed)
+    n = model.n_params()
+    print(f"{model_cfg}\n{sum(n.values()):,} parameters {n}, {model.flops_per_token():.3g} FLOPs "
+          f"to train on a token; one epoch is {len(train_tokens):,} tokens")
+    if args.walk: return walk(model, optimizer, corpus, cfg, machine)
+    if args.profile: return profile(model, optimizer, loader, cfg, machine, run)
+    tok.save(run / "tokenizer.json")
+    ladder = shannon(train_tokens, valid_tokens, tok.vocab_size, notes["valid"]["bytes"])
+    print("bits_per_byte of " + ", ".join(f"{k} {v:.3f}" for k, v in ladder.items())
+          + f" models of the same tokens; text {notes['valid']['text'][:12]}")
+    print("the budget counts steps (batch, forward, backward, update); preparing data, compiling, "
+          "checkpoints and evaluations are outside")
+    check = lambda: evaluate(model, valid_tokens, notes["valid"]["bytes"], model_cfg.seq_len,
+                             cfg.micro_batch or cfg.batch_size, machine.device)
+    now, result = fit(model, optimizer, loader, cfg, machine, run, args.resume, check)
+    if not result: return
+    finish(run, model, tok, cfg, now, result, notes, machine)
+
+def finish(run, model, tok, cfg, now, result, notes, machine):
+    """What a finished run leaves: result.json for --board, a picture, a sample."""
+    row = {**result, "minutes": now.seconds / 60, "flops": now.tokens * model.flops_per_token(),
+           "parameters": sum(model.n_params().values()), "hardware": device_name(machine.device),
+           "dataset": cfg.dataset, "text": notes["valid"]["text"]}
+    with atomic_write(run / "result.json", "w") as f: json.dump(row, f, indent=1)
+    plot(run)
+    print("sample:")
+    stream = TextStream(tok, lambda text: print(text, end="", flush=True))
+    how = Sampling(200, temperature=0.8, top_p=0.95, seed=cfg.seed, stop=tok.eot)
+    generate(model, [[tok.eot]], how, on_token=lambda i, token: stream.put(token))
+    stream.flush()
+    print(f"\nmore: python sample.py --run {run} --prompt TEXT\nvalidation bits_per_byte "
+          f"{result['bits_per_byte']:.4f}, loss {result['loss']:.4f} nats a token at context "
+          f"{model.cfg.seq_len}, {now.seconds / 60:.2f} minutes, {now.step} steps")
+
+def build_parser():
+    parser = argparse.ArgumentParser(description="Trains a language model for a budget of minutes.")
+    add = parser.add_argument
+    add("--preset", default="modern", help=f"architecture: {', '.join(PRESETS)} (default: modern)")
+    add("--run", help="directory, or name under runs/, to keep the run in (default: a free name)")
+    add("--resume", action="store_true", help="go on with --run, or the newest run (default: off)")
+    add("--data_dir", default="data", help="folder for corpora and tokens (default: data)")
+    add("--mirror", help="URL of another server to download from (default: the source's own)")
+    add("--walk", action="store_true", help="one batch, stage by stage, and stop (default: off)")
+    add("--profile", action="store_true", help="profile ten steps and stop (default: off)")
+    add("--board", action="store_true", help="rank the runs under runs/ and stop (default: off)")
+    add_fields(parser, TrainConfig)
+    add_fields(parser, ModelConfig)
+    parser.epilog = f"Defaults by device, which come before those above: {RECIPES}"
+    return parser
+
+if __name__ == "__main__":
+    try: main(build_parser().parse_args())
+    except KeyboardInterrupt: sys.exit("\ninterrupted; run the same command again: it goes on")
