@@ -19,17 +19,15 @@ THE COSTS
     On an H100 the ridge lies at 989e12 / 3.35e12 = 295 FLOPs per byte; DEVICES holds the numbers of
     the others. On a device that is not in the table the peak is measured with a large product.
 
-CONTENTS  DEVICES / peak_flops_per_s / the lesson: intensity and measured rates
-NOT HERE  fused kernels in Triton come to this file; cuBLAS and cuDNN are what torch calls
-RUN       python kernels.py   # rates measured on this machine, and the roofline's prediction
+CONTENTS  DEVICES / peak_flops_per_s / fastest_dtype, keep_freed_memory / the lesson
+NOT HERE  fused kernels; what torch calls (cuBLAS, cuDNN, oneDNN) is measured, not rewritten
+RUN       python kernels.py   # last line: "... bound by arithmetic from n = 886 on"
 REFERENCES
     Williams et al. 2009 (the roofline model); NVIDIA's datasheets (V100, T4, A10, A100, L4, H100,
     H200, B200); Chowdhery et al. 2022 (2204.02311) for MFU
 EXERCISE  Empty `roofline_s` and fill it until `pytest test_all.py -k roofline` is green again.
 """
-import argparse
-import platform
-import time
+import argparse, ctypes, platform, sys, time
 
 import torch
 
@@ -37,6 +35,7 @@ import torch
 # DEVICES: the one table of peak rates and bandwidths
 # Keyed by what torch.cuda.get_device_name says, or a part of it; of several that fit, the longest
 # counts. Dense rates (datasheets also print twice that, "with sparsity"), accumulated in fp32.
+# Bandwidths are those of the main memory.
 
 DEVICES = {
     # name: (bf16 FLOP/s; fp16 on devices without bf16, fp32 FLOP/s without tensor cores, bytes/s)
@@ -87,15 +86,15 @@ def seconds(run, device, repeats=5):
     return sorted(times)[len(times) // 2]
 
 def product_rate(n, device, dtype):
-    """Measured FLOP/s of an (n, n) product. Random numbers: zeros switch fewer transistors and run
-    faster on a GPU at its power limit."""
+    """Measured FLOP/s of an (n, n) product of random numbers."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n ** 3 / seconds(lambda: a @ b, device)
 
 def peak_flops_per_s(device, dtype):
-    """(FLOP/s, where it is from): the datasheet's dense peak, or a product measured now."""
+    """(FLOP/s, where it is from): the datasheet's dense peak for 16-bit numbers, or else what a
+    product reaches now (float32 on a GPU may or may not use its tensor cores)."""
     row = device_row(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if row: return (row[1] if dtype in (torch.float32, torch.float64) else row[0]), "datasheet"
+    if row and dtype in (torch.bfloat16, torch.float16): return row[0], "datasheet"
     n = 1024 if device.type == "cpu" else 4096
     return product_rate(n, device, dtype), f"measured: {n} x {n} product"
 
@@ -103,6 +102,29 @@ def roofline_s(flops, n_bytes, peak, bandwidth):
     """(seconds at least, "arithmetic" or "memory", whichever binds)."""
     arithmetic, memory = flops / peak, n_bytes / bandwidth
     return max(arithmetic, memory), "arithmetic" if arithmetic >= memory else "memory"
+
+# -----------------------------------------------------------------------------
+# Two choices that decide more than any kernel: a number format that the device has units for, and
+# memory that is used again
+
+def fastest_dtype(device):
+    """bfloat16 where there are units for it, else float32. On a CPU without them a bfloat16 product
+    is emulated, a hundred times slower [measured]."""
+    if device.type == "cuda": fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = any(getattr(torch.cpu, name, lambda: False)()
+                   for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    else: fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+def keep_freed_memory():
+    """Asks malloc (glibc's) not to return freed memory to the system. Else each large tensor is new
+    memory, zeroed page by page: a loss over (4096, 2048) logits took 48 ms, now 16 [measured]."""
+    if not sys.platform.startswith("linux"): return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"): return False
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1))
 
 # -----------------------------------------------------------------------------
 # The lesson: what an operation needs, and what it takes
@@ -122,7 +144,8 @@ def gelu_reference(x, _=None):
     return 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.044715 * x * x * x)))
 
 def main(args):
-    device = torch.device(args.device)
+    device, args.n = torch.device(args.device), args.n or (4096 if args.device == "cpu" else 16384)
+    print(args)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     a, b = (torch.randn(args.n, args.n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -145,9 +168,11 @@ def main(args):
 def build_parser():
     parser = argparse.ArgumentParser(
         description="Measures what operations take on a device, beside what the roofline allows.")
-    parser.add_argument("--n", type=int, default=2048, help="rows and columns (default: 2048)")
+    parser.add_argument("--n", type=int, choices=[2 ** i for i in range(6, 16)], metavar="N",
+                        help="rows and columns, a power of two from 64 to 32768, more than caches "
+                        "hold (default: 4096, on a GPU 16384)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda or mps (default: cuda if there is one)")
+                        choices=["cpu", "cuda", "mps"], help="(default: cuda if there is one)")
     return parser
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ THE MATHS (g gradient; m, v averages; lr step size; all operations per element)
     AdamW      w -= lr wd w first: the decay does not pass through the preconditioner
 
 THE COSTS
-    Per parameter and step a handful of FLOPs, nothing beside the 6 per *token* of the gradient; so
+    Per parameter and step a handful of FLOPs, negligible next to the gradient's 6 per *token*; so
     what counts is memory: 4 bytes in float32 for each average kept (SGD 0, Momentum, AdaGrad and
-    RMSProp 4, Adam 8), beside 4 for the weight and 4 for its gradient.
+    RMSProp 4, Adam 8), besides 4 for the weight and 4 for its gradient.
 
 CONTENTS  Optimizer and the ladder / OPTIMIZERS / roles and groups / clipping / SCHEDULES / lesson
 NOT HERE  preconditioners that see whole matrices; sharding of state over devices (parallel.py)
-RUN       python optim.py    # the ladder in a narrow valley: steps needed, straight and turned
+RUN       python optim.py    # the ladder in a narrow valley; last line: "... the minimum.)"
 REFERENCES
     Polyak 1964 (momentum); Duchi et al. 2011 (AdaGrad); Tieleman, Hinton 2012 (RMSProp); Kingma, Ba
     2015 (1412.6980, Adam); Loshchilov, Hutter 2019 (1711.05101, AdamW; 1608.03983, cosine); Pascanu
@@ -33,8 +33,7 @@ REFERENCES
 EXERCISE  Empty `Adam.update` and `wsd`; fill them until `pytest test_all.py -k "adam or schedule"`
           is green again.
 """
-import argparse
-import math
+import argparse, math
 
 import torch
 
@@ -50,10 +49,11 @@ class Optimizer:
     defaults = {}
 
     def __init__(self, params, **hyper):
-        unknown = hyper.keys() - self.defaults.keys()
-        assert not unknown, f"{type(self).__name__} has no {unknown}; it has {list(self.defaults)}"
         params = list(params)
         if not isinstance(params[0], dict): params = [{"params": params}]
+        for given in (hyper, *params):
+            unknown = given.keys() - self.defaults.keys() - {"params", "role"}
+            assert not unknown, f"{type(self).__name__} has {list(self.defaults)}, not {unknown}"
         self.groups = [{**self.defaults, **hyper, **g, "params": list(g["params"])} for g in params]
         self.state = [[{} for _ in g["params"]] for g in self.groups]
 
@@ -80,27 +80,29 @@ class Optimizer:
 
     def load_state_tensors(self, tensors):
         """The inverse; after it the next step is the one that would have come, bit for bit."""
+        self.state = [[{} for _ in states] for states in self.state]
         for name, x in tensors.items():
-            i, j, k = name.split(".")
-            p = self.groups[int(i)]["params"][int(j)]
-            self.state[int(i)][int(j)][k] = int(x) if k == "t" else x.to(p.device)
+            i, j, k = (int(part) if part.isdigit() else part for part in name.split("."))
+            p = self.groups[i]["params"][j]
+            assert k == "t" or x.shape == p.shape, f"state {name}: {x.shape} for {p.shape}"
+            self.state[i][j][k] = int(x) if k == "t" else x.to(p.device)
 
 def kept(s, name, p):
     """The state tensor `name` of parameter p; zeros before its first use."""
-    if name not in s: s[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    if name not in s: s[name] = torch.zeros_like(p)
     return s[name]
 
 class SGD(Optimizer):
     """The steepest way down. It converges while lr < 2 / (largest curvature), and then creeps along
-    the flattest direction: about (largest / smallest curvature) steps."""
+    the flattest direction: the more steps, the larger the ratio of curvatures."""
     defaults = dict(lr=0.1)
 
     def update(self, p, g, s, h, lr):
         p.add_(g, alpha=-lr)
 
 class Momentum(Optimizer):
-    """A heavy ball: noise averages out over 1 / (1 - beta) steps and a steady slope adds up, so the
-    number of steps falls to about the square root of SGD's."""
+    """A heavy ball: noise averages out over 1 / (1 - beta) steps, and a steady slope adds up to
+    1 / (1 - beta) times itself: lr must be as much smaller than that of an average."""
     defaults = dict(lr=0.1, beta=0.9)
 
     def update(self, p, g, s, h, lr):
@@ -108,8 +110,8 @@ class Momentum(Optimizer):
         p.add_(m, alpha=-lr)
 
 class AdaGrad(Optimizer):
-    """Each weight gets its own step, the smaller the more it has moved: rare features learn as fast
-    as frequent ones. The sum never shrinks, so in a long run learning dies."""
+    """Each weight gets its own step, the smaller the larger its gradients were: rare features keep
+    large steps. The sum never shrinks, so in a long run learning dies."""
     defaults = dict(lr=0.1, eps=1e-10)
 
     def update(self, p, g, s, h, lr):
@@ -126,7 +128,7 @@ class RMSProp(Optimizer):
 
 class Adam(Optimizer):
     """RMSProp with momentum, both averages corrected for starting at zero. The first step is lr
-    times the gradient's sign: Adam moves every weight by about lr, whatever the loss's units."""
+    times the gradient's sign, whatever the units of the loss; lr bounds the later ones roughly."""
     defaults = dict(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8)
 
     def update(self, p, g, s, h, lr):
@@ -138,7 +140,8 @@ class Adam(Optimizer):
 
 class AdamW(Adam):
     """Adam with decoupled weight decay. Put into the gradient, decay would be divided by sqrt(v)
-    and shrink quiet weights more than busy ones; outside, it pulls all alike (1711.05101)."""
+    and shrink quiet weights more than busy ones; outside, it pulls all alike (1711.05101; times lr,
+    as torch has it)."""
     defaults = dict(Adam.defaults, weight_decay=0.1)
 
     def update(self, p, g, s, h, lr):
@@ -152,8 +155,8 @@ OPTIMIZERS = {"sgd": SGD, "momentum": Momentum, "adagrad": AdaGrad, "rmsprop": R
 # Roles
 # Weights are not alike. A matrix turns vectors into vectors; an embedding is a table of which a
 # step touches few rows (the head is its mirror); a vector (gain, bias) acts on features one by one.
-# Decay belongs on matrices: a norm behind them makes their size meaningless to the model, but
-# not to the optimizer, whose steps would turn a large matrix by ever smaller angles.
+# Decay is for matrices: where a norm follows, their size means nothing to the model, but a step of
+# given length turns a larger matrix by a smaller angle, so size must be kept from growing.
 
 ROLES = ("matrix", "embedding", "vector")
 
@@ -165,6 +168,7 @@ def role(name, p):
 def param_groups(model, weight_decay=None, **lrs):
     """One group per role, every parameter in exactly one; `matrix=0.02` sets that role's lr. Weight
     decay goes to matrices, and to nothing else; leave it out for an optimizer without decay."""
+    assert lrs.keys() <= set(ROLES), f"roles are {ROLES}, not {list(lrs)}"
     groups = {r: {"role": r, "params": []} for r in ROLES}
     for name, p in model.named_parameters(): groups[role(name, p)]["params"].append(p)
     for r, group in groups.items():
@@ -189,28 +193,28 @@ def clip_grad_norm(params, max_norm):
 
 # -----------------------------------------------------------------------------
 # Schedules
-# The best step size falls as training goes on: far from the valley's floor progress counts, near
-# it noise does, and noise is proportional to lr. A schedule maps the fraction x of the run that is
-# done, be it of steps or of minutes, to a multiplier of lr. Warm-up is there because at first
-# Adam's averages know nothing and post-norm models have huge gradients.
+# Far from the valley's floor, long steps make progress; near it, noise makes them bounce, the
+# further the longer they are. So lr falls. A schedule maps the fraction x of the run that is done,
+# be it of steps or of minutes, to a multiplier of lr. Warm-up is there because at first Adam's
+# averages know nothing, and post-norm models have huge gradients; at x = 0 it is zero, so that the
+# first step only fills the averages. All take the same fractions; a schedule uses those it needs.
 
-def warm(x, warmup):
+def constant(x, warmup, cooldown, final):
     return 1.0 if x >= warmup else x / warmup
 
-def constant(x, warmup=0.0, cooldown=0.0, final=0.0):
-    return warm(x, warmup)
-
-def cosine(x, warmup=0.02, cooldown=None, final=0.1):
+def cosine(x, warmup, cooldown, final):
     """0 -> 1 over the warm-up, then half a cosine down to `final` at x = 1 (1608.03983). The length
     of the run must be known from the start: a cosine cut short was never low enough."""
-    if x < warmup: return warm(x, warmup)
-    phase = min(1.0, (x - warmup) / (1 - warmup))
-    return final + 0.5 * (1 + math.cos(math.pi * phase)) * (1 - final)
+    if x < warmup: return x / warmup
+    if x >= 1: return final
+    return final + 0.5 * (1 + math.cos(math.pi * (x - warmup) / (1 - warmup))) * (1 - final)
 
-def wsd(x, warmup=0.02, cooldown=0.4, final=0.0):
-    """Warm-up, stable, decay: constant until 1 - cooldown, then a straight line to `final`. Most of
-    the gain of decay comes in its last part, and the stable part can be prolonged at will."""
-    return warm(x, warmup) * (1 - (1 - final) * min(1.0, max(0.0, 1 - (1 - x) / cooldown)))
+def wsd(x, warmup, cooldown, final):
+    """Warm-up, stable, decay (2404.06395): constant until 1 - cooldown, then a straight line to
+    `final`. The stable part can be prolonged at will, and decayed from anywhere."""
+    if x < warmup: return x / warmup
+    if x <= 1 - cooldown: return 1.0
+    return max(final, 1 - (1 - final) * (x - (1 - cooldown)) / cooldown)
 
 SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}
 
@@ -227,31 +231,33 @@ def valley(turned, d=10, curvature=100.0):
     A = basis @ torch.diag(curvatures) @ basis.T
     return lambda w: 0.5 * w @ A @ w, basis @ torch.randn(d, generator=rng, dtype=torch.float64)
 
-def steps_needed(make, loss, start, limit):
-    """Fewest steps until the loss is a millionth of its start, lr falling to zero over the steps
-    allowed, over a grid of lr and of steps allowed -> (steps, lr), or (None, None)."""
-    for allowed in (n for n in (25, 50, 100, 200, 400, 800, 1600, 3200) if n <= limit):
-        for lr in 10.0 ** torch.arange(-3, 1.1, 0.25, dtype=torch.float64):
+def steps_needed(make, loss, start, limit=1600):
+    """Fewest steps until the loss is a millionth of its start, over a grid of lr and of the steps
+    in which lr falls to zero (25, 50, ... up to limit) -> (steps, lr), or (None, None)."""
+    allowed = 25
+    while allowed <= limit:
+        found = []
+        for lr in (10.0 ** torch.arange(-3, 1.1, 0.25, dtype=torch.float64)).tolist():
             w = torch.nn.Parameter(start.clone())
-            optimizer, first = make([w], lr=float(lr)), loss(start).item()
-            for i in range(allowed):
+            optimizer, first = make([w], lr=lr), loss(start).item()
+            for i in range(allowed + 1):
                 optimizer.zero_grad()
                 value = loss(w)
-                if value.item() < 1e-6 * first: return i, float(lr)
-                if not value.item() < 1e3 * first: break  # it diverges, or is no number any more
+                if value.item() < 1e-6 * first: found.append((i, lr))
+                if found and found[-1][1] == lr or not value.item() < 1e3 * first: break
                 value.backward()
                 optimizer.step(1 - i / allowed)
+        if found: return min(found)
+        allowed *= 2
     return None, None
 
 def main(args):
-    print("steps to bring a quadratic loss of ten weights to a millionth, at the best lr")
-    print(f"{'optimizer':12s}{'state':>14s}{'valley along axes':>24s}{'valley turned':>24s}")
+    print("steps to bring a quadratic loss of ten weights, its curvatures from 1 to 100, to a "
+          "millionth")
+    print(f"{'optimizer':12s}{'valley along axes':>24s}{'valley turned':>24s}")
     for name, make in OPTIMIZERS.items():
         if name == "adamw": make = lambda params, lr: AdamW(params, lr=lr, weight_decay=0.0)
-        p = torch.nn.Parameter(torch.ones(1))
-        p.grad, probe = torch.ones(1), make([p], lr=0.1)
-        probe.step()
-        print(f"{name:12s}{4 * (len(probe.state[0][0]) - 1):8d} B/par", end="")
+        print(f"{name:12s}", end="")
         for turned in (False, True):
             n, lr = steps_needed(make, *valley(turned), args.limit)
             print(f"{'never' if n is None else n:>9} (lr {lr or 0:8.4f})", end="", flush=True)
@@ -262,7 +268,8 @@ def main(args):
 
 def build_parser():
     parser = argparse.ArgumentParser(description="The ladder of optimizers in a narrow valley.")
-    parser.add_argument("--limit", type=int, default=1600, help="most steps tried (default: 1600)")
+    parser.add_argument("--limit", type=int, default=1600,
+                        help="most steps tried, at least 25 (default: 1600)")
     return parser
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ THE MATHS (z logits, p = softmax(z))
 
 THE COSTS
     Prefill: the prompt's T tokens go through at once, 2 N T FLOPs on weights read once: bound by
-    arithmetic. Decoding: each token reads all N weights for 2 N FLOPs: bound by memory, so a batch
-    of B prompts costs hardly more than one. Without a cache a text of T tokens costs O(T^2) passes
-    of one token each, O(T^3) in attention; with it O(T) and O(T^2).
+    arithmetic. Decoding: each token reads all N weights for 2 N FLOPs: bound by memory, and a batch
+    of prompts shares the reading. For a text of T tokens, without a cache O(T^2) tokens go through
+    the model, and attention does O(T^3) work; with one O(T) and O(T^2).
 
 CONTENTS  samplers / generate / streaming text / devices and runs / lesson and command line
 NOT HERE  serving many users at once: paged caches, continuous batching, speculative decoding
-RUN       python sample.py                                    # the lesson, offline
+RUN       python sample.py         # the lesson, offline; last line "... a batch shares the reading"
           python sample.py --run runs/NAME --prompt "def "    # streams text of that run
 REFERENCES
     Fan et al. 2018 (1805.04833) top-k; Holtzman et al. 2020 (1904.09751) top-p; Nguyen et al. 2024
@@ -30,17 +30,16 @@ REFERENCES
 EXERCISE  Empty `top_p` and `pad_left`; fill them until `pytest test_all.py -k "sampl or generate"`
           is green again.
 """
-import argparse
-import sys
-import time
-from dataclasses import dataclass
+import argparse, codecs, sys, time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from bpe import UserError, load_tokenizer
 from kernels import device_name
-from model import LM, ModelConfig, load_model
+from model import LM, ModelConfig, load_model, need_field
 
 # -----------------------------------------------------------------------------
 # Samplers
@@ -48,9 +47,9 @@ from model import LM, ModelConfig, load_model
 # order of the dict: what temperature does changes what top_p keeps.
 
 def temperature(z, t):
-    """Divides the gaps between log-probabilities by t: below 1 bolder for the likely, above 1 for
-    the unlikely."""
-    return z / t
+    """Divides the gaps between log-probabilities by t: below 1 favours the likely, above 1 the
+    unlikely."""
+    return (z - z.max()) / t  # the shift changes no probability, and keeps a tiny t from overflow
 
 def top_k(z, k):
     """Keeps the k likeliest; of equal ones the lower ids, so that exactly k stay."""
@@ -84,19 +83,17 @@ class Sampling:
     stop: int | None = None        # a token that ends the text (end-of-text); it is not returned
 
     def __post_init__(self):
-        def need(ok, name, wanted):
-            if not ok:
-                got = getattr(self, name)
-                raise UserError(f"{name}: got {got!r}, wanted {wanted}; set --{name}")
+        need = partial(need_field, self)
         need(self.max_tokens >= 1, "max_tokens", "at least 1")
         need(0 <= self.temperature < float("inf"), "temperature", "0 (greedy) or more")
         need(self.top_k is None or self.top_k >= 1, "top_k", "at least 1")
         need(self.top_p is None or 0 < self.top_p <= 1, "top_p", "a probability above 0")
         need(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "a probability")
+        need(0 <= self.seed < 2 ** 62, "seed", "an integer from 0 to 2^62")
 
 def draw(logits, how, generator):
     """logits (V,) -> token id."""
-    z = logits.double().cpu()
+    z = logits.cpu().double()  # in this order: some devices have no float64
     if how.temperature == 0: return int(z.argmax())  # the first of equal ones
     for name, sampler in SAMPLERS.items():
         value = getattr(how, name)
@@ -107,7 +104,8 @@ def draw(logits, how, generator):
 # Generation
 # Prompts of different lengths form one batch when padded on the left: all end in the same column,
 # where their next tokens are appended. Padding has position -1, which no token can see. Every row
-# has its own generator, so a prompt gives the same text alone or among others.
+# has its own generator, so a prompt gives the same text alone or among others (up to rounding: in
+# another batch a float32 product may be summed in another order, and a near-tie fall differently).
 
 def pad_left(rows):
     """Lists of ids -> tokens (B, T) and pos (B, T), -1 where padded."""
@@ -134,7 +132,7 @@ def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None):
         if cache is None or cache[0].n == limit:  # prefill: at first, and when the columns are full
             batch = list(live)  # rows that have ended leave here
             for r in batch:
-                if len(rows[r]) - begin[r] > limit: begin[r] = len(rows[r]) - limit // 2
+                if len(rows[r]) - begin[r] > limit: begin[r] = len(rows[r]) - max(1, limit // 2)
             tokens, pos = pad_left([rows[r][begin[r]:] for r in batch])
             cache = model.new_cache(len(batch), limit) if use_cache else None
         else:  # decode: one column; a row that has ended gets padding
@@ -154,19 +152,17 @@ def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None):
     return [row[len(p):] for row, p in zip(rows, prompts)]
 
 class TextStream:
-    """Turns ids into text as they come. A character may be spread over several tokens (bytes), so
-    what does not decode yet is held back, for at most the four bytes of a character."""
+    """Turns ids into text as they come, the same as `decode` of all of them: a character may be
+    spread over several tokens, so bytes that are the beginning of one are held back."""
     def __init__(self, tokenizer, write):
-        self.tokenizer, self.write, self.held = tokenizer, write, []
+        self.vocab, self.write = tokenizer.vocab, write
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def put(self, token):
-        self.held.append(token)
-        text = self.tokenizer.decode(self.held)
-        if not text.endswith("\ufffd") or len(self.held) > 3: self.flush()
+        self.write(self.decoder.decode(self.vocab[token]))
 
     def flush(self):
-        if self.held: self.write(self.tokenizer.decode(self.held))
-        self.held = []
+        self.write(self.decoder.decode(b"", final=True))
 
 # -----------------------------------------------------------------------------
 # Devices and runs
@@ -207,6 +203,7 @@ def encode_prompt(tokenizer, text, limit):
 # The lesson and the command line
 
 def lesson():
+    print(f"cpu ({device_name(torch.device('cpu'))}), {torch.get_num_threads()} threads, float32")
     z = torch.tensor([0.40, 0.25, 0.15, 0.10, 0.06, 0.04]).log()
     print("samplers, on six tokens:")
     for label, out in (("p", z), ("temperature 0.5", temperature(z, 0.5)), ("top_k 3", top_k(z, 3)),
@@ -243,12 +240,12 @@ def main(args):
     if model.cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"{run}: got a tokenizer of {tokenizer.vocab_size} ids and a model of "
                         f"{model.cfg.vocab_size}, wanted the same; use an unchanged run directory")
-    how = Sampling(**{**vars(how), "stop": tokenizer.eot})
+    how = replace(how, stop=tokenizer.eot)
     prompts = [encode_prompt(tokenizer, text, model.cfg.seq_len) for text in args.prompt or [None]]
     print(f"{run}: {model.cfg}\n{device} ({device_name(device)}), float32, "
           f"{torch.get_num_threads()} threads, {how}", file=sys.stderr)
     out = lambda text: print(text, end="", flush=True)
-    start, made = time.perf_counter(), 0
+    start = time.perf_counter()
     if len(prompts) == 1:  # stream it
         stream = TextStream(tokenizer, out)
         out(args.prompt[0] if args.prompt else "")

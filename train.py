@@ -10,13 +10,16 @@ THE IDEA
 
 THE MATHS
     loss = mean of -log p(next token), in nats          perplexity = exp(loss)
-    bits_per_byte = sum of -log p / (ln 2 * bytes)      what a compressor made of it would reach
-    training FLOPs a token = 6 N + 6 L S H Dh           (model.py counts them exactly)
-    MFU = tokens/s * FLOPs a token / peak FLOP/s        the part of the machine that did useful work
+    bits_per_byte = sum of -log p / (ln 2 * bytes)    the size to which a compressor that uses the
+                                                      model shrinks a byte of text
+    training FLOPs a token = 6 N + 12 L S H Dh        N weights in matrices, L layers, context S,
+                                                      H heads of width Dh: model.py counts them
+    MFU = tokens/s * FLOPs a token / peak FLOP/s      the part of the machine that did useful work
 
 THE COSTS
     Memory in float32: 16 bytes a parameter for weight, gradient and AdamW's two averages; and
-    activations, which grow with micro_batch, not with batch_size: gradients of micro-batches add.
+    activations, which grow with micro_batch, not with batch_size: gradients of micro-batches add up
+    to that of the batch.
 
 CONTENTS  TrainConfig / setting up a machine / evaluation and Shannon's ladder / one step /
           checkpoints / fit, the loop / tools: walk, profile, board, plot / command line
@@ -30,37 +33,40 @@ REFERENCES
     mixed precision; Kaplan et al. 2020 (2001.08361) 6ND; Chowdhery et al. 2022 (2204.02311) MFU
 EXERCISE  Empty `local_step`; fill it until `pytest test_all.py -k accumulation` is green again.
 """
-import argparse
-import ctypes
-import dataclasses
-import json
-import math
-import os
-import signal
-import sys
-import time
+import argparse, dataclasses, json, math, os, signal, sys, time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from bpe import UserError, atomic_write, load_tokenizer
+from bpe import UserError, atomic_write
 from data import SOURCES, Loader, open_tokens, prepare, windows
-from kernels import device_name, peak_flops_per_s, synchronize
-from model import (LM, PRESETS, ModelConfig, flag, load_state, load_tensors, preset, published,
-                   save_model, save_tensors)
+from kernels import (device_name, fastest_dtype, keep_freed_memory, peak_flops_per_s,
+                     synchronize)
+from model import (LM, PRESETS, ModelConfig, flag, load_state, load_tensors, need_field, preset,
+                   published, save_model, save_tensors)
 from optim import OPTIMIZERS, SCHEDULES, clip_grad_norm, param_groups, role
 from sample import Sampling, TextStream, generate, pick_device
 
 # -----------------------------------------------------------------------------
 # Configuration
+# A sequence is seq_len tokens; a step is one update of the weights from batch_size sequences, which
+# go through the model micro_batch at a time. Ranks are processes that share a step.
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
+          "float64": torch.float64}
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The settings of a run, but for those of its model."""
+    preset: str = flag("modern", f"architecture, a row of model fields: {', '.join(PRESETS)}")
     dataset: str = flag("stdlib", f"{', '.join(SOURCES)}, or a path to a text file or folder")
     tokenizer: str = flag("bpe", "bpe, byte, char, or a path to a tokenizer.json")
+    data_dir: str = flag("data", "folder for texts, tokenizers and tokens")
+    mirror: str | None = flag(None, "URL of a server to download from; none: the source's own")
     minutes: float | None = flag(3.0, "budget in minutes of training steps; none: use steps")
     steps: int | None = flag(None, "budget in optimizer steps; none: use minutes")
     batch_size: int = flag(32, "sequences per optimizer step, over all ranks")
@@ -68,9 +74,9 @@ class TrainConfig:
     optimizer: str = flag("adamw", ", ".join(OPTIMIZERS))
     lr: float = flag(3e-3, "peak learning rate")
     weight_decay: float = flag(0.1, "decay of matrices, for an optimizer that has it")
-    schedule: str = flag("wsd", ", ".join(SCHEDULES) + ", over the fraction of the budget spent")
+    schedule: str = flag("wsd", "lr over the budget: constant, cosine, wsd (warm, stable, decay)")
     warmup: float = flag(0.02, "fraction of the budget in which lr rises")
-    cooldown: float = flag(0.6, "fraction of the budget in which wsd falls")
+    cooldown: float = flag(0.6, "fraction of the budget in which lr falls, for wsd")
     final_lr: float = flag(0.0, "lr at the end as a fraction of its peak")
     clip: float = flag(1.0, "largest global norm of the gradient")
     evals: int = flag(3, "evaluations on the whole validation set, the last at the end")
@@ -83,10 +89,7 @@ class TrainConfig:
     seed: int = flag(0, "of initial weights, order of data, dropout and the sample")
 
     def __post_init__(self):
-        def need(ok, name, wanted):
-            if not ok:
-                got = getattr(self, name)
-                raise UserError(f"{name}: got {got!r}, wanted {wanted}; set --{name}")
+        need = partial(need_field, self)
         for name in ("minutes", "steps", "batch_size", "micro_batch", "lr", "clip", "evals",
                      "log_steps", "threads"):
             value = getattr(self, name)
@@ -99,15 +102,18 @@ class TrainConfig:
              f"a divisor of batch_size {self.batch_size}")
         for name in ("warmup", "cooldown", "final_lr"):
             need(0 <= getattr(self, name) <= 1, name, "a fraction from 0 to 1")
-        need(self.cooldown > 0, "cooldown", "more than 0; --schedule constant has none")
+        need(0 < self.cooldown <= 1 - self.warmup or self.schedule != "wsd", "cooldown",
+             f"more than 0, and with warmup {self.warmup} at most 1")
         for name in ("weight_decay", "save_minutes", "seed"):
-            need(getattr(self, name) >= 0, name, "0 or more")
+            need(0 <= getattr(self, name) < 2 ** 62, name, "0 or more")
+        # No silent knobs: what the choice above does not use must hold its default.
+        need(self.schedule == "wsd" or self.cooldown == 0.6, "cooldown", "its default without wsd")
+        need(self.schedule != "constant" or self.final_lr == 0, "final_lr", "0 if lr is constant")
+        decays = "weight_decay" in OPTIMIZERS[self.optimizer].defaults
+        need(decays or self.weight_decay == 0.1, "weight_decay", f"none with {self.optimizer}")
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
-          "float64": torch.float64}
-
-# What a budget buys on a kind of device, as defaults under a preset's row and under flags. The row
-# for a CPU was chosen by trials on two cores [measured]; those for a GPU are [our choice].
+# What a budget buys on a kind of device: flags override a preset's row, and that overrides these.
+# The row for a CPU was chosen by trials on two cores [measured]; those for a GPU are [our choice].
 RECIPES = {
     "cpu": dict(vocab_size=2048, seq_len=128, n_layers=4, d_model=192, n_heads=3, batch_size=16),
     "cuda": dict(vocab_size=4096, seq_len=256, n_layers=6, d_model=384, n_heads=6, batch_size=128,
@@ -116,9 +122,9 @@ RECIPES = {
                      batch_size=512, micro_batch=32, minutes=90.0, save_minutes=5.0, log_steps=10),
 }
 
-def add_fields(parser, config_class):
+def add_fields(parser, config_class, recipes):
     """One flag per field of a dataclass. What is not given stays out of the namespace, so that it
-    can be told from a default; `none` spells None."""
+    can be told from a default; `none` spells None. The help shows a recipe's default, if any."""
     def read(text, kind, optional):
         if optional and text.lower() == "none": return None
         if kind is not bool: return kind(text)
@@ -131,31 +137,15 @@ def add_fields(parser, config_class):
         parse = lambda text, k=kind, o="None" in str(f.type): read(text, k, o)
         parse.__name__ = kind.__name__  # what argparse calls it in an error
         bare = dict(nargs="?", const=True) if kind is bool else {}  # --tie is --tie true
+        values = {name: row.get(f.name, f.default) for name, row in recipes.items()}
+        default = f.default if set(values.values()) == {f.default} else \
+            ", ".join(f"{value} on {name}" for name, value in values.items())
         group.add_argument(f"--{f.name}", type=parse, default=argparse.SUPPRESS, **bare,
-                           help=f"{f.metadata['help']} (default: {f.default})",
+                           help=f"{f.metadata['help']} (default: {default})",
                            metavar=kind.__name__)
 
 # -----------------------------------------------------------------------------
 # Setting up a machine
-
-def fastest_dtype(device):
-    """bfloat16 where there are units for it, else float32. On a CPU without them a bfloat16 product
-    is emulated, a hundred times slower."""
-    if device.type == "cuda": fast = torch.cuda.is_bf16_supported()
-    elif device.type == "cpu":
-        fast = any(getattr(torch.cpu, name, lambda: False)()
-                   for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    else: fast = False
-    return torch.bfloat16 if fast else torch.float32
-
-def keep_freed_memory():
-    """Asks glibc not to return freed memory to the system. A tensor above its threshold is mapped
-    anew at each use and zeroed page by page, which took longer than the softmax computed in it."""
-    if not sys.platform.startswith("linux"): return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"): return False
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1))
 
 @dataclass
 class Machine:
@@ -168,8 +158,8 @@ class Machine:
 
 def set_up(cfg):
     device = pick_device(cfg.device)
-    torch.set_num_threads(cfg.threads or os.cpu_count() or 1)
-    torch.manual_seed(cfg.seed)
+    ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    torch.set_num_threads(cfg.threads or len(ours))
     dtype = DTYPES[cfg.dtype] or fastest_dtype(device)
     kept = device.type == "cpu" and keep_freed_memory()
     if device.type == "cuda": torch.set_float32_matmul_precision("high")
@@ -181,8 +171,9 @@ def set_up(cfg):
                    f"peak {peak:.3g} FLOP/s ({source})")
 
 def build(model_cfg, cfg, machine):
-    """A fresh model on its device and its optimizer. Weights are float32 (float64 on request), the
-    stream has the dtype of the machine."""
+    """A fresh model on its device, and its optimizer. Weights are float32 (float64 on request), the
+    residual stream has the dtype of the machine."""
+    torch.manual_seed(cfg.seed)
     model = LM(model_cfg).to(machine.device)
     if machine.dtype == torch.float64: model = model.double()
     else: model.compute_dtype = machine.dtype
@@ -193,12 +184,12 @@ def build(model_cfg, cfg, machine):
 # -----------------------------------------------------------------------------
 # Evaluation
 # The whole validation set in windows that do not overlap, each token predicted once. Tokens at the
-# start of a window see little context, so a longer seq_len alone makes the number better: it is
-# printed with it. Bytes are those of the text; tokens that mark ends of text cost bits, not bytes.
+# start of a window see little context, so a longer seq_len alone makes the number better: it stands
+# beside it. Bytes are those of the text; tokens that mark the ends of texts cost bits, not bytes.
 
 @torch.no_grad()
 def evaluate(model, tokens, n_bytes, seq_len, batch_size, device):
-    """-> dict of loss (nats per token), bits_per_byte, tokens."""
+    """-> dict of loss (nats per token), bits_per_byte, tokens, context."""
     training, total, counted = model.training, 0.0, 0
     model.eval()
     n = -(-(len(tokens) - 1) // seq_len)
@@ -209,30 +200,33 @@ def evaluate(model, tokens, n_bytes, seq_len, batch_size, device):
         short = batch_size - len(which)  # a last batch of the same shape, for a compiled model
         x, y = (torch.nn.functional.pad(t, (0, 0, 0, short), value=v) for t, v in ((x, 0), (y, -1)))
         losses, _ = model(x.to(device), y.to(device))
-        total, counted = total + losses.double().sum().item(), counted + (y >= 0).sum().item()
+        total, counted = total + losses.cpu().double().sum().item(), counted + (y >= 0).sum().item()
     model.train(training)
     bits_per_byte = total / math.log(2) / n_bytes
-    return {"loss": total / counted, "bits_per_byte": bits_per_byte, "tokens": counted}
+    return {"loss": total / counted, "bits_per_byte": bits_per_byte, "tokens": counted,
+            "context": seq_len}
 
 def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
     """bits_per_byte of models that know no tokens, single tokens, pairs of tokens: what a network
-    must beat. Counted on at most `limit` tokens; smoothed as Witten and Bell (1991) do: a pair's
-    count is mixed with the single token's probability, the more so the more different tokens
-    followed the first."""
-    train, valid = np.asarray(train[:limit], np.int64), np.asarray(valid, np.int64)
-    to_bpb = lambda p: float(-np.log2(p).sum() / n_bytes)
+    must beat. Counted on at most `limit` tokens. A pair a, b that was seen c(ab) times after n(a)
+    different followers of a has, by Witten and Bell (1991), the probability
+    (c(ab) + n(a) p(b)) / (c(a) + n(a)): the more surprises followed a, the more p(b) counts."""
+    train = np.asarray(train[:limit], np.int64)
     single = np.bincount(train, minlength=vocab_size) + 1.0
     single /= single.sum()
     pairs, count = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
     followers = np.bincount(pairs // vocab_size, minlength=vocab_size)
     seen = np.bincount(train[:-1], minlength=vocab_size)
-    a, b = valid[:-1], valid[1:]
-    at = np.searchsorted(pairs, a * vocab_size + b).clip(max=len(pairs) - 1)
-    together = np.where(pairs[at] == a * vocab_size + b, count[at], 0)
-    mixed = np.where(seen[a] > 0, (together + followers[a] * single[b])
-                     / np.maximum(seen[a] + followers[a], 1), single[b])
-    return {"uniform": to_bpb(np.full(len(b), 1 / vocab_size)), "unigram": to_bpb(single[b]),
-            "bigram": to_bpb(mixed)}
+    bits = {"uniform": (len(valid) - 1) * math.log2(vocab_size), "unigram": 0.0, "bigram": 0.0}
+    for i in range(0, len(valid) - 1, 1 << 22):  # in pieces, for memory
+        part = np.asarray(valid[i:i + (1 << 22) + 1], np.int64)
+        a, b = part[:-1], part[1:]
+        at = np.searchsorted(pairs, a * vocab_size + b).clip(max=len(pairs) - 1)
+        together = np.where(pairs[at] == a * vocab_size + b, count[at], 0)
+        mixed = (together + followers[a] * single[b]) / np.maximum(seen[a] + followers[a], 1)
+        bits["unigram"] -= np.log2(single[b]).sum()
+        bits["bigram"] -= np.log2(np.where(seen[a] > 0, mixed, single[b])).sum()
+    return {name: float(n / n_bytes) for name, n in bits.items()}
 
 # -----------------------------------------------------------------------------
 # One step
@@ -260,8 +254,8 @@ class Progress:
     step: int = 0
     seconds: float = 0.0   # sum of step times: what --minutes counts
     seen: int = 0          # sequences
-    tokens: int = 0
     evals: int = 0         # evaluations done
+    bad: int = 0           # steps skipped in a row
     loss_sum: float = 0.0  # over the steps since the last line of the log
     loss_steps: int = 0
 
@@ -269,33 +263,41 @@ def checkpoints(run):
     """Paths, newest first."""
     return sorted(Path(run).glob("checkpoint-*.safetensors"), reverse=True)
 
+def generator_of(model):
+    """(get, set) for the state of the random generator of the model's device."""
+    device = next(model.parameters()).device
+    if device.type == "cpu": return torch.get_rng_state, torch.set_rng_state
+    backend = getattr(torch, device.type)
+    return (partial(backend.get_rng_state, device=device),
+            lambda state: backend.set_rng_state(state, device=device))
+
 def save_checkpoint(run, model, optimizer, progress):
     """Writes a checkpoint, then the weights alone as a directory that sample.py reads."""
-    state = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available(): state["rng.cuda"] = torch.cuda.get_rng_state()
-    save_tensors(Path(run) / f"checkpoint-{progress.step:08d}.safetensors",
-                 {**{f"model/{k}": v for k, v in published(model).items()},
-                  **{f"optimizer/{k}": v for k, v in optimizer.state_tensors().items()}, **state},
+    tensors = {f"model/{name}": p for name, p in published(model).items()}
+    tensors |= {f"optimizer/{name}": x for name, x in optimizer.state_tensors().items()}
+    tensors["generator"] = generator_of(model)[0]()
+    save_tensors(Path(run) / f"checkpoint-{progress.step:08d}.safetensors", tensors,
                  {"progress": json.dumps(dataclasses.asdict(progress))})
     save_model(model, run)
     for old in checkpoints(run)[2:]: old.unlink()
 
 def load_checkpoint(run, model, optimizer):
     """Restores the newest checkpoint that is whole -> Progress; none at all is a fresh start."""
-    found = checkpoints(run)
-    for path in found:
+    damaged = []
+    for path in checkpoints(run):
         try: tensors, metadata = load_tensors(path)
         except UserError:  # it has said which file and what is wrong
             print(f"{path} is left out; trying the one before it", flush=True)
+            damaged.append(path)
             continue
         part = lambda kind: {k[len(kind):]: v for k, v in tensors.items() if k.startswith(kind)}
         load_state(model, part("model/"), path)
         optimizer.load_state_tensors(part("optimizer/"))
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        generator_of(model)[1](tensors["generator"])
+        for other in damaged: other.rename(other.with_suffix(".damaged"))  # out of the rotation
+        for temp in Path(run).glob(".*.tmp"): temp.unlink()  # left by a kill in the midst of a save
         return Progress(**json.loads(metadata["progress"]))
-    if found:
+    if damaged:
         raise UserError(f"{run}: got no checkpoint that is whole, wanted one; start a new run")
     return Progress()
 
@@ -322,82 +324,85 @@ class Stop:
         for n, handler in self.old.items(): signal.signal(n, handler)
 
 class Log:
-    """Prints a line and appends it as JSON to the run's log.jsonl; a run that goes on first drops
-    what came after its checkpoint."""
+    """Prints a line and appends it as JSON to the run's log.jsonl. A run that goes on first drops
+    what came after its checkpoint, which was saved after the line of its step's loss and before
+    its evaluation."""
     def __init__(self, run, progress):
-        self.path = Path(run) / "log.jsonl" if run else None
-        if self.path:
-            old = self.path.read_text().splitlines() if self.path.exists() else []
-            rows = [json.loads(line) for line in old if line.endswith("}")]
-            keep = [r for r in rows if r["step"] < progress.step or (r["step"] == progress.step
-                                                                     and "loss" in r)]
-            with atomic_write(self.path, "w") as f: f.writelines(json.dumps(r) + "\n" for r in keep)
+        self.path, rows = run and Path(run) / "log.jsonl", []
+        if not run: return
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try: row = json.loads(line)
+            except ValueError: continue  # cut short by a kill
+            at = row["step"] - progress.step
+            if at < 0 or at == 0 and ("loss" in row or "ladder" in row): rows.append(line + "\n")
+        with atomic_write(self.path, "w") as f: f.writelines(rows)
 
     def write(self, line, **row):
         print(line, flush=True)
-        if self.path:
+        if not self.path: return
+        try:
             with open(self.path, "a") as f: f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise UserError(f"{self.path}: got {e.strerror}, wanted to append to the log; free "
+                            "some space, then: python train.py --resume")
 
 def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluation=None,
         step=local_step, save=save_checkpoint, load=load_checkpoint, agree=lambda x: x,
         is_main=True):
-    """Trains until the budget of cfg is spent or a signal comes -> (Progress, last evaluation).
-    `evaluation()` returns the dict of `evaluate`; run is a directory, or None to keep nothing."""
-    micro = cfg.micro_batch or cfg.batch_size
-    assert cfg.batch_size % micro == 0
+    """Trains until the budget of cfg is spent or a signal comes -> (Progress, dict of the last
+    evaluation, which is empty if a signal came). `evaluation(model)` returns the dict of
+    `evaluate`; run is a directory, or None to keep nothing."""
     now = load(run, model, optimizer) if run and resume else Progress()
     loader.seek(now.seen)
     log = Log(run if is_main else None, now)
     forward = torch.compile(model, dynamic=False) if machine.compile else model
-    per_token, result, bad, saved = model.flops_per_token(), {}, 0, time.perf_counter()
+    micro = cfg.micro_batch or cfg.batch_size
+    schedule = lambda x: SCHEDULES[cfg.schedule](x, cfg.warmup, cfg.cooldown, cfg.final_lr)
+    spent = lambda: agree(now.step / cfg.steps if cfg.steps else now.seconds / 60 / cfg.minutes)
     params = [p for group in optimizer.groups for p in group["params"]]
-    fraction = lambda: agree(now.step / cfg.steps if cfg.steps else now.seconds / 60 / cfg.minutes)
-    if run and not (resume and now.step): save(run, model, optimizer, now)
+    if run and not now.step: save(run, model, optimizer, now)  # there is always one to resume
     if machine.compile: warm_up(forward, loader, micro, machine, step)
     model.train()
-    mark = dataclasses.replace(now)  # as of the last line of the log
+    result, saved, mark, norm, lr = {}, time.perf_counter(), dataclasses.replace(now), 0.0, 0.0
     with Stop() as stop:
         while True:
-            x = fraction()
-            asked = agree(stop.asked)
+            # In this order a kill at any moment loses nothing: the log's line, the checkpoint that
+            # knows it was written, and only then the evaluation, which can be done again.
+            x, asked = spent(), agree(stop.asked)
             due = x >= (now.evals + 1) / cfg.evals
-            if run and (asked or due or time.perf_counter() - saved > 60 * cfg.save_minutes):
-                save(run, model, optimizer, now)  # before an evaluation: none can lose a run
+            if now.loss_steps and (due or now.step % cfg.log_steps == 0 or now.step == 1):
+                if is_main: log_step(log, now, mark, x, norm, lr, model, loader, machine)
+                now.loss_sum, now.loss_steps = 0.0, 0
+                mark = dataclasses.replace(now)
+            late = agree(time.perf_counter() - saved > 60 * cfg.save_minutes)
+            if run and (asked or due or late):
+                save(run, model, optimizer, now)
                 saved = time.perf_counter()
             if asked: break
             if due:
                 now.evals = int(x * cfg.evals + 1e-9)
-                if evaluation:
-                    result = evaluation()
-                    if is_main: report(log, now, result)
+                result = evaluation(forward) if evaluation else {}
+                if is_main and result: report(log, now, result)
             if x >= 1: break
             start = time.perf_counter()
             batches = take(loader, micro, machine.device)
             optimizer.zero_grad()
             loss = step(forward, batches)
-            norm = clip_grad_norm(params, cfg.clip)
-            if agree(bool(torch.isfinite(loss) & torch.isfinite(norm))):
-                optimizer.step(SCHEDULES[cfg.schedule](x, cfg.warmup, cfg.cooldown, cfg.final_lr))
-                bad = 0
-            else:
-                bad += 1
-                if is_main: log.write(f"step {now.step}: loss {loss.item()}, gradient norm "
-                                      f"{norm.item()}: skipped", step=now.step, skipped=True)
-                if bad == 3: raise SystemExit(give_up(run, now))
+            norm, lr = clip_grad_norm(params, cfg.clip), cfg.lr * schedule(x)
+            good = agree(bool(torch.isfinite(loss) & torch.isfinite(norm)))
+            if good: optimizer.step(schedule(x))
             synchronize(machine.device)
-            took = time.perf_counter() - start
             now.step, now.seen = now.step + 1, loader.seen
-            now.tokens += cfg.batch_size * loader.seq_len
-            now.seconds = agree(now.seconds + took)
-            now.loss_sum, now.loss_steps = now.loss_sum + loss.item(), now.loss_steps + 1
-            if now.step % cfg.log_steps == 0 or now.step == 1 or now.step == cfg.steps:
-                if is_main: log_step(log, now, mark, x, norm, per_token, machine, cfg)
-                now.loss_sum, now.loss_steps = 0.0, 0
-                mark = dataclasses.replace(now)
+            now.seconds = agree(now.seconds + time.perf_counter() - start)
+            now.bad = 0 if good else now.bad + 1
+            if good: now.loss_sum, now.loss_steps = now.loss_sum + loss.item(), now.loss_steps + 1
+            elif is_main: log.write(f"step {now.step:6d}  skipped: loss {loss.item()}, gradient "
+                                    f"norm {norm.item()}", step=now.step, skipped=True)
+            if now.bad == 3: raise SystemExit(give_up(run, now))
     if asked and is_main:
         print(f"{asked}: stopped after step {now.step}" + (
             f", saved; go on with: python train.py --resume --run {run}" if run else ""))
-    return now, result
+    return now, {} if asked else result
 
 def take(loader, micro, device):
     """The next batch as micro-batches on the device."""
@@ -409,7 +414,9 @@ def take(loader, micro, device):
 def warm_up(forward, loader, micro, machine, step):
     """Compiles on a batch that is then put back: compiling is set-up, not training."""
     seen = loader.seen
-    step(forward, take(loader, micro, machine.device)[:1])
+    with torch.random.fork_rng():  # dropout must not notice
+        step(forward, take(loader, micro, machine.device)[:1])
+    synchronize(machine.device)
     loader.seek(seen)
 
 def give_up(run, now):
@@ -417,12 +424,12 @@ def give_up(run, now):
     return (f"three steps in a row without a finite loss, the last at step {now.step}; the last "
             f"good checkpoint is {last}; train with a smaller --lr, or on other data")
 
-def log_step(log, now, mark, x, norm, per_token, machine, cfg):
-    rate = (now.tokens - mark.tokens) / (now.seconds - mark.seconds)
-    lr = cfg.lr * SCHEDULES[cfg.schedule](x, cfg.warmup, cfg.cooldown, cfg.final_lr)
+def log_step(log, now, mark, x, norm, lr, model, loader, machine):
+    tokens = now.seen * loader.seq_len
+    rate = (tokens - mark.seen * loader.seq_len) / (now.seconds - mark.seconds)
     row = dict(step=now.step, minutes=now.seconds / 60, loss=now.loss_sum / now.loss_steps, lr=lr,
-               grad_norm=norm.item(), tokens=now.tokens, tokens_per_s=rate,
-               mfu=rate * per_token / machine.peak)
+               grad_norm=float(norm), tokens=tokens, tokens_per_s=rate,
+               mfu=rate * model.flops_per_token() / machine.peak)
     log.write("step {step:6d}  {x:5.1f} %  {minutes:7.2f} min  loss {loss:7.4f}  lr {lr:.2e}  norm "
               "{grad_norm:6.2f}  {tokens_per_s:9,.0f} tokens/s  MFU {percent:4.1f} %"
               .format(x=100 * x, percent=100 * row["mfu"], **row), **row)
@@ -430,24 +437,31 @@ def log_step(log, now, mark, x, norm, per_token, machine, cfg):
 def report(log, now, result):
     row = dict(step=now.step, minutes=now.seconds / 60, valid=result)
     log.write("step {step:6d}  validation: bits_per_byte {valid[bits_per_byte]:.4f}, loss "
-              "{valid[loss]:.4f} nats a token, {minutes:.2f} min".format(**row), **row)
+              "{valid[loss]:.4f} nats a token at context {valid[context]}, {minutes:.2f} min"
+              .format(**row), **row)
 
 # -----------------------------------------------------------------------------
 # Tools that look at a run
 
 def walk(model, optimizer, corpus, cfg, machine):
-    """One batch through every stage from text to moved weights; waits for Enter in a terminal."""
+    """One batch through every stage from text to moved weights; waits for Enter in a terminal. A
+    few steps come first, without a word: at the start zeros are all there is to see."""
     def stage(title, lines):
         print(f"\n== {title}")
         for line in lines: print("   " + line)
         if sys.stdin.isatty(): input("   [Enter] ")
 
     def shown(name, t):
-        values = " ".join(f"{v:+.3f}" for v in t.detach().float().flatten()[:6].tolist())
-        return f"{name:38s} {str(tuple(t.shape)):20s} {values} ..."
+        values = " ".join(f"{v:+.1e}" for v in t.detach().float().flatten()[:5].tolist())
+        return f"{name:38s} {str(tuple(t.shape)):17s} {values} ..."
 
     tok, named, outputs = corpus.tokenizer, dict(model.named_parameters()), []
-    batch = next(Loader(open_tokens(corpus.train), model.cfg.seq_len, 2, cfg.seed))
+    loader = Loader(open_tokens(corpus.train), model.cfg.seq_len, 2, cfg.seed)
+    for batch in (next(loader) for _ in range(10)):
+        optimizer.zero_grad()
+        local_step(model, [[t.to(machine.device) for t in batch]])
+        optimizer.step(0.3)
+    batch = next(loader)
     ids, piece = batch[0][0].tolist(), lambda i: repr(tok.decode([i]))
     tokens, targets = (t.to(machine.device) for t in batch)
     stage("1. text: the first of two sequences", tok.decode(ids)[:240].splitlines())
@@ -469,9 +483,11 @@ def walk(model, optimizer, corpus, cfg, machine):
           f"{model.cfg.vocab_size} = {math.log(model.cfg.vocab_size):.4f}"])
     stage("7. backward: gradients, in the shape of what they move", [
         shown(name, p.grad) for name, p in named.items() if ".0" in name or "layers" not in name])
+    norm = clip_grad_norm(named.values(), cfg.clip).item()
     old = {name: p.detach().clone() for name, p in named.items()}
-    optimizer.step()
-    stage(f"8. update: {cfg.optimizer} moves each weight by about lr = {cfg.lr}", [
+    optimizer.step(0.3)
+    stage(f"8. update: the gradient, of norm {norm:.3f}, is clipped to {cfg.clip} if larger; then "
+          f"{cfg.optimizer} moves the weights, here at 0.3 lr = {0.3 * cfg.lr:.1e}", [
         shown(f"{role(name, p):9s} {name[-28:]}", p - old[name]) for name, p in named.items()
         if ".0" in name or "layers" not in name])
     after = (model(tokens, targets)[0].sum() / (targets >= 0).sum()).item()
@@ -481,10 +497,17 @@ def profile(model, optimizer, loader, cfg, machine, folder):
     """Ten steps under torch.profiler: the ten costliest operations, and a trace for a browser."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if machine.device.type == "cuda": kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    steps = lambda n: dataclasses.replace(cfg, minutes=None, steps=n, log_steps=n)
-    fit(model, optimizer, loader, steps(2), machine)  # the first steps are slower than all others
+    forward = torch.compile(model, dynamic=False) if machine.compile else model
+
+    def step():
+        optimizer.zero_grad()
+        local_step(forward, take(loader, cfg.micro_batch or cfg.batch_size, machine.device))
+        optimizer.step()
+
+    for _ in range(3): step()  # the first ones compile, and allocate
     with torch.profiler.profile(activities=kinds) as prof:
-        fit(model, optimizer, loader, steps(10), machine)
+        for _ in range(10): step()
+        synchronize(machine.device)
     key = "self_cuda_time_total" if machine.device.type == "cuda" else "self_cpu_time_total"
     print(prof.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=40))
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -499,15 +522,16 @@ def board(runs):
         except ValueError: print(f"{path}: damaged, left out")
     if not rows:
         raise UserError(f"board: got no finished run under {runs}/; wanted one; python train.py")
-    print(f"{'run':26s}{'bits_per_byte':>14s}{'minutes':>9s}{'FLOPs':>10s}{'parameters':>12s}")
+    print(f"{'run':26s}{'bits_per_byte':>14s}{'context':>8s}{'minutes':>9s}{'FLOPs':>10s}"
+          f"{'parameters':>12s}")
     for r in sorted(rows, key=lambda r: (r["text"], r["bits_per_byte"])):
-        print("{run:26s}{bits_per_byte:14.4f}{minutes:9.2f}{flops:10.2e}{parameters:12,d}  "
-              "{dataset} {text:.8}, {hardware}".format(**r))
+        print("{run:26s}{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}"
+              "{parameters:12,d}  {dataset} {text:.8}, {hardware}".format(**r))
 
 def plot(run):
     """Draws runs/NAME/loss.png from the log if matplotlib is installed."""
     try: import matplotlib
-    except ImportError: return
+    except ImportError: return print("no picture: matplotlib is not installed")
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     rows = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
@@ -516,8 +540,7 @@ def plot(run):
     plt.plot([r["minutes"] for r in steps], [r["loss"] for r in steps], label="training")
     plt.plot([r["minutes"] for r in valid], [r["valid"]["loss"] for r in valid], "o",
              label="validation")
-    plt.xlabel("minutes")
-    plt.ylabel("loss (nats per token)")
+    plt.gca().set(xlabel="minutes", ylabel="loss (nats per token)")
     plt.legend()
     plt.savefig(Path(run) / "loss.png", dpi=120)
     plt.close()
@@ -525,37 +548,39 @@ def plot(run):
 
 # -----------------------------------------------------------------------------
 # The command line
+# The settings of a run are a dict of three: `train` and `model`, fields of the two configurations,
+# and `data`, hashes of the tokenizer and the texts. They are kept in its train.json.
 
 def settle(given, device):
-    """Flags over the preset's row over the recipe over the dataclasses' defaults -> (TrainConfig,
-    fields of the ModelConfig)."""
-    if given["preset"] not in PRESETS:
-        raise UserError(f"preset: got {given['preset']!r}, wanted {' or '.join(PRESETS)}; "
-                        "set --preset")
+    """Flags over the preset's row over the recipe over the dataclasses' defaults -> settings."""
     recipe = "cpu" if device.type != "cuda" else \
         "cuda owt" if given.get("dataset") == "owt" else "cuda"
-    merged = {**RECIPES[recipe], **PRESETS[given["preset"]], **given}
+    name = given.get("preset", TrainConfig.preset)
+    preset(name)  # an unknown one is refused
+    if given.get("tokenizer", "bpe") != "bpe" and "vocab_size" in given:
+        raise UserError(f"vocab_size: got {given['vocab_size']}, wanted none, as the tokenizer "
+                        f"{given['tokenizer']} has its own; leave --vocab_size out")
+    merged = {**RECIPES[recipe], **PRESETS[name], **given}
     if given.get("steps") and "minutes" not in given: merged["minutes"] = None
-    names = lambda c: {f.name for f in dataclasses.fields(c)}
-    return (TrainConfig(**{k: v for k, v in merged.items() if k in names(TrainConfig)}),
-            {k: v for k, v in merged.items() if k in names(ModelConfig)})
+    pick = lambda config: dataclasses.asdict(config(**{
+        f.name: merged[f.name] for f in dataclasses.fields(config) if f.name in merged}))
+    return {"train": pick(TrainConfig), "model": pick(ModelConfig), "data": None}
 
 def resumed(run, given):
-    """The settings a run was started with; a flag given now that differs is an error."""
-    try: old = json.loads((run / "train.json").read_text())
+    """The settings a run was begun with; a flag given now that differs is an error."""
+    try: settings = json.loads((run / "train.json").read_text())
     except (OSError, ValueError) as e:
         raise UserError(f"{run}/train.json: got {type(e).__name__}, wanted the settings of a run; "
                         "resume a run that train.py began")
-    known = {**old["train"], **old["model"], **old["where"]}
-    for name, value in given.items():
-        if name in known and known[name] != value:
-            raise UserError(f"{name}: got {value!r}, wanted {known[name]!r}, as {run} was begun; "
+    for name, old in {**settings["train"], **settings["model"]}.items():
+        if given.get(name, old) != old:
+            raise UserError(f"{name}: got {given[name]!r}, wanted {old!r}, as {run} was begun; "
                             f"leave --{name} out, or begin a new run")
-    return TrainConfig(**old["train"]), old["model"], old["where"]
+    return settings
 
-def run_directory(args, dataset):
+def run_directory(args):
     """Where the run lives: --run, or a free name; with --resume the newest unless named."""
-    runs = Path("runs")
+    runs, given = Path("runs"), vars(args)
     if args.run: path = Path(args.run) if os.sep in args.run else runs / args.run
     elif args.resume:
         found = sorted(runs.glob("*/train.json"), key=lambda p: p.stat().st_mtime)
@@ -563,62 +588,84 @@ def run_directory(args, dataset):
             raise UserError("resume: got no run under runs/, wanted one; leave --resume out")
         path = found[-1].parent
     else:
-        stem = f"{Path(dataset).stem}-{args.preset}"
+        stem = "-".join([Path(given.get("dataset", TrainConfig.dataset)).stem,
+                         given.get("preset", TrainConfig.preset)])
         path = next(p for p in (runs / f"{stem}-{i}" for i in range(1, 10 ** 6)) if not p.exists())
     if args.resume and not (path / "train.json").exists():
         raise UserError(f"resume: got {path}, wanted a run that train.py began; leave --resume out")
-    if not args.resume and (path / "train.json").exists():
+    if not args.resume and path.exists() and any(path.iterdir()):
         raise UserError(f"run: got {path}, which exists; wanted a new name; set --run, or go on "
                         f"with it: --resume --run {path}")
     return path
 
+def get_corpus(cfg, model):
+    """(Corpus, Loader) for two dicts of settings."""
+    corpus = prepare(cfg.dataset, cfg.tokenizer, model["vocab_size"], cfg.data_dir, cfg.mirror)
+    return corpus, Loader(open_tokens(corpus.train), model["seq_len"], cfg.batch_size, cfg.seed)
+
+def get_corpus_of_run(run, cfg, settings, resume):
+    """The same for a run. Its settings are written before the work, so that a run that is killed
+    meanwhile can be resumed, and taken back if they are wrong."""
+    def write():
+        with atomic_write(run / "train.json", "w") as f: json.dump(settings, f, indent=1)
+    if not resume: write()
+    try: corpus, loader = get_corpus(cfg, settings["model"])
+    except UserError:
+        if not resume:
+            (run / "train.json").unlink()
+            run.rmdir()
+        raise
+    data = {"tokenizer": corpus.tokenizer.hash, **{k: v["text"] for k, v in corpus.info.items()}}
+    if settings["data"] not in (None, data):
+        raise UserError(f"data: got another text or tokenizer of {cfg.dataset} than {run} was "
+                        "begun with, wanted the same; restore it, or begin a new run")
+    settings["data"] = data
+    write()
+    return corpus, loader
+
 def main(args):
     if args.board: return board("runs")
-    given = vars(args)
-    tools = args.walk or args.profile  # they look at a model and leave no run
-    run = run_directory(args, given.get("dataset", "stdlib"))
-    if args.resume: cfg, fields, where = resumed(run, given)
-    else:
-        cfg, fields = settle(given, pick_device(given.get("device", "auto")))
-        ModelConfig(**fields)  # errors come before any work
-        where = {"preset": args.preset, "data_dir": args.data_dir, "mirror": args.mirror}
-        settings = {"train": dataclasses.asdict(cfg), "model": fields, "where": where}
-        if not tools:
-            with atomic_write(run / "train.json", "w") as f: json.dump(settings, f, indent=1)
+    look = args.walk or args.profile  # these leave no run
+    run, given = run_directory(args), vars(args)
+    settings = resumed(run, given) if args.resume else \
+        settle(given, pick_device(given.get("device", "auto")))
+    cfg = TrainConfig(**settings["train"])
     print(f"{run}: {cfg}")
-    machine = set_up(cfg)
+    if cfg.dataset == "owt" and pick_device(cfg.device).type != "cuda":
+        print("no GPU: a small model trains on the same data for "
+              + (f"{cfg.minutes} minutes" if cfg.minutes else f"{cfg.steps} steps"))
+    corpus, loader = get_corpus(cfg, settings["model"]) if look else \
+        get_corpus_of_run(run, cfg, settings, args.resume)
+    tok, valid = corpus.tokenizer, corpus.info["valid"]
+    machine = set_up(cfg)  # after `prepare`: processes are forked more safely before threads start
     print(machine.line)
-    if cfg.dataset == "owt" and machine.device.type == "cpu":
-        print(f"no GPU: a small model trains for {cfg.minutes} minutes on the same data")
-    vocab_size = fields.get("vocab_size", ModelConfig.vocab_size)
-    corpus = prepare(cfg.dataset, cfg.tokenizer, vocab_size, where["data_dir"], where["mirror"])
-    tok, notes = corpus.tokenizer, corpus.info
-    model_cfg = ModelConfig(**{**fields, "vocab_size": tok.vocab_size})
+    model_cfg = ModelConfig(**{**settings["model"], "vocab_size": tok.vocab_size})
     model, optimizer = build(model_cfg, cfg, machine)
-    train_tokens, valid_tokens = open_tokens(corpus.train), open_tokens(corpus.valid)
-    loader = Loader(train_tokens, model_cfg.seq_len, cfg.batch_size, cfg.seed)
-    n = model.n_params()
+    valid_tokens, n = open_tokens(corpus.valid), model.n_params()
     print(f"{model_cfg}\n{sum(n.values()):,} parameters {n}, {model.flops_per_token():.3g} FLOPs "
-          f"to train on a token; one epoch is {len(train_tokens):,} tokens")
+          f"to train on a token; one epoch is {len(loader.tokens):,} tokens")
+    if look and args.resume: load_checkpoint(run, model, optimizer)
     if args.walk: return walk(model, optimizer, corpus, cfg, machine)
-    if args.profile: return profile(model, optimizer, loader, cfg, machine, run)
+    if args.profile: return profile(model, optimizer, loader, cfg, machine, "runs")
     tok.save(run / "tokenizer.json")
-    ladder = shannon(train_tokens, valid_tokens, tok.vocab_size, notes["valid"]["bytes"])
-    print("bits_per_byte of " + ", ".join(f"{k} {v:.3f}" for k, v in ladder.items())
-          + f" models of the same tokens; text {notes['valid']['text'][:12]}")
-    print("the budget counts steps (batch, forward, backward, update); preparing data, compiling, "
-          "checkpoints and evaluations are outside")
-    check = lambda: evaluate(model, valid_tokens, notes["valid"]["bytes"], model_cfg.seq_len,
-                             cfg.micro_batch or cfg.batch_size, machine.device)
+    if not checkpoints(run):
+        ladder = shannon(loader.tokens, valid_tokens, tok.vocab_size, valid["bytes"])
+        Log(run, Progress()).write(
+            "bits_per_byte of " + ", ".join(f"{k} {v:.3f}" for k, v in ladder.items())
+            + f" models of the same tokens; sha256 of the validation text {valid['text'][:16]}\n"
+            "the budget counts steps (batch, forward, backward, update); preparing data, compiling,"
+            " checkpoints and evaluations are outside", step=0, ladder=ladder, text=valid["text"])
+    check = lambda forward: evaluate(forward, valid_tokens, valid["bytes"], model_cfg.seq_len,
+                                     cfg.micro_batch or cfg.batch_size, machine.device)
     now, result = fit(model, optimizer, loader, cfg, machine, run, args.resume, check)
-    if not result: return
-    finish(run, model, tok, cfg, now, result, notes, machine)
+    if result: finish(run, model, tok, cfg, now, result, machine, valid["text"])
 
-def finish(run, model, tok, cfg, now, result, notes, machine):
+def finish(run, model, tok, cfg, now, result, machine, text):
     """What a finished run leaves: result.json for --board, a picture, a sample."""
-    row = {**result, "minutes": now.seconds / 60, "flops": now.tokens * model.flops_per_token(),
+    flops = now.seen * model.cfg.seq_len * model.flops_per_token()
+    row = {**result, "minutes": now.seconds / 60, "flops": flops, "dataset": cfg.dataset,
            "parameters": sum(model.n_params().values()), "hardware": device_name(machine.device),
-           "dataset": cfg.dataset, "text": notes["valid"]["text"]}
+           "text": text}
     with atomic_write(run / "result.json", "w") as f: json.dump(row, f, indent=1)
     plot(run)
     print("sample:")
@@ -633,19 +680,15 @@ def finish(run, model, tok, cfg, now, result, notes, machine):
 def build_parser():
     parser = argparse.ArgumentParser(description="Trains a language model for a budget of minutes.")
     add = parser.add_argument
-    add("--preset", default="modern", help=f"architecture: {', '.join(PRESETS)} (default: modern)")
     add("--run", help="directory, or name under runs/, to keep the run in (default: a free name)")
     add("--resume", action="store_true", help="go on with --run, or the newest run (default: off)")
-    add("--data_dir", default="data", help="folder for corpora and tokens (default: data)")
-    add("--mirror", help="URL of another server to download from (default: the source's own)")
     add("--walk", action="store_true", help="one batch, stage by stage, and stop (default: off)")
     add("--profile", action="store_true", help="profile ten steps and stop (default: off)")
     add("--board", action="store_true", help="rank the runs under runs/ and stop (default: off)")
-    add_fields(parser, TrainConfig)
-    add_fields(parser, ModelConfig)
-    parser.epilog = f"Defaults by device, which come before those above: {RECIPES}"
+    add_fields(parser, TrainConfig, RECIPES)
+    add_fields(parser, ModelConfig, RECIPES)
     return parser
 
 if __name__ == "__main__":
     try: main(build_parser().parse_args())
-    except KeyboardInterrupt: sys.exit("\ninterrupted; run the same command again: it goes on")
+    except KeyboardInterrupt: sys.exit("\ninterrupted; go on with: python train.py --resume")
