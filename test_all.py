@@ -10,6 +10,7 @@ Tests run in a temporary directory, without network and without a GPU, in minute
 """
 import ast, contextlib, dataclasses, errno, gzip, hashlib, http.server, importlib, json, math, os
 import random, re, shlex, shutil, signal, socket, subprocess, sys, threading, time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,158 +80,138 @@ def test_every_command_of_the_readme_parses():
 # -----------------------------------------------------------------------------
 # bpe.py
 
-def random_text(rng, n):
-    """Few letters, so that pairs repeat; much white space; now and then any code point."""
-    rare = lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
-    return "".join(rare() if rng.random() < 0.1 else rng.choice("aab  \n\t1'.\u00e9\u4f60\U0001F30D") for _ in range(n))
-
-def naive_encode(tokenizer, text):
-    """An oracle in bytes: for each merge, in order, walk over each word and replace."""
-    ids, out = {token: i for i, token in tokenizer.vocab.items()}, []
-    for word in bpe.split_words(text, tokenizer.pattern):
-        parts = [bytes([byte]) for byte in word.encode()]
-        for left, right in tokenizer.merges:
-            for i in range(len(parts)):
-                if parts[i:i + 2] == [left, right]: parts[i:i + 2] = [left + right]
-        out += [ids[part] for part in parts]
-    return out
+def random_text(rng, n):   # few letters, so that pairs repeat; much white space; any code points
+    rare = [chr(rng.choice([0, 0xE000]) + rng.randrange(0xD800)) for _ in range(9)]
+    return "".join(rng.choices(list("aab  \n\t1'.\u00e9\u4f60\U0001F30D" * 6) + rare, k=n))
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A file of 0.1 MB of Python, and the tokenizer of 700 that comes of it."""
+def trained(tmp_path_factory):   # a file of 0.1 MB of Python, and the tokenizer that comes of it
     path = tmp_path_factory.mktemp("bpe") / "text.txt"
-    path.write_text(bpe.EOT.join(Path(module.__file__).read_text() for module in (random, json, subprocess)))
-    return path, bpe.Tokenizer(*bpe.train(path, 700), [bpe.EOT])
+    path.write_text(EOT.join(Path(m.__file__).read_text() for m in (random, json, subprocess)))
+    return path, bpe.Tokenizer(*bpe.train(path, 700), [EOT])
 
 def test_the_obvious_tokenizers_have_the_ratios_of_the_lecture():
-    text, supercali = "Hello, \U0001F30D! \u4f60\u597d!", "I'll say supercalifragilisticexpialidocious!"
-    for tokenizer, length in ((bpe.CodePoints(), 13), (bpe.Utf8(), 20), (bpe.Words(text), 5)):
-        assert len(tokenizer.encode(text)) == length and tokenizer.decode(tokenizer.encode(text)) == text
-    assert bpe.ratio(bpe.Words(supercali), supercali) == 8.8 and bpe.ratio(bpe.Utf8(), supercali) == 1
+    text, long = "Hello, \U0001F30D! \u4f60\u597d!", "I'll say supercalifragilisticexpialidocious!"
+    char, word = bpe.CharTokenizer(text), bpe.WordTokenizer(bpe.split_words(text))
+    for tok, n in (char, 13), (word, 5), (bpe.Tokenizer(dict(enumerate(bpe.BYTES)), []), 20):
+        assert len(tok.encode(text)) == n and tok.decode(tok.encode(text)) == text
+    assert bpe.ratio(word, long) == 8.8 and word.decode(word.encode("Hello, w")) == "Hello,<|unk|>"
 
-def test_the_reference_learns_the_merges_worked_by_hand():
-    assert bpe.train_reference("the cat in the hat", 259, [], None)[1] == [(b"t", b"h"), (b"th", b"e"), (b"the", b" ")]
-    toy = "\n".join(["low"] * 5 + ["lower"] * 2 + ["widest"] * 3 + ["newest"] * 6)   # Sennrich 2016
-    merges = "s-t e-st o-w l-ow w-est n-e ne-west w-i wi-d wid-est low-e lowe-r".split()
-    assert [f"{a.decode()}-{b.decode()}" for a, b in bpe.train_reference(toy, 268, [])[1]] == merges
-
-def test_a_tie_goes_to_the_greater_pair_of_byte_strings(tmp_path):
-    # At the third merge (" a", "nd") and (" ", "d") have 2 each. " d" > " and" as joined bytes, and (" ", "d") is
-    # the least and the first seen; but as a pair of byte strings the other is greater, since " a" > " ".
-    text = "nd\nnd\nnd\nnd a a a a a d d and and"
+@pytest.mark.parametrize("text, pattern, merges", [("the cat in the hat", None, "t-h th-e the- "), (
+    "\n".join(["low"] * 5 + ["lower"] * 2 + ["widest"] * 3 + ["newest"] * 6), "gpt2",
+    "s-t e-st o-w l-ow w-est n-e ne-west w-i wi-d wid-est low-e lowe-r"),   # Sennrich et al. 2016
+    # At last (" a", "nd") and (" ", "d") have 2 each. " d" > " and" as joined bytes, and (" ", "d")
+    # is the least and the first seen; but the other is the greater pair, since " a" > " ".
+    ("nd\nnd\nnd\nnd a a a a a d d and and", "gpt2", " -a n-d  a-nd")])
+def test_training_learns_the_merges_worked_by_hand(tmp_path, text, pattern, merges):
     (tmp_path / "t").write_text(text)
-    for vocab, merges in (bpe.train_reference(text, 259, []), bpe.train(tmp_path / "t", 259, [])):
-        assert merges == [(b" ", b"a"), (b"n", b"d"), (b" a", b"nd")] and vocab[258] == b" and"
+    args = 256 + merges.count("-"), [], pattern
+    for _, got in bpe.train_reference(text, *args), bpe.train(tmp_path / "t", *args):
+        assert " ".join(f"{a.decode()}-{b.decode()}" for a, b in got) == merges
 
-def test_train_equals_the_reference(tmp_path):
+def test_train_equals_the_reference_serial_and_parallel(tmp_path, trained, monkeypatch):
     for seed in range(60):
-        rng, specials = random.Random(seed), [[], [bpe.EOT], ["ab", "aba"], ["<a b>", bpe.EOT]][seed % 4]
-        text = random_text(rng, rng.randrange(1, 300)) + "".join(rng.choices([*specials, "ab a"], k=9))
+        rng, some = random.Random(seed), [[], [EOT], ["ab", "aba", "ab"], ["<a b>", EOT]][seed % 4]
+        text = random_text(rng, rng.randrange(1, 300)) + "".join(rng.choices([*some, "a"], k=9))
         (tmp_path / "t").write_text(text, newline="")
-        size = 256 + len(specials) + rng.randrange(40)
-        assert bpe.train(tmp_path / "t", size, specials) == bpe.train_reference(text, size, specials)
-
-def test_train_in_parallel_equals_serial_and_the_reference(trained, monkeypatch):
-    path, tokenizer = trained
-    monkeypatch.setattr(bpe, "CHUNK", 10_000)   # makes a dozen jobs of the file
-    assert len(bpe.cut_points(path, bpe.CHUNK)) > 10
-    serial, parallel = bpe.train(path, 280, workers=1), bpe.train(path, 280, workers=2)
-    assert serial == parallel == bpe.train_reference(path.read_text(), 280, [bpe.EOT])
-    assert serial[1] == tokenizer.merges[:23]
-    prefix = path.read_bytes()[:20_000].decode()
-    assert bpe.train(path, 280, max_bytes=20_000) == bpe.train_reference(prefix, 280, [bpe.EOT])
+        args = 256 + len(some) + rng.randrange(40), some
+        assert bpe.train(tmp_path / "t", *args) == bpe.train_reference(text, *args)
+    monkeypatch.setattr(bpe, "TRAIN_CHUNK", 10_000)   # makes a dozen jobs of the file
+    for end, workers in ((None, 1), (None, 2), (20_000, 2)):   # the file is ASCII
+        want = bpe.train_reference(trained[0].read_text()[:end], 280, [EOT])
+        assert bpe.train(trained[0], 280, workers=workers, max_bytes=end) == want
 
 def test_cut_points_change_no_id(tmp_path, trained):
-    for seed in range(40):
-        rng, specials = random.Random(seed), [["<|a|>", "<|a|><|b|>", "x y", "yx"], [], [bpe.EOT]][seed % 3]
-        text = "".join(rng.choices([*specials, "ab", " x", " y", "y\n", "\u4f60 ", "\u00e9", "1", " ", "<|b|>"], k=400))
-        (tmp_path / "t").write_text(text, newline="")
-        raw, cuts = text.encode(), bpe.cut_points(tmp_path / "t", 20, specials)
-        assert cuts[0] == 0 and cuts[-1] == len(raw) and cuts == sorted(set(cuts)) and len(cuts) > 5
+    latin, path = "ab| x| y|y\n|\u4f60 |\u00e9|!\n|1| |<b>".split("|"), tmp_path / "t"
+    for seed in range(48):
+        specials = [["<a>", "<a><b>", "x y", "yx"], [], [EOT], []][seed % 4]
+        some = specials + (latin if seed % 4 < 3 else ["\u4f60\n", "\u3002\n", "\u0663  "])
+        path.write_bytes(raw := "".join(random.Random(seed).choices(some, k=400)).encode())
+        cuts = bpe.cut_points(path, 20, specials)
+        assert cuts[0] == 0 and cuts[-1] == len(raw) and cuts == sorted({*cuts}) and len(cuts) > 5
+        raw[:bpe.cut_points(path, 20, specials, 50 + seed)[-1]].decode()   # no character is cut
         for pattern in bpe.SPLIT_PATTERNS:
-            tokenizer = bpe.Tokenizer(trained[1].vocab, trained[1].merges, specials, pattern)
-            parts = [raw[a:b].decode() for a, b in zip(cuts, cuts[1:])]   # strict: no character is cut
-            assert sum(map(tokenizer.encode, parts), []) == tokenizer.encode(text)
+            tok = bpe.Tokenizer(trained[1].vocab, trained[1].merges, specials, pattern)
+            parts = [tok.encode(raw[a:b].decode()) for a, b in zip(cuts, cuts[1:])]
+            assert sum(parts, []) == tok.encode(raw.decode())
 
-def test_encode_equals_the_naive_oracle_and_decode_undoes_it(trained):
-    for seed in range(15):
-        text = random_text(random.Random(seed), 200) + " import random, re\nself._randbelow(n)"
-        for pattern in bpe.SPLIT_PATTERNS:
-            tokenizer = bpe.Tokenizer(trained[1].vocab, trained[1].merges, [bpe.EOT], pattern)
-            ids = tokenizer.encode(text)
-            assert ids == naive_encode(tokenizer, text) and tokenizer.decode(ids) == text
+@pytest.mark.parametrize("pattern", bpe.SPLIT_PATTERNS)
+def test_encode_equals_merging_in_the_order_of_learning_and_decode_undoes_it(trained, pattern):
+    tok, ids = bpe.Tokenizer(trained[1].vocab, trained[1].merges, [EOT], pattern), trained[1].ids
+    text = random_text(random.Random(0), 3000) + " import random, re\nself._randbelow(n)"
+    words = [list(word.encode()) for word in bpe.split_words(text, pattern)]
+    for new, (left, right) in enumerate(tok.merges, 256):
+        words = [bpe.merge(word, (ids[left], ids[right]), new) for word in words]
+    assert tok.encode(text) == sum(words, []) and tok.decode(tok.encode(text)) == text
+    assert tok.decode([0xE3, 65]) == "\ufffdA" and tok.decode([195, 169]) == "\u00e9"
 
-def test_encode_replays_merges_in_the_order_of_learning():
-    tokens = [b" ", b"a", b"c", b"e", b"h", b"t", b"th", b" c", b" a", b"the", b" at"]   # the handout's example
+def test_encode_of_the_handouts_example_and_of_a_long_run_of_one_letter():
+    tokens = b" |a|c|e|h|t|th| c| a|the| at".split(b"|")
     merges = [(b"t", b"h"), (b" ", b"c"), (b" ", b"a"), (b"th", b"e"), (b" a", b"t")]
-    rest = [byte for byte in bpe.BYTES if byte not in tokens]
-    tokenizer = bpe.Tokenizer(dict(enumerate(tokens + rest)), merges)
-    assert tokenizer.encode("the cat ate") == [9, 7, 1, 5, 10, 3]
+    vocab = dict(enumerate(tokens + [byte for byte in bpe.BYTES if byte not in tokens]))
+    assert bpe.Tokenizer(vocab, merges).encode("the cat ate") == [9, 7, 1, 5, 10, 3]
+    tok = bpe.Tokenizer(*bpe.train_reference("aaaa aaaa", 258, []))
+    assert tok.encode("a" * 400_001) == [257] * 100_000 + [97]   # 1 s; quadratic would be hours
 
-def test_special_tokens_are_found_longest_first_and_never_split(trained):
-    path, plain = trained
-    tokenizer = bpe.Tokenizer(plain.vocab, plain.merges, [bpe.EOT, "<|a|>", "<|a|><|b|>"])
-    assert (tokenizer.eot, tokenizer.vocab_size) == (699, 702)
-    assert tokenizer.encode(f"<|a|><|b|><|a|>{bpe.EOT}") == [701, 700, 699]
-    assert 699 not in bpe.Tokenizer(plain.vocab, plain.merges).encode(bpe.EOT)   # not asked for: plain text
-    assert not any(b"<|endoftext" in token for token in list(plain.vocab.values())[:-1])
+def test_special_tokens_are_whole_longest_first_and_unlike_others(tmp_path, trained, capfd):
+    args = trained[1].vocab, trained[1].merges
+    tok = bpe.Tokenizer(*args, [EOT, "<|a|>", "<|a|><|b|>"])
+    assert tok.eot == 699 and tok.encode(f"<|a|><|b|><|a|>{EOT}") == [701, 700, 699]
+    assert 699 not in bpe.Tokenizer(*args).encode(EOT)   # not asked for: plain text
+    for special in "\u0120s", " self":   # " s" as GPT-2 spells it; a token already
+        with pytest.raises(UserError, match="got"): bpe.Tokenizer(*args, [special]).save(tmp_path)
+    jobs = [(["<>"],), (["x"],)]
+    with pytest.raises(UserError): list(bpe.parallel_map(bpe.special_splitter, jobs, 2))
+    assert capfd.readouterr().err.count("got 'x'") == 1   # a worker's mistake is not printed twice
 
-def test_a_long_run_of_one_letter_is_encoded_in_seconds(trained):
-    tokenizer = bpe.Tokenizer(*bpe.train_reference("aaaa aaaa", 258, []))
-    start = time.monotonic()
-    assert tokenizer.encode("a" * 400_001) == [257] * 100_000 + [97]
-    assert time.monotonic() - start < 20   # quadratic would be hours; measured: 1
-
-def test_decode_joins_bytes_first_and_refuses_unknown_ids(trained):
-    assert trained[1].decode("\u00e9".encode()) == "\u00e9" and trained[1].decode([0xE3, 65]) == "\ufffdA"
-    for unknown in (-1, 700):
-        with pytest.raises(bpe.UserError, match=f"got id {unknown}; wanted ids from 0 to 699"): trained[1].decode([unknown])
-
-def test_a_saved_tokenizer_gives_the_same_ids_and_its_hash_is_that_of_the_file(tmp_path, trained):
-    chars = bpe.CharTokenizer("hello \u00e9\n", [bpe.EOT])
-    assert chars.decode(chars.encode("help " + bpe.EOT)) == "hel<|unk|> " + bpe.EOT
-    text = random_text(random.Random(0), 500) + bpe.EOT + "def hello(self):"
-    for tokenizer in (trained[1], chars, bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [bpe.EOT], "llama3")):
-        tokenizer.save(tmp_path)
-        for loaded in (bpe.load_tokenizer(tmp_path), type(tokenizer).load(tmp_path / "tokenizer.json")):
-            assert type(loaded) is type(tokenizer) and loaded.encode(text) == tokenizer.encode(text)
-            assert loaded.vocab == tokenizer.vocab and loaded.special_tokens == tokenizer.special_tokens
-            assert loaded.hash == hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+def test_a_saved_tokenizer_gives_the_same_ids_and_a_foreign_file_is_refused(tmp_path, trained):
+    file, text = tmp_path / "tokenizer.json", random_text(random.Random(0), 500) + EOT + "def hello"
+    for tok in trained[1], bpe.CharTokenizer("hello \u00e9\n", [EOT, "\u00e9"]), bpe.Tokenizer(
+            dict(enumerate(bpe.BYTES)), [], [EOT], "llama3"):
+        tok.save(tmp_path)
+        for got in bpe.load_tokenizer(tmp_path), type(tok).load(file):
+            assert type(got) is type(tok) and got.encode(text) == tok.encode(text)
+            assert got.vocab == tok.vocab and got.special_tokens == tok.special_tokens
+        assert tok.hash == hashlib.sha256(file.read_bytes()).hexdigest()
+        for key in "normalizer", "post_processor", "pre_tokenizer":
+            file.write_text(json.dumps(tok.spec() | {key: {"type": "Lowercase"}}))
+            with pytest.raises(UserError, match="no tokenizer in"): bpe.load_tokenizer(file)
 
 def test_atomic_write_leaves_the_old_file_when_the_writer_raises(tmp_path):
     (tmp_path / "f").write_text("old")
-    for error, seen in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "No space"), bpe.UserError)):
+    full, theirs = OSError(errno.ENOSPC, "full"), OSError(errno.EACCES, "no", "input")
+    for error, seen in (SystemExit(), SystemExit), (full, UserError), (theirs, OSError):
         with pytest.raises(seen), bpe.atomic_write(tmp_path / "f") as file:
             file.write(b"new")
             raise error
         assert os.listdir(tmp_path) == ["f"] and (tmp_path / "f").read_text() == "old"
-    with bpe.atomic_write(tmp_path / "new" / "g", "w") as file: file.write("\u00e9")
-    assert (tmp_path / "new" / "g").read_bytes() == "\u00e9".encode()
+    with bpe.atomic_write(tmp_path / "new" / "g", "w") as file: file.write("x")
+    assert os.listdir(tmp_path / "new") == ["g"]
 
-@pytest.mark.parametrize("command, message", [
-    ("train MISSING", "got no file"), ("train EMPTY", "got an empty file"), ("train TEXT --vocab_size 256", "wanted 257"),
-    ("train TEXT --out /dev/null", "cannot write /dev/null"), ("encode MISSING hi", "got No such file"),
-    ("encode TEXT hi", "damaged"), ("encode CUT hi", "damaged"), ("encode NO_BYTES hi", "have no token"), ("decode GOOD 999", "999")])
-def test_a_users_mistake_is_one_message_and_status_2(tmp_path, capsys, trained, command, message):
-    trained[1].save(tmp_path / "GOOD.json")
-    good = (tmp_path / "GOOD.json").read_text()
-    assert "\u0120" in good and len(bpe.PRINTABLE) == 188   # GPT-2's map of bytes: a space is U+0120
+@pytest.mark.parametrize("command, says", [
+    ("train MISSING", "No such file"), ("train EMPTY", "empty"), ("decode GOOD 700", "0 to 699"),
+    ("train TEXT --vocab_size 256", "wanted 257"), ("train TEXT --out /dev/null", "cannot write"),
+    ("encode MISSING hi", "No such file"), ("encode CUT hi", "no tok"), ("encode BAD hi", "b'!'")])
+def test_a_users_mistake_is_one_message_and_status_2(tmp_path, capsys, trained, command, says):
+    good = trained[1].to_json()
     for name, text in dict(EMPTY="", TEXT="some text", CUT=good[:5000], GOOD=good,
-                           NO_BYTES=good.replace('"!": 33', '"!!!": 33')).items(): (tmp_path / name).write_text(text)
+            BAD=good.replace('"!": 33', '"!!!": 33')).items(): (tmp_path / name).write_text(text)
     words = [str(tmp_path / word) if word.isupper() else word for word in command.split()]
-    with pytest.raises(SystemExit) as caught: bpe.main(bpe.build_parser().parse_args(words))
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and error == f"{caught.value}\n" and message in error
+    with pytest.raises(UserError) as caught: bpe.main(bpe.build_parser().parse_args(words))
+    assert caught.value.code == 2 and says in str(caught.value)
+    assert capsys.readouterr().err == f"{caught.value}\n"
 
-def test_ctrl_c_ends_training_without_a_traceback_or_a_file(tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 1), (signal.SIGKILL, -9)])
+def test_ctrl_c_ends_training_quietly_and_no_worker_outlives_a_kill(tmp_path, number, status):
     (tmp_path / "big").write_text("".join(f"word{i} " for i in range(2_000_000)))
-    child = subprocess.Popen([sys.executable, bpe.__file__, "train", tmp_path / "big", "--out", tmp_path / "t.json"],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [sys.executable, bpe.__file__, "train", "big", "--out", "t.json"]
+    child = subprocess.Popen(command, stdout=-1, stderr=-1, cwd=tmp_path, start_new_session=True)
     child.stdout.readline()
     time.sleep(1)
-    os.killpg(child.pid, signal.SIGINT)   # as a terminal does: to the parent and its workers
-    error = child.communicate(timeout=30)[1]
-    assert child.returncode not in (0, 2) and "Traceback" not in error and os.listdir(tmp_path) == ["big"]
+    (os.killpg if status == 1 else os.kill)(child.pid, number)   # Ctrl-C goes to workers too
+    error = child.communicate(timeout=30)[1]   # returns when no process holds the pipe any more
+    assert b"Traceback" not in error and child.returncode == status
+    assert status < 0 or os.listdir(tmp_path) == ["big"]
 
 # -----------------------------------------------------------------------------
 # data.py
@@ -242,25 +223,22 @@ def server(files, drop=0, ranges=True, claim=0):
     """Serves {name: bytes} on loopback -> (url, list of the Range of each GET). The first `drop`
     replies break off half-way; `claim` bytes more are promised than there are."""
     asked = []
-
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             body, wanted = files.get(self.path.rpartition("/")[2]), self.headers["Range"]
             asked.append(wanted)
             if body is None:
                 return self.send_error(404)
-            start, size = int(wanted[6:-1]) if wanted and ranges else 0, len(body) + claim
-            body = body[start:]
-            self.send_response((206 if body else 416) if start else 200)
-            if start:
-                span = f"{start}-{size - 1}" if body else "*"
-                self.send_header("Content-Range", f"bytes {span}/{size}")
-            self.send_header("Content-Length", size - start if body else 0)
+            tag = f'"{sum(body)}"'
+            part = wanted and ranges and self.headers["If-Range"] in (None, tag)
+            body = body[int(wanted[6:-1]):] if part else body
+            self.send_response((206 if body else 416) if part else 200)
+            self.send_header("ETag", tag)
+            self.send_header("Content-Length", len(body) and len(body) + claim)
             self.end_headers()
             self.wfile.write(body[:len(body) // 2] if len(asked) <= drop else body)
 
-        def log_message(self, *args):
-            pass
+        def log_message(self, *args): pass
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
@@ -272,40 +250,54 @@ def server(files, drop=0, ranges=True, claim=0):
 def no_waiting(monkeypatch):
     monkeypatch.setattr(data, "WAIT_S", 0.001)
 
-@pytest.mark.parametrize("there, behaviour, asked_for", [
-    (b"", dict(drop=2), [None, "bytes=150000-", "bytes=225000-"]),          # goes on, twice
-    (BODY[:1000], {}, ["bytes=1000-"]),                                     # from an earlier run
-    (BODY, {}, ["bytes=300000-"]),                                          # 416: it was complete
-    (BODY + b"?", {}, ["bytes=300001-", None]),                             # 416: not this file
-    (b"", dict(drop=1, ranges=False), [None, "bytes=150000-"])])            # 200: from the start
-def test_a_download_ends_whole_and_asks_only_for_what_it_lacks(tmp_path, there, behaviour, asked_for):
-    if there:
-        (tmp_path / "f.part").write_bytes(there)
+def read(corpus):
+    ids = [data.open_tokens(path).tolist() for path in (corpus.train, corpus.valid)]
+    return list(map(corpus.tokenizer.decode, ids))
+
+@pytest.mark.parametrize("there, old, behaviour, asked_for", [
+    (0, BODY, dict(drop=2), [None, "bytes=150000-", "bytes=225000-"]),      # goes on, twice
+    (1000, BODY, {}, ["bytes=1000-"]),                                      # from an earlier run
+    (300_000, BODY, {}, []),                                                # only the name lacks
+    (1000, b"?" * 300_000, {}, ["bytes=1000-"]),                            # it has changed
+    (1000, None, {}, [None]),                                               # of unknown origin
+    (0, BODY, dict(drop=1, ranges=False), [None, "bytes=150000-"])])        # 200: from the start
+def test_a_download_ends_whole_and_asks_only_for_what_it_lacks(
+        tmp_path, there, old, behaviour, asked_for):
     with server({"f": BODY}, **behaviour) as (url, asked):
+        if there:
+            (tmp_path / "f.part").write_bytes((old or b"?" * there)[:there])
+        if there and old:
+            data.write_note(tmp_path / "f", {"url": f"{url}/f", "size": 300_000,
+                                             "version": f'"{sum(old)}"'})
         data.fetch(f"{url}/f", tmp_path / "f")
-    assert (tmp_path / "f").read_bytes() == BODY and os.listdir(tmp_path) == ["f"]
+    assert (tmp_path / "f").read_bytes() == BODY and not (tmp_path / "f.part").exists()
     assert asked == asked_for
 
-@pytest.mark.parametrize("kind", ["too short", "missing", "no network"])
-def test_a_failed_download_leaves_no_file_and_names_url_and_place(tmp_path, kind):
-    with socket.socket() as s:                  # a port where nobody listens afterwards
-        s.bind(("127.0.0.1", 0))
-        nowhere = f"http://127.0.0.1:{s.getsockname()[1]}"
-    with server({"f": BODY} if kind == "too short" else {}, claim=7) as (url, asked):
-        url = f"{nowhere if kind == 'no network' else url}/f"
-        with pytest.raises(UserError) as error:
-            data.fetch(url, tmp_path / "f")
-    assert error.value.code == 2 and url in str(error.value) and str(tmp_path / "f") in str(error.value)
-    assert set(os.listdir(tmp_path)) <= {"f.part"} and (kind != "missing" or asked == [None])
+@pytest.mark.parametrize("kind, says", [("too short", "416"), ("missing", "404"),
+                                        ("no network", "refused"), ("no disk", "cannot write")])
+def test_a_failed_download_leaves_no_file_and_names_its_place(tmp_path, kind, says):
+    place = tmp_path / "d" / "f"
+    if kind == "no disk":
+        (tmp_path / "d").touch()                # a file where the folder should be
+    with server({} if kind == "missing" else {"f": BODY}, claim=7) as (url, asked):
+        if kind == "no network":
+            with socket.create_server(("127.0.0.1", 0)) as s:   # nobody listens there afterwards
+                url = f"http://127.0.0.1:{s.getsockname()[1]}"
+        with pytest.raises(UserError, match=says) as error:
+            data.fetch(f"{url}/f", place)
+    assert error.value.code == 2 and str(place) in str(error.value) and not place.exists()
+    assert (f"{url}/f" in str(error.value)) == (kind != "no disk") and len(asked) < 3
 
-def test_a_compressed_source_comes_from_a_mirror_and_its_texts_are_enough_afterwards(tmp_path):
+def test_a_packed_source_comes_from_a_mirror_and_its_text_is_enough_afterwards(tmp_path, capsys):
     train = gzip.compress(b"One story.<|endoftext|>\nAnother one.<|endoftext|>" * 9)
     files = {"owt_train.txt.gz": train, "owt_valid.txt.gz": gzip.compress(b"Third. " * 9)}
     with server(files, drop=1) as (url, _):
         corpus = data.prepare("owt", "byte", data_dir=tmp_path, mirror=url + "/", workers=1)
     assert corpus.info["train"]["documents"] == 18 and corpus.info["train"]["bytes"] == 9 * 23
     (tmp_path / "owt" / "owt_train.txt.gz").unlink()
+    capsys.readouterr()
     assert data.prepare("owt", "byte", data_dir=tmp_path, workers=1).info == corpus.info
+    assert f"came from {url}" in capsys.readouterr().out
     for name in files:                          # put there by hand, and cut short
         (tmp_path / "owt" / name).write_bytes(train[:-9])
     with pytest.raises(UserError, match="owt_train.txt.gz"):
@@ -316,17 +308,9 @@ def test_shakespeare_is_cut_as_nanogpt_cuts_it(tmp_path):
     (tmp_path / "shakespeare").mkdir()
     (tmp_path / "shakespeare" / "input.txt").write_text(text)               # by hand: no network
     corpus = data.prepare("shakespeare", "char", data_dir=tmp_path)
-    train, valid = text[:int(len(text) * 0.9)], text[int(len(text) * 0.9):]
-    assert corpus.tokenizer.decode(data.open_tokens(corpus.valid).tolist()) == EOT + valid + EOT
-    assert corpus.tokenizer.vocab_size == len(set(train)) + 2               # EOT and the unknown
-
-@pytest.mark.parametrize("text, end_of_train", [("ä你" * 100, "ä你" * 90), ("x" * 95 + EOT + "y" * 5,
-                                                                      "x" * 95 + EOT)])
-def test_one_file_is_cut_between_characters_and_at_the_end_of_a_document(tmp_path, text, end_of_train):
-    path = tmp_path / "f"
-    path.write_text(text, encoding="utf-8")
-    (_, _, cut), = data.split([path], tmp_path)[0]
-    assert path.read_bytes()[:cut].decode() == end_of_train
+    cut = int(len(text) * 0.9)
+    assert read(corpus) == [EOT + text[:cut] + EOT, EOT + text[cut:] + EOT]
+    assert corpus.tokenizer.vocab_size == len(set(text[:cut])) + 2          # EOT and the unknown
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "byte", "char"])
 def test_tokens_of_a_folder_give_its_texts_back_and_counts_are_exact(tmp_path, tokenizer):
@@ -335,92 +319,107 @@ def test_tokens_of_a_folder_give_its_texts_back_and_counts_are_exact(tmp_path, t
     for i, text in enumerate(texts):
         (tmp_path / "in" / f"{i}.md").write_bytes(text.encode())
     corpus = data.prepare(tmp_path / "in", tokenizer, 300, tmp_path / "out", workers=1)
-    for path, note in zip((corpus.train, corpus.valid), corpus.info.values()):
-        ids = data.open_tokens(path).tolist()
-        documents = corpus.tokenizer.decode(ids).split(EOT)[1:-1]
-        assert ids[0] == ids[-1] == corpus.tokenizer.eot and note["tokens"] == len(ids)
+    for text, note in zip(read(corpus), corpus.info.values()):
+        documents = text.split(EOT)[1:-1]
+        assert text.startswith(EOT) and text.endswith(EOT)
+        assert note["tokens"] == len(corpus.tokenizer.encode(text))
         assert note["bytes"] == sum(len(d.encode()) for d in documents)
         assert note["documents"] == len(documents) > 0
         found += documents
     assert sorted(found) == sorted(texts)
 
 def test_an_edited_text_makes_everything_made_from_it_stale(tmp_path):
-    text = tmp_path / "a.txt"
-    text.write_text("abc " * 100)
-    first = data.prepare(text, "char", data_dir=tmp_path / "d", workers=1)
+    (tmp_path / "a.txt").write_text("你 " * 100)
+    prepare = partial(data.prepare, tmp_path / "a.txt", "char", 0, tmp_path / "d", workers=1)
+    first = prepare()
     made = first.train.stat().st_mtime_ns
-    assert data.prepare(text, "char", data_dir=tmp_path / "d").train.stat().st_mtime_ns == made
-    text.write_text("xyz " * 100)
-    second = data.prepare(text, "char", data_dir=tmp_path / "d", workers=1)
+    assert prepare().train.stat().st_mtime_ns == made
+    (tmp_path / "a.txt").write_text("ä " * 95)  # of 285 bytes nine tenths end within an ä
+    second = prepare()
     assert second.train == first.train and second.tokenizer.hash != first.tokenizer.hash
-    assert second.tokenizer.decode(data.open_tokens(second.train).tolist()) == EOT + "xyz " * 90 + EOT
+    assert read(second) == [EOT + "ä " * 85 + "ä" + EOT, EOT + " " + "ä " * 9 + EOT]
 
 def test_a_killed_run_leaves_parts_and_the_next_run_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CHUNK", 4000)
-    text, encode, made, left = tmp_path / "a.txt", data.encode_part, [], [2]
+    text, encode, made, limit = tmp_path / "a.txt", data.encode_part, [], [2]
     text.write_text("".join(f"word{i % 77} and {i}\n" for i in range(20000)))
     whole = data.prepare(text, "bpe", 300, tmp_path / "whole", workers=2).train.read_bytes()
 
     def watched(*job):
-        if len(made) == left[0]:
+        if len(made) == limit[0]:
             raise KeyboardInterrupt
-        made.append(job[3].exists())
-        return encode(*job)
+        before = job[3].stat().st_ino if job[3].exists() else None
+        size = encode(*job)
+        made.append(job[3].stat().st_ino == before)         # it was there, and is the same file
+        return size
 
     monkeypatch.setattr(data, "encode_part", watched)
     with pytest.raises(KeyboardInterrupt):
         data.prepare(text, "bpe", 300, tmp_path / "killed", workers=1)
     assert not list(tmp_path.glob("killed/*/*.bin"))
-    left[0] = -1
+    child = subprocess.Popen(["true"])
+    child.wait()                                # kill -9 leaves a file with the number of the dead
+    folder = next(tmp_path.glob("killed/*"))
+    gone, alive = folder / f".x.{child.pid}.tmp", folder / f".x.{os.getpid()}.tmp"
+    gone.touch(), alive.touch(), limit.append(limit.pop() - 3)
     again = data.prepare(text, "bpe", 300, tmp_path / "killed", workers=1)
     assert made[:5] == [False, False, True, True, False] and again.train.read_bytes() == whole
-    assert not list(tmp_path.glob("killed/*/*-parts-*"))
+    assert alive.exists() and not gone.exists() and not list(folder.glob("*-parts-*"))
 
-def test_invalid_utf8_is_counted_and_replaced_and_binary_files_are_left_out(tmp_path, capsys):
-    files = {"a": b"good \xff bad \xe4\xbd" + b"." * 50, "b": "fine \ufffd".encode(), "c": b"MZ\0", "d": b""}
-    (tmp_path / "in").mkdir()
+def test_invalid_utf8_is_counted_and_replaced_and_what_is_no_text_left_out(tmp_path, capsys):
+    files = {"a": b"good \xff bad \xe4\xbd" + b"." * 50, "b": "fine \ufffd".encode(),
+             "c": b"MZ\0", "d": b"", ".hidden": b"x"}
     for name, content in files.items():
-        (tmp_path / "in" / name).write_bytes(content)
-    corpus = data.prepare(tmp_path / "in", "byte", data_dir=tmp_path / "d", workers=1)
-    said = capsys.readouterr().out
-    assert "text of 2 files, 2 empty or binary" in said and "2 invalid UTF-8" in said
-    both = [corpus.tokenizer.decode(data.open_tokens(p).tolist()) for p in (corpus.train, corpus.valid)]
-    assert EOT + "good \ufffd bad \ufffd" + "." * 50 + EOT in both
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe")                # to open it would wait for ever
+    for _ in range(2):                          # its own output, in the same folder, is no input
+        corpus = data.prepare(tmp_path, "byte", data_dir=tmp_path, workers=1)
+        said = capsys.readouterr().out
+        assert "text of 2 files, 3 empty" in said and "2 invalid UTF-8" in said
+        assert EOT + "good \ufffd bad \ufffd" + "." * 50 + EOT in read(corpus)
+        os.utime(tmp_path / "a")                # stale, so that the second round looks again
 
-@pytest.mark.parametrize("content", [None, b"", b"tiny", b"\x7fELF\0\0" * 99])
-def test_what_is_no_text_is_a_user_error_that_leaves_nothing(tmp_path, content):
-    path = tmp_path / "f"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        data.main(data.build_parser().parse_args(["get", str(path), "--data_dir", str(tmp_path / "d")]))
-    assert error.value.code == 2 and str(path) in str(error.value) and not (tmp_path / "d").exists()
-
-@pytest.mark.parametrize("options, says", [
-    (["openwebtxt"], "stdlib, shakespeare, tinystories, owt"), (["owt"], "too little disk"),
-    (["T", "--tokenizer", "bpee"], "bpe, byte, char"), (["T", "--workers", "0"], "workers: got 0"),
-    (["T", "--vocab_size", "100"], "vocab_size: got 100"), (["T", "--data_dir", "T"], "cannot write")])
-def test_a_mistake_is_a_user_error_that_says_what_is_wanted(tmp_path, monkeypatch, options, says):
+MISTAKES = [("openwebtxt", "stdlib, shakespeare, tinystories, owt"), ("owt", "too little disk"),
+            ("T --workers 0", "workers: got 0"), ("T --data_dir T", "cannot write"),
+            ("owt --tokenizer bpee", "bpe, byte, char"), ("owt --vocab_size 9", "size: got 9"),
+            ("owt --mirror localhost/owt", "http://localhost/owt"), ("empty", "empty: got 0"),
+            ("tiny", "tiny: got 4 bytes"), ("binary", "binary: got 0 bytes")]
+@pytest.mark.parametrize("options, says", MISTAKES)
+def test_a_mistake_is_a_user_error_that_leaves_nothing(tmp_path, monkeypatch, options, says):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "T").write_text("text " * 99)
-    full = SimpleNamespace(free=10_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    texts = {"T": "text " * 99, "empty": "", "tiny": "tiny", "binary": "\x7fELF\0" * 99}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     with pytest.raises(UserError, match=says) as error:
-        data.main(data.build_parser().parse_args(["get", *options]))
-    assert error.value.code == 2 and not (tmp_path / "data" / "owt").exists()
+        data.main(data.build_parser().parse_args(["get", *options.split()]))
+    assert error.value.code == 2 and not (tmp_path / "data").exists()
+
+def test_disk_is_counted_for_the_stages_still_to_do(tmp_path, monkeypatch):
+    (tmp_path / "T").write_text("text " * 99)
+    first = data.prepare(tmp_path / "T", "bpe", 260, tmp_path, workers=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    assert data.prepare(tmp_path / "T", "bpe", 260, tmp_path, workers=1).info == first.info
+    with pytest.raises(UserError, match="too little disk"):     # 4 bytes for each of 495
+        data.prepare(tmp_path / "T", "byte", data_dir=tmp_path, workers=1)
+
+def test_data_dir_counts_before_and_after_the_command():
+    for line in "--data_dir /big get owt", "get owt --data_dir /big":
+        assert data.build_parser().parse_args(line.split()).data_dir == "/big"
 
 def real(targets):
     return [t for t in targets.flatten().tolist() if t >= 0]
 
-@pytest.mark.parametrize("n, seq_len, batch_size", [(103, 8, 4), (97, 8, 3), (33, 4, 8), (20, 7, 1)])
+@pytest.mark.parametrize("n, seq_len, batch_size",
+                         [(103, 8, 4), (97, 8, 3), (33, 4, 8), (20, 7, 1)])
 def test_the_loader_gives_each_target_exactly_once_an_epoch(n, seq_len, batch_size):
     ids = np.random.default_rng(1).permutation(n).astype(np.uint16)     # all different
     before = dict(zip(ids[1:].tolist(), ids[:-1].tolist()))             # target -> the token before
     loader, found = data.Loader(ids, seq_len, batch_size), []
     for _ in range(loader.n_windows):                                   # batch_size epochs
         tokens, targets = next(loader)
-        assert tokens.shape == targets.shape == (batch_size, seq_len) and tokens.dtype == torch.int64
-        assert (tokens[targets < 0] == 0).all()
+        assert tokens.shape == targets.shape == (batch_size, seq_len)
+        assert tokens.dtype == torch.int64 and (tokens[targets < 0] == 0).all()
         assert [before[t] for t in real(targets)] == tokens[targets >= 0].tolist()
         found += real(targets)
     epochs = [found[i:i + n - 1] for i in range(0, len(found), n - 1)]
@@ -431,7 +430,7 @@ def test_two_epochs_and_two_seeds_have_different_orders_in_the_loader():
     orders = {tuple(real(next(loader)[1])) for loader in loaders for _ in range(2)}
     assert len(orders) == 4                     # equal orders of 50 windows: once in 50!
 
-def test_the_loader_seeks_restores_and_splits_by_rank_and_refuses_less_than_a_batch():
+def test_the_loader_seeks_restores_splits_by_rank_and_refuses_less_than_a_batch():
     ids = np.arange(1000, dtype=np.uint16)
     loader = data.Loader(ids, 16, 12, seed=3)
     batches = [next(loader) for _ in range(20)]                         # four epochs of 63 windows
@@ -441,7 +440,7 @@ def test_the_loader_seeks_restores_and_splits_by_rank_and_refuses_less_than_a_ba
     assert restored.seen == 96 and torch.equal(next(restored)[0], batches[8][0])
     ranks = [data.Loader(ids, 16, 12, seed=3, rank=r, world=3) for r in range(3)]
     for batch in batches:
-        assert all(torch.equal(torch.cat(parts), b) for *parts, b in zip(*map(next, ranks), batch))
+        assert all(torch.equal(torch.cat(p), b) for *p, b in zip(*map(next, ranks), batch))
     with pytest.raises(UserError, match="63 windows"):
         data.Loader(ids, 16, 64)
 

@@ -325,8 +325,7 @@ class Stop:
 
 class Log:
     """Prints a line and appends it as JSON to the run's log.jsonl. A run that goes on first drops
-    what came after its checkpoint, which was saved after the line of its step's loss and before
-    its evaluation."""
+    what came after its checkpoint: of the same step that is the evaluation, and nothing else."""
     def __init__(self, run, progress):
         self.path, rows = run and Path(run) / "log.jsonl", []
         if not run: return
@@ -334,7 +333,7 @@ class Log:
             try: row = json.loads(line)
             except ValueError: continue  # cut short by a kill
             at = row["step"] - progress.step
-            if at < 0 or at == 0 and ("loss" in row or "ladder" in row): rows.append(line + "\n")
+            if at < 0 or at == 0 and "valid" not in row: rows.append(line + "\n")
         with atomic_write(self.path, "w") as f: f.writelines(rows)
 
     def write(self, line, **row):
@@ -516,17 +515,19 @@ def profile(model, optimizer, loader, cfg, machine, folder):
 
 def board(runs):
     """Finished runs by bits_per_byte; they compare where the text is the same."""
-    rows = []
+    lines = []
     for path in Path(runs).glob("*/result.json"):
-        try: rows.append({"run": path.parent.name, **json.loads(path.read_text())})
-        except ValueError: print(f"{path}: damaged, left out")
-    if not rows:
+        try:
+            r = json.loads(path.read_text())
+            lines.append((r["text"], r["bits_per_byte"], f"{path.parent.name:26s}" + (
+                "{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}{parameters:12,d}  "
+                "{dataset} {text:.8}, {hardware}").format(**r)))
+        except (ValueError, KeyError, TypeError): print(f"{path}: damaged, left out")
+    if not lines:
         raise UserError(f"board: got no finished run under {runs}/; wanted one; python train.py")
     print(f"{'run':26s}{'bits_per_byte':>14s}{'context':>8s}{'minutes':>9s}{'FLOPs':>10s}"
           f"{'parameters':>12s}")
-    for r in sorted(rows, key=lambda r: (r["text"], r["bits_per_byte"])):
-        print("{run:26s}{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}"
-              "{parameters:12,d}  {dataset} {text:.8}, {hardware}".format(**r))
+    for _, _, line in sorted(lines): print(line)
 
 def plot(run):
     """Draws runs/NAME/loss.png from the log if matplotlib is installed."""
