@@ -30,8 +30,8 @@ REFERENCES
     Polyak 1964 (momentum); Duchi et al. 2011 (AdaGrad); Tieleman, Hinton 2012 (RMSProp); Kingma, Ba
     2015 (1412.6980, Adam); Loshchilov, Hutter 2019 (1711.05101, AdamW; 1608.03983, cosine); Pascanu
     et al. 2013 (1211.5063, clipping); Hu et al. 2024 (2404.06395, warm-up, stable, decay)
-EXERCISE  Empty `Adam.update` and `wsd`; fill them until `pytest test_all.py -k "adam or schedule"`
-          is green again.
+EXERCISE  Empty `Adam.update` and `wsd`; fill them until
+          `pytest test_all.py -k "optimizer or schedule"` is green again.
 """
 import argparse, math
 

@@ -34,21 +34,25 @@ torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it bri
 # -----------------------------------------------------------------------------
 # The house: budgets, imports, configuration, README.md
 
-SCRIPTS = ["bpe", "model", "optim", "train", "kernels", "parallel", "scaling", "data", "align", "sample"]
+SCRIPTS = ["bpe", "model", "optim", "train", "kernels", "parallel", "scaling", "data", "align",
+           "sample"]
 IMPORTS = {"bpe": "", "kernels": "", "data": "bpe", "model": "bpe kernels", "optim": "bpe kernels",
            "sample": "model bpe kernels", "train": "model optim data bpe sample kernels",
-           "parallel": "train model optim data bpe kernels", "scaling": "train model optim data bpe kernels",
+           "parallel": "train model optim data bpe kernels",
+           "scaling": "train model optim data bpe kernels",
            "align": "train model optim data sample bpe kernels"}
 PACKAGES = {"torch", "triton", "numpy", "regex", "tqdm", "pytest"}
-OPTIONAL = {"matplotlib", "transformers"}  # used if installed, inside the one function that wants them
+OPTIONAL = {"matplotlib", "transformers"}  # used if installed, in the one function that wants them
 
 def scripts():
-    return {name: (HERE / f"{name}.py").read_text() for name in SCRIPTS if (HERE / f"{name}.py").exists()}
+    return {name: (HERE / f"{name}.py").read_text() for name in SCRIPTS
+            if (HERE / f"{name}.py").exists()}
 
 def test_every_file_keeps_its_line_budget():
     lines = {name: text.count("\n") for name, text in scripts().items()}
     assert max(lines.values()) <= 700 and sum(lines.values()) <= 6400, lines
-    assert Path(__file__).read_text().count("\n") <= 1400 and (HERE / "README.md").read_text().count("\n") <= 250
+    assert (Path(__file__).read_text().count("\n") <= 1400
+            and (HERE / "README.md").read_text().count("\n") <= 250)
     assert all(len(line) <= 100 for text in scripts().values() for line in text.splitlines())
 
 def test_imports_follow_the_graph_and_the_six_packages():
@@ -72,10 +76,17 @@ def test_every_command_of_the_readme_parses():
     blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     docs = [ast.get_docstring(ast.parse(text)) for text in scripts().values()]
     commands = re.findall(r"python (\w+)\.py([^\n#`]*)", "\n".join(blocks + docs))
-    assert len(commands) > 10
+    assert len(commands) > 20
     for name, flags in commands:
         flags = [w for w in shlex.split(flags) if w not in ("...", "&&")]
         importlib.import_module(name).build_parser().parse_args(flags)
+
+def test_every_exercise_names_tests_that_exist():
+    tests = re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.M)
+    for name, text in scripts().items():
+        exercise = ast.get_docstring(ast.parse(text)).split("EXERCISE")[1]
+        (words,) = re.findall(r'-k "?([\w ]+?)"?`', exercise)
+        for word in words.split(" or "): assert any(word in test for test in tests), (name, word)
 
 # -----------------------------------------------------------------------------
 # bpe.py
@@ -455,7 +466,8 @@ def test_device_row_prefers_the_longest_name_that_fits():
     assert kernels.device_row("NVIDIA H100 PCIe")[0] == 756e12
     assert kernels.device_row("NVIDIA H100 80GB HBM3")[0] == 989e12
     assert kernels.device_row("NVIDIA A100-SXM4-80GB")[2] == 2.039e12
-    assert kernels.device_row("NVIDIA A10")[0] == 125e12 and kernels.device_row("NVIDIA A1000") is None
+    assert (kernels.device_row("NVIDIA A10")[0] == 125e12
+            and kernels.device_row("NVIDIA A1000") is None)
 
 def test_gelu_written_out_equals_torch():
     x = torch.linspace(-6, 6, 101, dtype=torch.float64)
@@ -475,14 +487,16 @@ def make(cfg, dtype=torch.float64):
     torch.manual_seed(1)
     m = model.LM(cfg).to(dtype).eval()
     with torch.no_grad():
-        for p in m.parameters(): p.copy_(torch.randn_like(p) * (0.3 if p.ndim > 1 else 0.5) + (p.ndim == 1))
+        for p in m.parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.ndim > 1 else 0.5) + (p.ndim == 1))
     return m
 
 def ids(B, T, seed=0):
     return torch.randint(0, 61, (B, T), generator=torch.Generator().manual_seed(seed))
 
-EVERY = [("llama", dict(mixers="A")), ("llama", dict(mixers="W", window=5)), ("llama", dict(n_kv_heads=2)),
-         ("llama", dict(n_kv_heads=1, pos="none"))] + [(name, {}) for name in model.PRESETS]
+EVERY = [("llama", dict(mixers="A")), ("llama", dict(mixers="W", window=5)),
+         ("llama", dict(n_kv_heads=2)), ("llama", dict(n_kv_heads=1, pos="none"))] + [
+             (name, {}) for name in model.PRESETS]
 
 @pytest.fixture(params=EVERY, ids=lambda p: p[0] + "".join(f"-{k}={v}" for k, v in p[1].items()))
 def cfg(request):
@@ -520,7 +534,8 @@ def test_documents_in_one_row_do_not_see_each_other(cfg):
     m, x = make(cfg), ids(1, 12)
     pos = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
     cache = m.new_cache(1, 12)
-    through_cache = torch.cat([m(x[:, a:b], pos=pos[:, a:b], cache=cache)[0] for a, b in ((0, 3), (3, 12))], 1)
+    through_cache = torch.cat([m(x[:, a:b], pos=pos[:, a:b], cache=cache)[0]
+                               for a, b in ((0, 3), (3, 12))], 1)
     whole = m(x, pos=pos)[0]
     assert torch.allclose(whole[:, :5], m(x[:, :5])[0], atol=1e-10)
     assert torch.allclose(whole[:, 5:], m(x[:, 5:])[0], atol=1e-10)
@@ -528,7 +543,8 @@ def test_documents_in_one_row_do_not_see_each_other(cfg):
 
 def test_flops_formula_equals_torchs_counter(cfg, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
-    monkeypatch.setattr(model, "attention", lambda q, k, v, mask, p: model.attention_reference(q, k, v, mask))
+    monkeypatch.setattr(model, "attention",
+                        lambda q, k, v, mask, p: model.attention_reference(q, k, v, mask))
     with FlopCounterMode(display=False) as counter: model.LM(cfg)(ids(2, 16))
     assert counter.get_total_flops() == 2 * sum(model.LM(cfg).flops(16).values())
 
@@ -552,12 +568,14 @@ def test_window_of_the_whole_length_is_full_attention():
 
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_attention_equals_its_reference(kv):
-    q, k, v = (torch.randn(2, h, 9, 8, dtype=torch.float64, requires_grad=True) for h in (4, kv, kv))
+    q, k, v = (torch.randn(2, h, 9, 8, dtype=torch.float64, requires_grad=True)
+               for h in (4, kv, kv))
     mask = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)
     for m in (None, mask):
         pairs = [torch.autograd.grad(f(q, k, v, m).square().sum(), (q, k, v))
                  for f in (model.attention, model.attention_reference)]
-        assert torch.allclose(model.attention(q, k, v, m), model.attention_reference(q, k, v, m), atol=1e-12)
+        assert torch.allclose(model.attention(q, k, v, m), model.attention_reference(q, k, v, m),
+                              atol=1e-12)
         assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*pairs))
 
 def test_attention_reference_equals_a_loop_over_definitions():
@@ -573,7 +591,8 @@ def test_attention_reference_equals_a_loop_over_definitions():
 def test_rope_scores_depend_on_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
     def score(i, j):
-        turn = lambda x, p: model.rotate(x, *(t.double() for t in model.rope_tables(torch.tensor([[p]]), 8, 100.0)))
+        turn = lambda x, p: model.rotate(
+            x, *(t.double() for t in model.rope_tables(torch.tensor([[p]]), 8, 100.0)))
         return (turn(q, i) * turn(k, j)).sum().item()
     assert score(3, 1) == pytest.approx(score(10, 8), abs=1e-5)  # tables are float32
     assert abs(score(3, 1) - score(4, 1)) > 1e-3
@@ -582,7 +601,8 @@ def test_rope_pairs_first_half_with_second():
     cos, sin = model.rope_tables(torch.tensor([[1]]), 4, 10000.0)
     out = model.rotate(torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]]), cos, sin).flatten()
     c, s, c2, s2 = math.cos(1), math.sin(1), math.cos(0.01), math.sin(0.01)
-    assert torch.allclose(out, torch.tensor([c - 3 * s, 2 * c2 - 4 * s2, 3 * c + s, 4 * c2 + 2 * s2]))
+    assert torch.allclose(out, torch.tensor(
+        [c - 3 * s, 2 * c2 - 4 * s2, 3 * c + s, 4 * c2 + 2 * s2]))
 
 def test_sinusoid_is_the_formula_of_the_paper():
     out = model.sinusoid(torch.tensor([[3]]), 6)[0, 0]
@@ -598,10 +618,12 @@ def test_norms_equal_torchs():
 def test_softmax_and_cross_entropy_survive_huge_logits():
     z, y = torch.randn(2, 5, 7) * 1000, torch.randint(0, 7, (2, 5))
     y[0, 0] = -1
-    want = F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none").view(2, 5)
+    want = F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=-1,
+                           reduction="none").view(2, 5)
     for f in (model.cross_entropy, model.cross_entropy_reference):
         assert torch.allclose(f(z, y), want) and f(z, y)[0, 0] == 0
-    assert torch.allclose(model.softmax(z), z.softmax(-1)) and torch.isfinite(model.softmax(z)).all()
+    assert (torch.allclose(model.softmax(z), z.softmax(-1))
+            and torch.isfinite(model.softmax(z)).all())
 
 def test_gqa_equals_mha_with_repeated_heads():
     gqa = make(tiny(n_kv_heads=2))
@@ -612,10 +634,11 @@ def test_gqa_equals_mha_with_repeated_heads():
     mha.load_state_dict(weights)
     assert torch.allclose(gqa(ids(2, 9))[0], mha(ids(2, 9))[0], atol=1e-12)
 
-@pytest.mark.parametrize("size, n", [("small", 124_439_808), ("medium", 354_823_168), ("XL", 1_557_611_200),
-                                     ("175B", 174_604_259_328)])
+@pytest.mark.parametrize("size, n", [("small", 124_439_808), ("medium", 354_823_168),
+                                     ("XL", 1_557_611_200), ("175B", 174_604_259_328)])
 def test_parameter_counts_equal_the_published_ones(size, n):
-    assert sum(model.sized("gpt2", size, seq_len=2048 if size == "175B" else 1024).n_params().values()) == n
+    assert sum(model.sized(
+        "gpt2", size, seq_len=2048 if size == "175B" else 1024).n_params().values()) == n
 
 @pytest.mark.parametrize("size, n, flops, head", [("small", 190_460_160, 3.4963e11, 22.61),
                                                   ("XL", 2_127_057_600, 4.5133e12, 3.65)])
@@ -653,7 +676,8 @@ def test_dropout_acts_in_training_only():
 
 def test_tensor_files_round_trip_and_are_safetensors(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.randn(2, 2).bfloat16(),
-               "none": torch.zeros(0, 3), "flag": torch.tensor([True, False]), "one": torch.tensor(2.5).double()}
+               "none": torch.zeros(0, 3), "flag": torch.tensor([True, False]),
+               "one": torch.tensor(2.5).double()}
     model.save_tensors(tmp_path / "t.safetensors", tensors, {"who": "me"})
     out, metadata = model.load_tensors(tmp_path / "t.safetensors")
     assert metadata["who"] == "me" and out.keys() == tensors.keys()
@@ -661,11 +685,14 @@ def test_tensor_files_round_trip_and_are_safetensors(tmp_path):
     data = (tmp_path / "t.safetensors").read_bytes()
     n = int.from_bytes(data[:8], "little")
     a, b = json.loads(data[8:8 + n])["b"]["data_offsets"]
-    assert n % 8 == 0 and np.frombuffer(data[8 + n + a:8 + n + b], np.int64).tolist() == [0, 1, 2, 3, 4]
+    assert (n % 8 == 0
+            and np.frombuffer(data[8 + n + a:8 + n + b], np.int64).tolist() == [0, 1, 2, 3, 4])
 
-@pytest.mark.parametrize("harm", [lambda d: d.replace(b"F32", b"I32"), lambda d: d.replace(b"[40]", b"[20]"),
-                                  lambda d: d.replace(b"me", b"us"), lambda d: d[:-3], lambda d: d[:5], lambda d: b"", lambda d: d[:-9] + b"x" + d[-8:],
-                                  lambda d: d[:12] + b"\xff" + d[13:], lambda d: b"\xff" * 8 + d[8:]])
+@pytest.mark.parametrize("harm", [
+    lambda d: d.replace(b"F32", b"I32"), lambda d: d.replace(b"[40]", b"[20]"),
+    lambda d: d.replace(b"me", b"us"), lambda d: d[:-3], lambda d: d[:5], lambda d: b"",
+    lambda d: d[:-9] + b"x" + d[-8:], lambda d: d[:12] + b"\xff" + d[13:],
+    lambda d: b"\xff" * 8 + d[8:]])
 def test_damaged_tensor_file_is_named(tmp_path, harm, capsys):
     path = tmp_path / "t.safetensors"
     model.save_tensors(path, {"a": torch.randn(40)}, {"who": "me"})
@@ -682,9 +709,11 @@ def test_saved_model_loads_with_the_same_logits(cfg, tmp_path):
 def test_llama_tensors_have_their_published_names():
     names = model.published(model.LM(tiny(n_layers=1)))
     layer = [f"model.layers.0.{n}.weight" for n in (
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-        "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")]
-    assert sorted(names) == sorted(layer + ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+        "input_layernorm", "post_attention_layernorm")]
+    assert sorted(names) == sorted(layer + [
+        "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
 
 def test_positions_go_on_from_a_padded_cache():
     m = make(tiny())
@@ -695,19 +724,24 @@ def test_positions_go_on_from_a_padded_cache():
     assert torch.allclose(after[:1], m(torch.cat((ids(1, 4), more[:1]), 1))[0][:, 4:], atol=1e-10)
 
 @pytest.mark.parametrize("bad, word", [
-    (dict(mixers="AX"), "mixers"), (dict(softcap=math.inf), "softcap"), (dict(d_model=2.5), "d_model"), (dict(mixers="AAW"), "mixers"), (dict(ffns=""), "ffns"), (dict(n_heads=5), "n_heads"),
-    (dict(n_kv_heads=3), "n_kv_heads"), (dict(window=4), "window"), (dict(pos="rop"), "pos"), (dict(d_head=3), "d_head"),
-    (dict(pos="none", rope_theta=5.0), "rope_theta"), (dict(dropout=1.0), "dropout"), (dict(softcap=-1.0), "softcap"),
-    (dict(n_layers=0), "n_layers"), (dict(norm="rmsnorm"), "norm"), (dict(norm_place="mid"), "norm_place")])
+    (dict(mixers="AX"), "mixers"), (dict(softcap=math.inf), "softcap"),
+    (dict(d_model=2.5), "d_model"), (dict(mixers="AAW"), "mixers"), (dict(ffns=""), "ffns"),
+    (dict(n_heads=5), "n_heads"), (dict(n_kv_heads=3), "n_kv_heads"), (dict(window=4), "window"),
+    (dict(pos="rop"), "pos"), (dict(d_head=3), "d_head"),
+    (dict(pos="none", rope_theta=5.0), "rope_theta"), (dict(dropout=1.0), "dropout"),
+    (dict(softcap=-1.0), "softcap"), (dict(n_layers=0), "n_layers"),
+    (dict(norm="rmsnorm"), "norm"), (dict(norm_place="mid"), "norm_place")])
 def test_bad_model_configuration_is_refused_by_name(bad, word, capsys):
     with pytest.raises(bpe.UserError) as e: model.ModelConfig(**bad)
-    assert e.value.code == 2 and f"--{word}" in str(e.value) and capsys.readouterr().err.count("\n") == 1
+    assert (e.value.code == 2 and f"--{word}" in str(e.value)
+            and capsys.readouterr().err.count("\n") == 1)
 
 # -----------------------------------------------------------------------------
 # optim.py
 
 TORCHS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.01), "momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, eps=1e-10),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.99, eps=1e-8),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.95), eps=1e-8),
@@ -715,8 +749,8 @@ TORCHS = {
 
 @pytest.mark.parametrize("name", TORCHS)
 def test_optimizer_equals_torchs_for_fifty_steps(name):
-    ours, theirs = (torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-                    for _ in range(2))
+    ours, theirs = (torch.randn(5, 3, generator=torch.Generator().manual_seed(0),
+                                dtype=torch.float64).requires_grad_() for _ in range(2))
     a, b = optim.OPTIMIZERS[name]([ours], lr=0.01), TORCHS[name]([theirs])
     for i in range(50):
         g = torch.randn(5, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
@@ -751,42 +785,49 @@ def test_groups_partition_the_parameters_and_only_matrices_decay():
     for name in model.PRESETS:
         m = model.LM(tiny(name))
         groups = optim.param_groups(m, weight_decay=0.1, embedding=0.5)
-        assert sorted(map(id, (p for g in groups for p in g["params"]))) == sorted(map(id, m.parameters()))
+        assert (sorted(map(id, (p for g in groups for p in g["params"])))
+                == sorted(map(id, m.parameters())))
         for g in groups:
-            assert (g["weight_decay"] > 0) == (g["role"] == "matrix") and ("lr" in g) == (g["role"] == "embedding")
+            assert ((g["weight_decay"] > 0) == (g["role"] == "matrix")
+                    and ("lr" in g) == (g["role"] == "embedding"))
             assert all((p.ndim == 1) == (g["role"] == "vector") for p in g["params"])
 
 def test_clipping_equals_torchs_and_leaves_small_gradients():
     for size in (0.01, 100.0):
-        a = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True), torch.randn(2, requires_grad=True)]
+        a = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True),
+             torch.randn(2, requires_grad=True)]
         for p in a[:2]: p.grad = torch.randn_like(p) * size
         b = [p.grad.clone() for p in a[:2]]
         norm = optim.clip_grad_norm(a, 1.0)
-        assert norm.item() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in b)), rel=1e-5)
+        assert norm.item() == pytest.approx(
+            math.sqrt(sum(g.square().sum().item() for g in b)), rel=1e-5)
         scale = min(1.0, 1.0 / (norm.item() + 1e-6))
         assert all(torch.allclose(p.grad, g * scale, rtol=1e-5) for p, g in zip(a, b))
 
 def test_cosine_schedule_has_the_values_of_the_course():
     # peak 1, floor .1, warm-up 7 of 21 steps
     lr = lambda it: optim.cosine(it / 21, warmup=7 / 21, cooldown=None, final=0.1)
-    assert lr(0) == 0 and lr(7) == 1 and lr(8) == pytest.approx(0.98871756) and lr(14) == pytest.approx(0.55)
+    assert (lr(0) == 0 and lr(7) == 1 and lr(8) == pytest.approx(0.98871756)
+            and lr(14) == pytest.approx(0.55))
     assert lr(21) == pytest.approx(0.1) and lr(30) == pytest.approx(0.1)
 
 def test_wsd_schedule_rises_stays_and_falls_on_straight_lines():
     f = lambda x: optim.wsd(x, warmup=0.1, cooldown=0.4, final=0.2)
     assert [f(x) for x in (0.0, 0.05, 0.1, 0.35, 0.6)] == pytest.approx([0, 0.5, 1, 1, 1])
-    assert f(0.8) == pytest.approx(0.6) and f(1.0) == pytest.approx(0.2) and f(1.5) == pytest.approx(0.2)
+    assert (f(0.8) == pytest.approx(0.6) and f(1.0) == pytest.approx(0.2)
+            and f(1.5) == pytest.approx(0.2))
 
 def test_optimizers_refuse_what_they_do_not_know():
     m = model.LM(tiny())
-    for bad in (lambda: optim.SGD(optim.param_groups(m, weight_decay=0.1)), lambda: optim.Adam([], bta=1) ,
-                lambda: optim.param_groups(m, head=0.1)):
+    for bad in (lambda: optim.SGD(optim.param_groups(m, weight_decay=0.1)),
+                lambda: optim.Adam([], bta=1), lambda: optim.param_groups(m, head=0.1)):
         with pytest.raises((AssertionError, IndexError)): bad()
     adam = optim.Adam([torch.ones(3, requires_grad=True)])
     with pytest.raises(AssertionError): adam.load_state_tensors({"0.0.m": torch.ones(4)})
 
 def test_turning_the_valley_hurts_only_preconditioners():
-    needed = lambda name, turned: optim.steps_needed(optim.OPTIMIZERS[name], *optim.valley(turned, d=4), 400)[0]
+    needed = lambda name, turned: optim.steps_needed(
+        optim.OPTIMIZERS[name], *optim.valley(turned, d=4), 400)[0]
     assert needed("momentum", True) == needed("momentum", False)
     assert needed("rmsprop", True) > 2 * needed("rmsprop", False)
 
@@ -796,28 +837,33 @@ def test_turning_the_valley_hurts_only_preconditioners():
 def test_top_p_sampling_keeps_the_token_that_crosses():
     z = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     kept = lambda p: torch.isfinite(sample.top_p(z, p)).nonzero().flatten().tolist()
-    assert kept(0.4) == [1] and kept(0.6) == [1, 3] and kept(0.8) == [1, 2, 3] and kept(1.0) == [0, 1, 2, 3]
+    assert (kept(0.4) == [1] and kept(0.6) == [1, 3]
+            and kept(0.8) == [1, 2, 3] and kept(1.0) == [0, 1, 2, 3])
 
 def test_top_k_and_min_p_sampling_keep_what_they_say():
     z = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     assert torch.isfinite(sample.top_k(z, 2)).nonzero().flatten().tolist() == [1, 3]
     assert torch.isfinite(sample.top_k(torch.zeros(5), 2)).nonzero().flatten().tolist() == [0, 1]
     assert torch.isfinite(sample.min_p(z, 0.4)).nonzero().flatten().tolist() == [1, 3]
-    assert sample.temperature(z, 0.5).softmax(-1)[1].item() == pytest.approx(0.25 / 0.345)  # p^2, normalised
+    # p^2, normalised
+    assert sample.temperature(z, 0.5).softmax(-1)[1].item() == pytest.approx(0.25 / 0.345)
 
 def test_sampling_draws_with_the_models_frequencies():
     p = torch.tensor([0.5, 0.3, 0.2])
     g, n = torch.Generator().manual_seed(0), 4000
-    counts = np.bincount([sample.draw(p.log(), sample.Sampling(), g) for _ in range(n)], minlength=3)
+    counts = np.bincount([sample.draw(p.log(), sample.Sampling(), g) for _ in range(n)],
+                         minlength=3)
     chi2 = sum((c - n * q) ** 2 / (n * q) for c, q in zip(counts, p.tolist()))
     assert chi2 < 13.8  # two degrees of freedom: exceeded by chance once in a thousand
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_generate_gives_the_same_tokens_with_and_without_cache_alone_and_in_a_batch(cfg, temperature):
+def test_generate_gives_the_same_tokens_with_and_without_cache_alone_and_in_a_batch(
+        cfg, temperature):
     m = make(cfg)  # float64; 40 tokens outgrow the context of 24 twice
     prompts = [[1, 2, 3, 4, 5, 6, 7], [8], list(range(20))]
     how = sample.Sampling(40, temperature=temperature, top_k=30)
-    cached, plain = sample.generate(m, prompts, how), sample.generate(m, prompts, how, use_cache=False)
+    cached, plain = (sample.generate(m, prompts, how),
+                     sample.generate(m, prompts, how, use_cache=False))
     assert cached == plain and all(len(text) == 40 for text in cached)
     for i, prompt in enumerate(prompts):
         alone = sample.Sampling(40, temperature=temperature, top_k=30, seed=i)
@@ -827,7 +873,8 @@ def test_generate_stops_at_the_stop_token_and_streams_what_it_returns():
     m, told = make(tiny()), []
     full = sample.generate(m, [[1], [2]], sample.Sampling(30))
     stop = full[0][3]
-    cut = sample.generate(m, [[1], [2]], sample.Sampling(30, stop=stop), on_token=lambda i, t: told.append((i, t)))
+    cut = sample.generate(m, [[1], [2]], sample.Sampling(30, stop=stop),
+                          on_token=lambda i, t: told.append((i, t)))
     assert cut == [text[:text.index(stop)] if stop in text else text for text in full]
     assert [[t for i, t in told if i == row] for row in (0, 1)] == cut
 
@@ -845,8 +892,9 @@ def test_text_stream_waits_for_whole_characters():
     stream.flush()
     assert [text for text in out if text] == ["n", "é", "🌍", "\ufffd"]
 
-@pytest.mark.parametrize("bad, word", [(dict(temperature=-1.0), "temperature"), (dict(top_p=0.0), "top_p"),
-                                       (dict(max_tokens=0), "max_tokens"), (dict(top_k=0), "top_k")])
+@pytest.mark.parametrize("bad, word", [
+    (dict(temperature=-1.0), "temperature"), (dict(top_p=0.0), "top_p"),
+    (dict(max_tokens=0), "max_tokens"), (dict(top_k=0), "top_k")])
 def test_bad_sampling_is_refused_by_name(bad, word, capsys):
     with pytest.raises(bpe.UserError, match=word): sample.Sampling(**bad)
 
@@ -857,16 +905,19 @@ CPU = train.Machine(torch.device("cpu"), torch.float32, False, 1e12, "")
 
 def small_run(steps=12, **more):
     """(model, optimizer, loader, cfg, evaluation) on a text of random tokens with structure."""
-    cfg = train.TrainConfig(minutes=None, steps=steps, **{**dict(batch_size=4, evals=2, log_steps=4, lr=1e-2), **more})
+    cfg = train.TrainConfig(minutes=None, steps=steps,
+                            **{**dict(batch_size=4, evals=2, log_steps=4, lr=1e-2), **more})
     torch.manual_seed(cfg.seed)
     m, opt = train.build(tiny("modern", seq_len=8, dropout=0.1), cfg, CPU)
     tokens = (np.arange(600) ** 2 % 61).astype(np.uint16)
     loader = data.Loader(tokens, 8, cfg.batch_size, cfg.seed)
-    return m, opt, loader, cfg, lambda model: train.evaluate(model, tokens[:101], 250, 8, 4, CPU.device)
+    return m, opt, loader, cfg, lambda model: train.evaluate(
+        model, tokens[:101], 250, 8, 4, CPU.device)
 
 def losses_of(run):
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"]) for r in rows if "loss" in r], [(r["step"], r["valid"]) for r in rows if "valid" in r]
+    return ([(r["step"], r["loss"]) for r in rows if "loss" in r],
+            [(r["step"], r["valid"]) for r in rows if "valid" in r])
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch():
     m = make(tiny("modern"))
@@ -877,7 +928,8 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch():
         m.zero_grad()
         loss = train.local_step(m, list(zip(x.split(micro), y.split(micro))))
         grads.append([loss] + [p.grad.clone() for p in m.parameters()])
-    for other in grads[1:]: assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(grads[0], other))
+    for other in grads[1:]:
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(grads[0], other))
     want = m(x, y)[0].sum() / (y >= 0).sum()
     assert torch.allclose(grads[0][0], want)
 
@@ -895,7 +947,8 @@ def test_evaluation_of_a_uniform_model_is_log_two_of_the_vocabulary():
     m = model.LM(tiny("modern"))  # its head starts at zero
     tokens = np.arange(100) % 61
     for batch_size in (1, 3, 64):
-        out = train.evaluate(m, tokens, n_bytes=200, seq_len=24, batch_size=batch_size, device=CPU.device)
+        out = train.evaluate(m, tokens, n_bytes=200, seq_len=24, batch_size=batch_size,
+                             device=CPU.device)
         assert out["tokens"] == 99 and out["loss"] == pytest.approx(math.log(61))
         assert out["bits_per_byte"] == pytest.approx(99 * math.log2(61) / 200)
 
@@ -903,7 +956,8 @@ def test_evaluation_counts_every_token_once_whatever_the_batch():
     m, tokens = make(tiny()), np.random.default_rng(0).integers(0, 61, 333)
     outs = [train.evaluate(m, tokens, 500, 24, b, CPU.device)["loss"] for b in (1, 5, 100)]
     x = torch.tensor(tokens)
-    want = sum(m(x[None, i:i + 24][:, :len(x[i + 1:i + 25])], x[None, i + 1:i + 25])[0].sum().item() for i in range(0, 332, 24))
+    want = sum(m(x[None, i:i + 24][:, :len(x[i + 1:i + 25])], x[None, i + 1:i + 25])[0].sum().item()
+               for i in range(0, 332, 24))
     assert outs == pytest.approx([want / 332] * 3)
 
 def test_shannons_ladder_on_a_text_counted_by_hand():
@@ -929,7 +983,8 @@ def test_a_run_that_is_resumed_repeats_the_undisturbed_one_bit_for_bit(tmp_path)
     torch.manual_seed(99)  # dropout must go on from the checkpoint, not from here
     train.fit(m, opt, loader, cfg, CPU, cut, resume=True, evaluation=check)
     assert losses_of(whole) == losses_of(cut) and len(losses_of(whole)[0]) == 5
-    a, b = model.load_tensors(whole / "model.safetensors")[0], model.load_tensors(cut / "model.safetensors")[0]
+    a, b = (model.load_tensors(whole / "model.safetensors")[0],
+            model.load_tensors(cut / "model.safetensors")[0])
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
@@ -939,9 +994,11 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsy
     newest.write_bytes(newest.read_bytes()[:-50])
     m, opt, loader, cfg, check = small_run()
     progress = train.load_checkpoint(tmp_path, m, opt)
-    assert progress.step == int(older.stem.split("-")[1]) == 11 and str(newest) in capsys.readouterr().out
+    assert (progress.step == int(older.stem.split("-")[1]) == 11
+            and str(newest) in capsys.readouterr().out)
     older.write_bytes(b"")
-    with pytest.raises(bpe.UserError, match="no checkpoint that is whole"): train.load_checkpoint(tmp_path, m, opt)
+    with pytest.raises(bpe.UserError, match="no checkpoint that is whole"):
+        train.load_checkpoint(tmp_path, m, opt)
 
 def test_a_step_without_a_finite_loss_is_skipped_and_three_end_the_run(tmp_path):
     m, opt, loader, cfg, check = small_run()
@@ -958,9 +1015,11 @@ def test_a_step_without_a_finite_loss_is_skipped_and_three_end_the_run(tmp_path)
 TEXT = "".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(40))
 
 def train_main(*flags):
-    return train.main(train.build_parser().parse_args(["--dataset", "text.txt", "--tokenizer", "byte", *map(str, flags)]))
+    return train.main(train.build_parser().parse_args(
+        ["--dataset", "text.txt", "--tokenizer", "byte", *map(str, flags)]))
 
-TINY = ("--n_layers", 1, "--d_model", 16, "--n_heads", 2, "--seq_len", 16, "--batch_size", 4, "--log_steps", 1)
+TINY = ("--n_layers", 1, "--d_model", 16, "--n_heads", 2, "--seq_len", 16, "--batch_size", 4,
+        "--log_steps", 1)
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
@@ -969,11 +1028,31 @@ def desk(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT)
     return tmp_path
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+@needs_gpu
+def test_a_gpu_learns_in_bfloat16_compiled_as_a_cpu_does_in_float32():
+    """The same weights and batches; bfloat16 keeps eight bits, so curves agree to two digits."""
+    curves = []
+    for device, dtype, compiled in (("cpu", torch.float32, False), ("cuda", torch.bfloat16, True)):
+        machine = train.Machine(torch.device(device), dtype, compiled, 1e12, "")
+        _, _, loader, cfg, _ = small_run(steps=30, log_steps=1)
+        m, opt = train.build(tiny("modern", seq_len=8), cfg, machine)
+        losses = []
+        def step(model, batches):
+            losses.append(train.local_step(model, batches))
+            return losses[-1]
+        train.fit(m, opt, loader, cfg, machine, step=step)
+        curves.append([loss.item() for loss in losses[-30:]])  # compiling takes a step of its own
+    assert curves[0] == pytest.approx(curves[1], rel=0.05) and curves[1][-1] < curves[1][0] - 0.5
+
 def test_the_main_command_trains_samples_and_ranks(desk, capsys):
     train_main(*TINY, "--steps", 5, "--run", "one")
     out = capsys.readouterr().out
-    assert "bits_per_byte of uniform 8" in out and "sample:" in out and "validation bits_per_byte" in out
-    sample.main(sample.build_parser().parse_args(["--run", "one", "--prompt", "7 times", "--max_tokens", "5"]))
+    assert ("bits_per_byte of uniform 8" in out and "sample:" in out
+            and "validation bits_per_byte" in out)
+    sample.main(sample.build_parser().parse_args(
+        ["--run", "one", "--prompt", "7 times", "--max_tokens", "5"]))
     assert capsys.readouterr().out.startswith("7 times")
     train.main(train.build_parser().parse_args(["--board"]))
     assert "one " in capsys.readouterr().out
@@ -981,12 +1060,15 @@ def test_the_main_command_trains_samples_and_ranks(desk, capsys):
 
 def test_owt_from_a_mirror_goes_from_download_to_sample(desk, capsys):
     text = (EOT + "\n").join(TEXT.splitlines())
-    files = {"owt_train.txt.gz": gzip.compress(text.encode()), "owt_valid.txt.gz": gzip.compress(text[-900:].encode())}
+    files = {"owt_train.txt.gz": gzip.compress(text.encode()),
+             "owt_valid.txt.gz": gzip.compress(text[-900:].encode())}
     with server(files, drop=1) as (url, asked):  # the first connection breaks half-way
-        train.main(train.build_parser().parse_args([*map(str, TINY), "--dataset", "owt", "--mirror", url, "--steps", "3",
-                                                    "--vocab_size", "300", "--device", "cpu", "--run", "owt"]))
+        train.main(train.build_parser().parse_args([
+            *map(str, TINY), "--dataset", "owt", "--mirror", url, "--steps", "3",
+            "--vocab_size", "300", "--device", "cpu", "--run", "owt"]))
     out = capsys.readouterr().out
-    assert asked[1].startswith("bytes=") and "no GPU: a small model trains on the same data for 3 steps" in out
+    assert (asked[1].startswith("bytes=")
+            and "no GPU: a small model trains on the same data for 3 steps" in out)
     assert "validation bits_per_byte" in out and (desk / "runs/owt/result.json").exists()
 
 def test_walk_and_profile_leave_no_run(desk, capsys):
@@ -997,14 +1079,16 @@ def test_walk_and_profile_leave_no_run(desk, capsys):
     assert float(after) <= float(before) and not list(desk.glob("runs/*/train.json"))
 
 @pytest.mark.parametrize("flags, word", [
-    (["--preset", "gpt7"], "gpt2"), (["--dataset", "nowhere"], "stdlib"), (["--minutes", "-1"], "minutes"),
-    (["--batch_size", "6", "--micro_batch", "4"], "micro_batch"), (["--optimizer", "adamm"], "adamw"),
-    (["--minutes", "1", "--steps", "5"], "steps"), (["--batch_size", "100000"], "batch_size"),
-    (["--resume", "--run", "none"], "resume"), (["--n_heads", "7"], "n_heads"), (["--device", "abacus"], "device")])
+    (["--preset", "gpt7"], "gpt2"), (["--dataset", "nowhere"], "stdlib"),
+    (["--minutes", "-1"], "minutes"), (["--batch_size", "6", "--micro_batch", "4"], "micro_batch"),
+    (["--optimizer", "adamm"], "adamw"), (["--minutes", "1", "--steps", "5"], "steps"),
+    (["--batch_size", "100000"], "batch_size"), (["--resume", "--run", "none"], "resume"),
+    (["--n_heads", "7"], "n_heads"), (["--device", "abacus"], "device")])
 def test_bad_flags_give_one_message_and_status_two(desk, flags, word, capsys):
     with pytest.raises(SystemExit) as e: train_main(*TINY, *flags)
     err = capsys.readouterr().err
-    assert e.value.code == 2 and word in err and "Traceback" not in err and not list(desk.glob("runs/*"))
+    assert (e.value.code == 2 and word in err and "Traceback" not in err
+            and not list(desk.glob("runs/*")))
 
 def test_resuming_with_another_configuration_names_the_difference(desk, capsys):
     train_main(*TINY, "--steps", 3, "--run", "one")
@@ -1013,20 +1097,24 @@ def test_resuming_with_another_configuration_names_the_difference(desk, capsys):
     with pytest.raises(bpe.UserError, match="softcap: got 3.0, wanted None"):
         train_main(*TINY, "--steps", 3, "--run", "one", "--resume", "--softcap", 3.0)
     (desk / "text.txt").write_text(TEXT[::-1])
-    with pytest.raises(bpe.UserError, match="another text"): train_main(*TINY, "--run", "one", "--resume")
-    with pytest.raises(bpe.UserError, match="exists"): train_main(*TINY, "--steps", 3, "--run", "one")
+    with pytest.raises(bpe.UserError, match="another text"):
+        train_main(*TINY, "--run", "one", "--resume")
+    with pytest.raises(bpe.UserError, match="exists"):
+        train_main(*TINY, "--steps", 3, "--run", "one")
 
 def test_prompts_that_are_empty_or_too_long_are_refused(desk):
     train_main(*TINY, "--steps", 1, "--run", "one")
     ask = lambda *flags: sample.main(sample.build_parser().parse_args(list(flags)))
     with pytest.raises(bpe.UserError, match="empty"): ask("--run", "one", "--prompt", "")
-    with pytest.raises(bpe.UserError, match="at most the context, 16"): ask("--run", "one", "--prompt", "x" * 17)
+    with pytest.raises(bpe.UserError, match="at most the context, 16"):
+        ask("--run", "one", "--prompt", "x" * 17)
     with pytest.raises(bpe.UserError, match="known under runs/: one"): ask("--run", "two")
 
 def test_killed_at_any_moment_a_run_goes_on_as_if_undisturbed(desk):
     here = Path(__file__).parent
-    command = [sys.executable, str(here / "train.py"), "--dataset", "text.txt", "--tokenizer", "byte", *map(str, TINY),
-               "--steps", "60", "--save_minutes", "0", "--threads", "1", "--dtype", "float32"]
+    command = [sys.executable, str(here / "train.py"), "--dataset", "text.txt",
+               "--tokenizer", "byte", *map(str, TINY), "--steps", "60", "--save_minutes", "0",
+               "--threads", "1", "--dtype", "float32"]
     subprocess.run(command + ["--run", "whole"], check=True, capture_output=True)
     child = subprocess.Popen(command + ["--run", "killed"], stdout=subprocess.PIPE, text=True)
     for line in child.stdout:
@@ -1034,7 +1122,8 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_undisturbed(desk):
     child.kill()  # SIGKILL: nothing can be tidied up
     child.wait()
     assert not list(desk.glob("runs/killed/result.json"))
-    child = subprocess.Popen([*command, "--run", "killed", "--resume"], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([*command, "--run", "killed", "--resume"],
+                             stdout=subprocess.PIPE, text=True)
     for line in child.stdout:
         if line.startswith("step     40"): child.send_signal(signal.SIGTERM); break
     rest = child.stdout.read()

@@ -115,7 +115,7 @@ class TrainConfig:
 # What a budget buys on a kind of device: flags override a preset's row, and that overrides these.
 # The row for a CPU was chosen by trials on two cores [measured]; those for a GPU are [our choice].
 RECIPES = {
-    "cpu": dict(vocab_size=2048, seq_len=128, n_layers=4, d_model=192, n_heads=3, batch_size=16),
+    "cpu": dict(vocab_size=1024, seq_len=128, n_layers=3, d_model=128, n_heads=2, batch_size=16),
     "cuda": dict(vocab_size=4096, seq_len=256, n_layers=6, d_model=384, n_heads=6, batch_size=128,
                  lr=2e-3),
     "cuda owt": dict(vocab_size=32000, seq_len=1024, n_layers=12, d_model=1024, n_heads=8, lr=1e-3,
@@ -266,10 +266,11 @@ def checkpoints(run):
 def generator_of(model):
     """(get, set) for the state of the random generator of the model's device."""
     device = next(model.parameters()).device
-    if device.type == "cpu": return torch.get_rng_state, torch.set_rng_state
-    backend = getattr(torch, device.type)
-    return (partial(backend.get_rng_state, device=device),
-            lambda state: backend.set_rng_state(state, device=device))
+    if device.type == "cuda":
+        return (partial(torch.cuda.get_rng_state, device),
+                lambda state: torch.cuda.set_rng_state(state, device))
+    backend = torch.mps if device.type == "mps" else torch
+    return backend.get_rng_state, backend.set_rng_state
 
 def save_checkpoint(run, model, optimizer, progress):
     """Writes a checkpoint, then the weights alone as a directory that sample.py reads."""
@@ -397,7 +398,7 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
             if good: now.loss_sum, now.loss_steps = now.loss_sum + loss.item(), now.loss_steps + 1
             elif is_main: log.write(f"step {now.step:6d}  skipped: loss {loss.item()}, gradient "
                                     f"norm {norm.item()}", step=now.step, skipped=True)
-            if now.bad == 3: raise SystemExit(give_up(run, now))
+            if now.bad == 3: give_up(run)
     if asked and is_main:
         print(f"{asked}: stopped after step {now.step}" + (
             f", saved; go on with: python train.py --resume --run {run}" if run else ""))
@@ -418,10 +419,10 @@ def warm_up(forward, loader, micro, machine, step):
     synchronize(machine.device)
     loader.seek(seen)
 
-def give_up(run, now):
+def give_up(run):
     last = next(iter(checkpoints(run)), None) if run else None
-    return (f"three steps in a row without a finite loss, the last at step {now.step}; the last "
-            f"good checkpoint is {last}; train with a smaller --lr, or on other data")
+    raise SystemExit("three steps in a row without a finite loss; the last good checkpoint is "
+                     f"{last}; train with a smaller --lr, or on other data")
 
 def log_step(log, now, mark, x, norm, lr, model, loader, machine):
     tokens = now.seen * loader.seq_len
