@@ -244,6 +244,7 @@ def find_files(dataset: str, folder: Path) -> tuple:
         root, left_out = Path(sysconfig.get_path("stdlib")), f"{HIDDEN}|{TESTS_AND_BUILD}"
     found, ours = [] if root.is_dir() else [root], {folder.resolve(), folder.parent.resolve()}
     for here, folders, names in os.walk(root):
+        names = [] if "train.json" in names else names      # a run of ours
         folders[:] = [name for name in folders if not re.fullmatch(left_out, name)
                       and Path(here, name).resolve() not in ours]
         found += [Path(here, name) for name in names if not re.fullmatch(left_out, name)
@@ -495,6 +496,11 @@ def windows(tokens, seq_len: int, which):
         row[:len(window)] = window
     targets = ids[:, 1:].contiguous()                                   # (B, T + 1) -> (B, T)
     return ids[:, :-1].masked_fill(targets < 0, 0), targets
+
+def in_order(tokens, seq_len: int, batch_size: int):
+    """All windows, one after the other, in batches of one shape: the last one ends in padding."""
+    for first in range(0, -(-(len(tokens) - 1) // seq_len), batch_size):
+        yield windows(tokens, seq_len, range(first, first + batch_size))
 
 @lru_cache(maxsize=2)       # a batch may lie across two epochs
 def permutation(n: int, seed: int, epoch: int):

@@ -47,12 +47,14 @@ DEVICES = {
     "L4": (121e12, 30.3e12, 0.3e12),
     "H100": (989e12, 67e12, 3.35e12),
     "H100 PCIe": (756e12, 51e12, 2.0e12),
+    "H100 NVL": (835e12, 60e12, 3.9e12),
     "H200": (989e12, 67e12, 4.8e12),
     "B200": (2250e12, 75e12, 8.0e12),
 }
 
 def device_row(name):
     """(bf16 FLOP/s, fp32 FLOP/s, bytes/s) of a device by its reported name, or None."""
+    if "MIG" in name: return None  # a part of a GPU
     words = set(name.replace("-", " ").split())
     fits = [key for key in DEVICES if key in name and key.replace("-", " ").split()[0] in words]
     return DEVICES[max(fits, key=len)] if fits else None
@@ -90,12 +92,12 @@ def product_rate(n, device, dtype):
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n ** 3 / seconds(lambda: a @ b, device)
 
-def peak_flops_per_s(device, dtype):
-    """(FLOP/s, where it is from): the datasheet's dense peak for 16-bit numbers, or else what a
-    product reaches now (float32 on a GPU may or may not use its tensor cores)."""
+def peak_flops_per_s(device, dtype, n=None):
+    """(FLOP/s, where it is from): the datasheet's dense peak for 16-bit numbers, or else what an
+    (n, n) product reaches now (float32 on a GPU may or may not use its tensor cores)."""
     row = device_row(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if row and dtype in (torch.bfloat16, torch.float16): return row[0], "datasheet"
-    n = 1024 if device.type == "cpu" else 4096
+    n = n or (1024 if device.type == "cpu" else 4096)
     return product_rate(n, device, dtype), f"measured: {n} x {n} product"
 
 def roofline_s(flops, n_bytes, peak, bandwidth):
@@ -149,7 +151,7 @@ def main(args):
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     a, b = (torch.randn(args.n, args.n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    peak, source = peak_flops_per_s(device, dtype)
+    peak, source = peak_flops_per_s(device, dtype, args.n)
     bandwidth = 2 * a.numel() * a.element_size() / seconds(lambda: out.copy_(a), device)
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, {dtype}: peak {peak:.3g} "
           f"FLOP/s ({source}),\ncopying {bandwidth:.3g} bytes/s; the ridge lies at "

@@ -20,22 +20,26 @@ THE COSTS
     of prompts shares the reading. For a text of T tokens, without a cache O(T^2) tokens go through
     the model, and attention does O(T^3) work; with one O(T) and O(T^2).
 
-CONTENTS  samplers / generate / streaming text / devices and runs / lesson and command line
+CONTENTS  samplers / generate / streaming text / likelihood, Shannon's ladder / devices and runs /
+          lesson and command line
 NOT HERE  serving many users at once: paged caches, continuous batching, speculative decoding
 RUN       python sample.py         # the lesson, offline; last line "... a batch shares the reading"
           python sample.py --run runs/NAME --prompt "def "    # streams text of that run
 REFERENCES
     Fan et al. 2018 (1805.04833) top-k; Holtzman et al. 2020 (1904.09751) top-p; Nguyen et al. 2024
-    (2407.01082) min-p; Pope et al. 2022 (2211.05102) costs of inference
+    (2407.01082) min-p; Pope et al. 2022 (2211.05102) costs of inference; Shannon 1948 (n-grams);
+    Witten, Bell 1991 (smoothing)
 EXERCISE  Empty `top_p` and `pad_left`; fill them until `pytest test_all.py -k "sampl or generate"`
           is green again.
 """
-import argparse, codecs, sys, time
+import argparse, codecs, math, sys, time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 from bpe import UserError, load_tokenizer
 from kernels import device_name
@@ -120,7 +124,7 @@ def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None):
 
     on_token(i, id) is called as prompt i grows. A text that outgrows the context goes on from its
     last half, whose positions then count from 0; the rule looks at each row alone. With or without
-    a cache the tokens are the same: without one, every step is a prefill."""
+    a cache the tokens are the same (up to near-ties): without one, every step is a prefill."""
     limit, device = model.cfg.seq_len, next(model.parameters()).device
     assert all(0 < len(p) <= limit for p in prompts), "prompts must hold 1 to seq_len tokens"
     rows, begin = [list(p) for p in prompts], [0] * len(prompts)
@@ -165,16 +169,58 @@ class TextStream:
         self.write(self.decoder.decode(b"", final=True))
 
 # -----------------------------------------------------------------------------
+# Likelihood: how well a model predicts a text that it has not seen
+# The text in windows that do not overlap, each token predicted once. Tokens at the start of a
+# window see little context, so longer windows alone make the number better: their length stands
+# beside it. Bytes are those of the text; tokens that mark its ends cost bits, not bytes.
+
+@torch.no_grad()
+def evaluate(model, batches, n_bytes, device):
+    """-> dict of loss (nats per token), bits_per_byte, tokens, context, for batches of (tokens,
+    targets (B, T), -1 = not counted) that together hold a text of n_bytes."""
+    training, total, counted = model.training, 0.0, 0
+    model.eval()
+    for x, y in tqdm(batches, desc="evaluating", unit="batch", leave=False, delay=3, disable=None):
+        losses, _ = model(x.to(device), y.to(device))
+        total += losses.cpu().double().sum().item()
+        counted += (y >= 0).sum().item()
+    model.train(training)
+    return {"loss": total / counted, "bits_per_byte": total / math.log(2) / n_bytes,
+            "tokens": counted, "context": x.shape[1]}
+
+def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
+    """bits_per_byte of models that know no tokens, single tokens, pairs of tokens: what a network
+    must beat. Counted on at most `limit` tokens. A pair a, b that was seen c(ab) times after n(a)
+    different followers of a has, by Witten and Bell (1991), the probability
+    (c(ab) + n(a) p(b)) / (c(a) + n(a)): the more surprises followed a, the more p(b) counts."""
+    train = np.asarray(train[:limit], np.int64)
+    single = np.bincount(train, minlength=vocab_size) + 1.0
+    single /= single.sum()
+    pairs, count = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
+    followers = np.bincount(pairs // vocab_size, minlength=vocab_size)
+    seen = np.bincount(train[:-1], minlength=vocab_size)
+    bits = {"uniform": (len(valid) - 1) * math.log2(vocab_size), "unigram": 0.0, "bigram": 0.0}
+    for i in range(0, len(valid) - 1, 1 << 22):  # in pieces, for memory
+        part = np.asarray(valid[i:i + (1 << 22) + 1], np.int64)
+        a, b = part[:-1], part[1:]
+        at = np.searchsorted(pairs, a * vocab_size + b).clip(max=len(pairs) - 1)
+        together = np.where(pairs[at] == a * vocab_size + b, count[at], 0)
+        mixed = (together + followers[a] * single[b]) / np.maximum(seen[a] + followers[a], 1)
+        bits["unigram"] -= np.log2(single[b]).sum()
+        bits["bigram"] -= np.log2(np.where(seen[a] > 0, mixed, single[b])).sum()
+    return {name: float(n / n_bytes) for name, n in bits.items()}
+
+# -----------------------------------------------------------------------------
 # Devices and runs
 
 def pick_device(name="auto"):
     """torch.device for "auto" (cuda, then mps, then cpu), or a named one that must be there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else \
-            "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else
+                            "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # nothing can be read from "meta"
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device: got {name}, wanted one that works here; set --device auto, cpu, "
                         f"cuda or mps ({str(e).splitlines()[0]})")

@@ -21,16 +21,16 @@ THE COSTS
     activations, which grow with micro_batch, not with batch_size: gradients of micro-batches add up
     to that of the batch.
 
-CONTENTS  TrainConfig / setting up a machine / evaluation and Shannon's ladder / one step /
-          checkpoints / fit, the loop / tools: walk, profile, board, plot / command line
+CONTENTS  TrainConfig / setting up a machine / one step / checkpoints / fit, the loop / tools that
+          look: walk, profile, board, plot / command line
 NOT HERE  many devices (parallel.py passes its own step, save and load to the same `fit`)
 RUN       python train.py                   # 3 minutes on a laptop; last line: bits_per_byte, steps
           python train.py --dataset owt     # OpenWebText; 90 minutes on one GPU
           python train.py --walk            # one batch through all stages, value by value
           python train.py --resume          # goes on with the newest run
 REFERENCES
-    Shannon 1948, 1951 (n-gram models, entropy of English); Micikevicius et al. 2018 (1710.03740)
-    mixed precision; Kaplan et al. 2020 (2001.08361) 6ND; Chowdhery et al. 2022 (2204.02311) MFU
+    Micikevicius et al. 2018 (1710.03740) mixed precision; Kaplan et al. 2020 (2001.08361) 6ND;
+    Chowdhery et al. 2022 (2204.02311) MFU
 EXERCISE  Empty `local_step`; fill it until `pytest test_all.py -k accumulation` is green again.
 """
 import argparse, dataclasses, json, math, os, signal, sys, time
@@ -40,16 +40,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from bpe import UserError, atomic_write
-from data import SOURCES, Loader, open_tokens, prepare, windows
+from data import SOURCES, Loader, in_order, open_tokens, prepare, remove_leftovers
 from kernels import (device_name, fastest_dtype, keep_freed_memory, peak_flops_per_s,
                      synchronize)
 from model import (LM, PRESETS, ModelConfig, flag, load_state, load_tensors, need_field, preset,
                    published, save_model, save_tensors)
 from optim import OPTIMIZERS, SCHEDULES, clip_grad_norm, param_groups, role
-from sample import Sampling, TextStream, generate, pick_device
+from sample import Sampling, TextStream, evaluate, generate, pick_device, shannon
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -79,7 +78,8 @@ class TrainConfig:
     cooldown: float = flag(0.6, "fraction of the budget in which lr falls, for wsd")
     final_lr: float = flag(0.0, "lr at the end as a fraction of its peak")
     clip: float = flag(1.0, "largest global norm of the gradient")
-    evals: int = flag(3, "evaluations on the whole validation set, the last at the end")
+    evals: int = flag(3, "evaluations on the validation set, the last at the end")
+    eval_tokens: int | None = flag(None, "validation tokens to evaluate on; none: all")
     save_minutes: float = flag(1.0, "minutes between checkpoints; 0: after every step")
     log_steps: int = flag(50, "steps between lines of the log")
     dtype: str = flag("auto", "of activations: float32, bfloat16, float64; auto: the fastest")
@@ -91,13 +91,14 @@ class TrainConfig:
     def __post_init__(self):
         need = partial(need_field, self)
         for name in ("minutes", "steps", "batch_size", "micro_batch", "lr", "clip", "evals",
-                     "log_steps", "threads"):
+                     "log_steps", "threads", "eval_tokens"):
             value = getattr(self, name)
             need(value is None or 0 < value < math.inf, name, "a positive number")
         need((self.minutes is None) != (self.steps is None), "steps", "one of minutes and steps")
         need(self.optimizer in OPTIMIZERS, "optimizer", " or ".join(OPTIMIZERS))
         need(self.schedule in SCHEDULES, "schedule", " or ".join(SCHEDULES))
         need(self.dtype in DTYPES, "dtype", " or ".join(DTYPES))
+        need((self.device, self.dtype) != ("mps", "float64"), "dtype", "float32 on mps")
         need(self.batch_size % (self.micro_batch or 1) == 0, "micro_batch",
              f"a divisor of batch_size {self.batch_size}")
         for name in ("warmup", "cooldown", "final_lr"):
@@ -115,7 +116,8 @@ class TrainConfig:
 # What a budget buys on a kind of device: flags override a preset's row, and that overrides these.
 # The row for a CPU was chosen by trials on two cores [measured]; those for a GPU are [our choice].
 RECIPES = {
-    "cpu": dict(vocab_size=1024, seq_len=128, n_layers=3, d_model=128, n_heads=2, batch_size=16),
+    "cpu": dict(vocab_size=1024, seq_len=128, n_layers=3, d_model=128, n_heads=2, batch_size=16,
+                eval_tokens=1_000_000),  # half a minute; OpenWebText's set would take an hour
     "cuda": dict(vocab_size=4096, seq_len=256, n_layers=6, d_model=384, n_heads=6, batch_size=128,
                  lr=2e-3),
     "cuda owt": dict(vocab_size=32000, seq_len=1024, n_layers=12, d_model=1024, n_heads=8, lr=1e-3,
@@ -124,7 +126,7 @@ RECIPES = {
 
 def add_fields(parser, config_class, recipes):
     """One flag per field of a dataclass. What is not given stays out of the namespace, so that it
-    can be told from a default; `none` spells None. The help shows a recipe's default, if any."""
+    can be told from a default; `none` spells None. The help shows the default of each recipe."""
     def read(text, kind, optional):
         if optional and text.lower() == "none": return None
         if kind is not bool: return kind(text)
@@ -138,8 +140,8 @@ def add_fields(parser, config_class, recipes):
         parse.__name__ = kind.__name__  # what argparse calls it in an error
         bare = dict(nargs="?", const=True) if kind is bool else {}  # --tie is --tie true
         values = {name: row.get(f.name, f.default) for name, row in recipes.items()}
-        default = f.default if set(values.values()) == {f.default} else \
-            ", ".join(f"{value} on {name}" for name, value in values.items())
+        default = ", ".join(f"{value} on {name}" for name, value in values.items())
+        if len(set(values.values())) == 1: default = next(iter(values.values()))
         group.add_argument(f"--{f.name}", type=parse, default=argparse.SUPPRESS, **bare,
                            help=f"{f.metadata['help']} (default: {default})",
                            metavar=kind.__name__)
@@ -182,53 +184,6 @@ def build(model_cfg, cfg, machine):
     return model, make(param_groups(model, decay), lr=cfg.lr)
 
 # -----------------------------------------------------------------------------
-# Evaluation
-# The whole validation set in windows that do not overlap, each token predicted once. Tokens at the
-# start of a window see little context, so a longer seq_len alone makes the number better: it stands
-# beside it. Bytes are those of the text; tokens that mark the ends of texts cost bits, not bytes.
-
-@torch.no_grad()
-def evaluate(model, tokens, n_bytes, seq_len, batch_size, device):
-    """-> dict of loss (nats per token), bits_per_byte, tokens, context."""
-    training, total, counted = model.training, 0.0, 0
-    model.eval()
-    n = -(-(len(tokens) - 1) // seq_len)
-    for first in tqdm(range(0, n, batch_size), desc="evaluating", unit="batch",
-                      leave=False, delay=3, disable=None):
-        which = range(first, min(first + batch_size, n))
-        x, y = windows(tokens, seq_len, which)
-        short = batch_size - len(which)  # a last batch of the same shape, for a compiled model
-        x, y = (torch.nn.functional.pad(t, (0, 0, 0, short), value=v) for t, v in ((x, 0), (y, -1)))
-        losses, _ = model(x.to(device), y.to(device))
-        total, counted = total + losses.cpu().double().sum().item(), counted + (y >= 0).sum().item()
-    model.train(training)
-    bits_per_byte = total / math.log(2) / n_bytes
-    return {"loss": total / counted, "bits_per_byte": bits_per_byte, "tokens": counted,
-            "context": seq_len}
-
-def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
-    """bits_per_byte of models that know no tokens, single tokens, pairs of tokens: what a network
-    must beat. Counted on at most `limit` tokens. A pair a, b that was seen c(ab) times after n(a)
-    different followers of a has, by Witten and Bell (1991), the probability
-    (c(ab) + n(a) p(b)) / (c(a) + n(a)): the more surprises followed a, the more p(b) counts."""
-    train = np.asarray(train[:limit], np.int64)
-    single = np.bincount(train, minlength=vocab_size) + 1.0
-    single /= single.sum()
-    pairs, count = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
-    followers = np.bincount(pairs // vocab_size, minlength=vocab_size)
-    seen = np.bincount(train[:-1], minlength=vocab_size)
-    bits = {"uniform": (len(valid) - 1) * math.log2(vocab_size), "unigram": 0.0, "bigram": 0.0}
-    for i in range(0, len(valid) - 1, 1 << 22):  # in pieces, for memory
-        part = np.asarray(valid[i:i + (1 << 22) + 1], np.int64)
-        a, b = part[:-1], part[1:]
-        at = np.searchsorted(pairs, a * vocab_size + b).clip(max=len(pairs) - 1)
-        together = np.where(pairs[at] == a * vocab_size + b, count[at], 0)
-        mixed = (together + followers[a] * single[b]) / np.maximum(seen[a] + followers[a], 1)
-        bits["unigram"] -= np.log2(single[b]).sum()
-        bits["bigram"] -= np.log2(np.where(seen[a] > 0, mixed, single[b])).sum()
-    return {name: float(n / n_bytes) for name, n in bits.items()}
-
-# -----------------------------------------------------------------------------
 # One step
 
 def local_step(model, batches):
@@ -246,8 +201,8 @@ def local_step(model, batches):
 
 # -----------------------------------------------------------------------------
 # Checkpoints
-# One file holds all that the next step depends on: weights, optimizer state, random generators,
-# and where the data stands. It is replaced whole or not at all; the one before it is kept too.
+# One file holds all that the next step depends on: weights, optimizer state, random generator, and
+# where the data stands. It is written whole or not at all; the one before it is kept too.
 
 @dataclass
 class Progress:
@@ -263,13 +218,12 @@ def checkpoints(run):
     """Paths, newest first."""
     return sorted(Path(run).glob("checkpoint-*.safetensors"), reverse=True)
 
+def device_of(model):
+    return next(model.parameters()).device.type
+
 def generator_of(model):
     """(get, set) for the state of the random generator of the model's device."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return (partial(torch.cuda.get_rng_state, device),
-                lambda state: torch.cuda.set_rng_state(state, device))
-    backend = torch.mps if device.type == "mps" else torch
+    backend = {"cuda": torch.cuda, "mps": torch.mps, "cpu": torch}[device_of(model)]
     return backend.get_rng_state, backend.set_rng_state
 
 def save_checkpoint(run, model, optimizer, progress):
@@ -278,7 +232,7 @@ def save_checkpoint(run, model, optimizer, progress):
     tensors |= {f"optimizer/{name}": x for name, x in optimizer.state_tensors().items()}
     tensors["generator"] = generator_of(model)[0]()
     save_tensors(Path(run) / f"checkpoint-{progress.step:08d}.safetensors", tensors,
-                 {"progress": json.dumps(dataclasses.asdict(progress))})
+                 {"progress": json.dumps(dataclasses.asdict(progress)), "device": device_of(model)})
     save_model(model, run)
     for old in checkpoints(run)[2:]: old.unlink()
 
@@ -294,9 +248,10 @@ def load_checkpoint(run, model, optimizer):
         part = lambda kind: {k[len(kind):]: v for k, v in tensors.items() if k.startswith(kind)}
         load_state(model, part("model/"), path)
         optimizer.load_state_tensors(part("optimizer/"))
-        generator_of(model)[1](tensors["generator"])
+        if metadata["device"] == device_of(model): generator_of(model)[1](tensors["generator"])
+        else: print(f"{path} is of another device: the random generator starts anew")
         for other in damaged: other.rename(other.with_suffix(".damaged"))  # out of the rotation
-        for temp in Path(run).glob(".*.tmp"): temp.unlink()  # left by a kill in the midst of a save
+        remove_leftovers(Path(run))  # of a kill in the midst of a save
         return Progress(**json.loads(metadata["progress"]))
     if damaged:
         raise UserError(f"{run}: got no checkpoint that is whole, wanted one; start a new run")
@@ -361,7 +316,7 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
     spent = lambda: agree(now.step / cfg.steps if cfg.steps else now.seconds / 60 / cfg.minutes)
     params = [p for group in optimizer.groups for p in group["params"]]
     if run and not now.step: save(run, model, optimizer, now)  # there is always one to resume
-    if machine.compile: warm_up(forward, loader, micro, machine, step)
+    if machine.compile: warm_up(model, forward, loader, micro, machine, step)
     model.train()
     result, saved, mark, norm, lr = {}, time.perf_counter(), dataclasses.replace(now), 0.0, 0.0
     with Stop() as stop:
@@ -408,21 +363,22 @@ def take(loader, micro, device):
     """The next batch as micro-batches on the device."""
     tokens, targets = next(loader)
     if device.type == "cuda": tokens, targets = tokens.pin_memory(), targets.pin_memory()
-    return [(a.to(device, non_blocking=True), b.to(device, non_blocking=True))
-            for a, b in zip(tokens.split(micro), targets.split(micro))]
+    move = lambda x: x.to(device, non_blocking=device.type == "cuda")  # from pinned memory only
+    return [(move(a), move(b)) for a, b in zip(tokens.split(micro), targets.split(micro))]
 
-def warm_up(forward, loader, micro, machine, step):
+def warm_up(model, forward, loader, micro, machine, step):
     """Compiles on a batch that is then put back: compiling is set-up, not training."""
-    seen = loader.seen
-    with torch.random.fork_rng():  # dropout must not notice
-        step(forward, take(loader, micro, machine.device)[:1])
+    (get, put), seen = generator_of(model), loader.seen
+    state = get()
+    step(forward, take(loader, micro, machine.device)[:1])
     synchronize(machine.device)
+    put(state)  # dropout must not notice
     loader.seek(seen)
 
 def give_up(run):
     last = next(iter(checkpoints(run)), None) if run else None
     raise SystemExit("three steps in a row without a finite loss; the last good checkpoint is "
-                     f"{last}; train with a smaller --lr, or on other data")
+                     f"{last}; begin a new run with a smaller --lr, or other data")
 
 def log_step(log, now, mark, x, norm, lr, model, loader, machine):
     tokens = now.seen * loader.seq_len
@@ -553,6 +509,8 @@ def plot(run):
 # The settings of a run are a dict of three: `train` and `model`, fields of the two configurations,
 # and `data`, hashes of the tokenizer and the texts. They are kept in its train.json.
 
+FREE = ("device", "threads", "log_steps", "save_minutes", "data_dir", "mirror")  # may change later
+
 def settle(given, device):
     """Flags over the preset's row over the recipe over the dataclasses' defaults -> settings."""
     recipe = "cpu" if device.type != "cuda" else \
@@ -569,13 +527,15 @@ def settle(given, device):
     return {"train": pick(TrainConfig), "model": pick(ModelConfig), "data": None}
 
 def resumed(run, given):
-    """The settings a run was begun with; a flag given now that differs is an error."""
+    """The settings a run was begun with. A flag given now that differs is an error, unless it
+    changes no result."""
     try: settings = json.loads((run / "train.json").read_text())
     except (OSError, ValueError) as e:
         raise UserError(f"{run}/train.json: got {type(e).__name__}, wanted the settings of a run; "
                         "resume a run that train.py began")
     for name, old in {**settings["train"], **settings["model"]}.items():
-        if given.get(name, old) != old:
+        if name in FREE: settings["train"][name] = given.get(name, old)
+        elif given.get(name, old) != old:
             raise UserError(f"{name}: got {given[name]!r}, wanted {old!r}, as {run} was begun; "
                             f"leave --{name} out, or begin a new run")
     return settings
@@ -595,7 +555,7 @@ def run_directory(args):
         path = next(p for p in (runs / f"{stem}-{i}" for i in range(1, 10 ** 6)) if not p.exists())
     if args.resume and not (path / "train.json").exists():
         raise UserError(f"resume: got {path}, wanted a run that train.py began; leave --resume out")
-    if not args.resume and path.exists() and any(path.iterdir()):
+    if not args.resume and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"run: got {path}, which exists; wanted a new name; set --run, or go on "
                         f"with it: --resume --run {path}")
     return path
@@ -625,6 +585,15 @@ def get_corpus_of_run(run, cfg, settings, resume):
     write()
     return corpus, loader
 
+def validation(corpus, limit):
+    """(tokens, bytes of their text) to evaluate on."""
+    tokens, tok = open_tokens(corpus.valid), corpus.tokenizer
+    if limit is None or len(tokens) <= limit: return tokens, corpus.info["valid"]["bytes"]
+    print(f"evaluations use the first {limit:,} of {len(tokens):,} validation tokens")
+    special = set(tok.special_tokens.values())
+    size = np.array([0 if i in special else len(tok.vocab[i]) for i in range(tok.vocab_size)])
+    return tokens[:limit], int(size[tokens[1:limit]].sum())
+
 def main(args):
     if args.board: return board("runs")
     look = args.walk or args.profile  # these leave no run
@@ -634,16 +603,16 @@ def main(args):
     cfg = TrainConfig(**settings["train"])
     print(f"{run}: {cfg}")
     if cfg.dataset == "owt" and pick_device(cfg.device).type != "cuda":
-        print("no GPU: a small model trains on the same data for "
+        print("no CUDA device: a small model trains on the same data for "
               + (f"{cfg.minutes} minutes" if cfg.minutes else f"{cfg.steps} steps"))
     corpus, loader = get_corpus(cfg, settings["model"]) if look else \
         get_corpus_of_run(run, cfg, settings, args.resume)
     tok, valid = corpus.tokenizer, corpus.info["valid"]
-    machine = set_up(cfg)  # after `prepare`: processes are forked more safely before threads start
+    machine = set_up(cfg)  # after `prepare`: a process is forked more safely before threads start
     print(machine.line)
     model_cfg = ModelConfig(**{**settings["model"], "vocab_size": tok.vocab_size})
     model, optimizer = build(model_cfg, cfg, machine)
-    valid_tokens, n = open_tokens(corpus.valid), model.n_params()
+    n, (valid_tokens, valid_bytes) = model.n_params(), validation(corpus, cfg.eval_tokens)
     print(f"{model_cfg}\n{sum(n.values()):,} parameters {n}, {model.flops_per_token():.3g} FLOPs "
           f"to train on a token; one epoch is {len(loader.tokens):,} tokens")
     if look and args.resume: load_checkpoint(run, model, optimizer)
@@ -651,14 +620,17 @@ def main(args):
     if args.profile: return profile(model, optimizer, loader, cfg, machine, "runs")
     tok.save(run / "tokenizer.json")
     if not checkpoints(run):
-        ladder = shannon(loader.tokens, valid_tokens, tok.vocab_size, valid["bytes"])
+        (run / "log.jsonl").unlink(missing_ok=True)
+        ladder = shannon(loader.tokens, valid_tokens, tok.vocab_size, valid_bytes)
+        note = ("the budget counts steps (batch, forward, backward, update); preparing data, "
+                "compiling, checkpoints and evaluations are outside")
         Log(run, Progress()).write(
-            "bits_per_byte of " + ", ".join(f"{k} {v:.3f}" for k, v in ladder.items())
-            + f" models of the same tokens; sha256 of the validation text {valid['text'][:16]}\n"
-            "the budget counts steps (batch, forward, backward, update); preparing data, compiling,"
-            " checkpoints and evaluations are outside", step=0, ladder=ladder, text=valid["text"])
-    check = lambda forward: evaluate(forward, valid_tokens, valid["bytes"], model_cfg.seq_len,
-                                     cfg.micro_batch or cfg.batch_size, machine.device)
+            "bits_per_byte of " + ", ".join(f"{k} {v:.3f}" for k, v in ladder.items()) + " models "
+            f"of the same tokens, up to 20 M; sha256 of the validation text {valid['text'][:16]}\n"
+            + note, step=0, ladder=ladder, text=valid["text"], note=note)
+    check = lambda forward: evaluate(forward, in_order(
+        valid_tokens, model_cfg.seq_len, cfg.micro_batch or cfg.batch_size), valid_bytes,
+        machine.device)
     now, result = fit(model, optimizer, loader, cfg, machine, run, args.resume, check)
     if result: finish(run, model, tok, cfg, now, result, machine, valid["text"])
 
@@ -687,8 +659,9 @@ def build_parser():
     add("--walk", action="store_true", help="one batch, stage by stage, and stop (default: off)")
     add("--profile", action="store_true", help="profile ten steps and stop (default: off)")
     add("--board", action="store_true", help="rank the runs under runs/ and stop (default: off)")
-    add_fields(parser, TrainConfig, RECIPES)
-    add_fields(parser, ModelConfig, RECIPES)
+    recipes = {name: {**row, **PRESETS[TrainConfig.preset]} for name, row in RECIPES.items()}
+    add_fields(parser, TrainConfig, recipes)
+    add_fields(parser, ModelConfig, recipes)
     return parser
 
 if __name__ == "__main__":
