@@ -388,7 +388,7 @@ def log_step(log, now, mark, x, norm, lr, model, loader, machine):
                mfu=rate * model.flops_per_token() / machine.peak)
     log.write("step {step:6d}  {x:5.1f} %  {minutes:7.2f} min  loss {loss:7.4f}  lr {lr:.2e}  norm "
               "{grad_norm:6.2f}  {tokens_per_s:9,.0f} tokens/s  MFU {percent:4.1f} %"
-              .format(x=100 * x, percent=100 * row["mfu"], **row), **row)
+              .format(x=100 * min(x, 1), percent=100 * row["mfu"], **row), **row)
 
 def report(log, now, result):
     row = dict(step=now.step, minutes=now.seconds / 60, valid=result)
