@@ -979,7 +979,8 @@ def test_shannons_ladder_on_a_text_counted_by_hand():
     p01, p10 = (50 + 51 / 104) / 51, (49 + 51 / 104) / 50  # one kind of follower each
     assert out["bigram"] == pytest.approx(-(50 * math.log2(p01) + 49 * math.log2(p10)) / 100)
 
-def test_a_run_that_is_resumed_repeats_the_undisturbed_one_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("dies_at", [7, 8])  # 7: after the evaluation of step 6, before a save
+def test_a_run_that_is_resumed_repeats_the_undisturbed_one_bit_for_bit(tmp_path, dies_at):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     m, opt, loader, cfg, check = small_run()
     train.fit(m, opt, loader, cfg, CPU, whole, evaluation=check)
@@ -987,7 +988,7 @@ def test_a_run_that_is_resumed_repeats_the_undisturbed_one_bit_for_bit(tmp_path)
     class Dead(Exception): pass
     def step(model, batches, n=[0]):
         n[0] += 1
-        if n[0] == 8: raise Dead
+        if n[0] == dies_at: raise Dead
         return train.local_step(model, batches)
     with pytest.raises(Dead): train.fit(m, opt, loader, cfg, CPU, cut, evaluation=check, step=step)
     m, opt, loader, cfg, check = small_run(save_minutes=0.0)
