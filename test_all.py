@@ -55,6 +55,13 @@ def test_every_file_keeps_its_line_budget():
             and (HERE / "README.md").read_text().count("\n") <= 250)
     assert all(len(line) <= 100 for text in scripts().values() for line in text.splitlines())
 
+def test_the_readme_lists_every_file_with_its_length():
+    table = re.findall(r"^\| (\w+)\.py \|.*\| (\d+) \|$", (HERE / "README.md").read_text(), re.M)
+    stated = dict(table)
+    lines = {n: (HERE / f"{n}.py").read_text().count("\n") for n in [*scripts(), "test_all"]}
+    assert stated.keys() == lines.keys()
+    assert all(abs(int(stated[n]) - lines[n]) <= 0.05 * lines[n] for n in lines), lines
+
 def test_imports_follow_the_graph_and_the_six_packages():
     for name, text in scripts().items():
         for node in ast.walk(ast.parse(text)):
