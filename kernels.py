@@ -173,8 +173,10 @@ def build_parser():
     parser.add_argument("--n", type=int, choices=[2 ** i for i in range(6, 16)], metavar="N",
                         help="rows and columns, a power of two from 64 to 32768, more than caches "
                         "hold (default: 4096, on a GPU 16384)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        choices=["cpu", "cuda", "mps"], help="(default: cuda if there is one)")
+    found = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+    there = [name for name, is_there in found if is_there] + ["cpu"]
+    parser.add_argument("--device", default=there[0], choices=there,
+                        help="one of those that are here (default: %(default)s)")
     return parser
 
 if __name__ == "__main__":

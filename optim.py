@@ -6,8 +6,8 @@ THE IDEA
     over steps helps (momentum). And the loss is steep along some directions and flat along others,
     so that any one step size is too large for the first and too small for the second; dividing each
     direction by its own typical gradient helps (AdaGrad, RMSProp, Adam). Seen from above, every
-    optimizer here is w -= lr P m, a preconditioner P applied to an average m of gradients, and the
-    ladder is a search for a P that knows more at little cost.
+    optimizer here is w -= lr P m, a preconditioner P applied to a sum or an average m of gradients,
+    and the ladder is a search for a P that knows more at little cost.
 
 THE MATHS (g gradient; m, v averages; lr step size; all operations per element)
     SGD        w -= lr g

@@ -239,6 +239,9 @@ def encode_prompt(tokenizer, text, limit):
     if text is not None and not text:
         raise UserError("prompt: got an empty text, wanted a character or more; leave --prompt out "
                         "to start a new document")
+    if any("\ud800" <= char <= "\udfff" for char in text or ""):  # how Python keeps a stray byte
+        raise UserError("prompt: got bytes that are not UTF-8, wanted UTF-8; check the terminal's "
+                        "encoding")
     ids = [tokenizer.eot] + (tokenizer.encode(text) if text else [])
     if len(ids) > limit:
         raise UserError(f"prompt: got {len(ids):,} tokens with end-of-text, wanted at most the "

@@ -1141,6 +1141,12 @@ def test_a_run_killed_while_data_is_prepared_can_be_resumed(desk, monkeypatch):
     train.main(train.build_parser().parse_args(["--resume"]))
     assert asked[0] == asked[1] and (desk / "runs/one/result.json").exists()
 
+def test_a_run_never_trains_on_its_own_files(desk, capsys):
+    train_main(*TINY, "--dataset", ".", "--steps", 2, "--run", "one")  # runs/ lies in this folder
+    train_main(*TINY, "--dataset", ".", "--steps", 2, "--run", "two")
+    train_main("--dataset", ".", "--run", "one", "--resume")
+    assert "text of 1 files" in capsys.readouterr().out
+
 def test_a_full_disk_ends_training_with_a_message_and_loses_nothing(desk, monkeypatch, capsys):
     real = train.save_tensors
     def full(path, *rest):
@@ -1166,6 +1172,7 @@ def test_evaluation_on_a_part_counts_the_bytes_of_that_part(desk):
 def test_prompts_that_are_empty_or_too_long_are_refused(desk):
     train_main(*TINY, "--steps", 1, "--run", "one")
     ask = lambda *flags: sample.main(sample.build_parser().parse_args(list(flags)))
+    with pytest.raises(bpe.UserError, match="not UTF-8"): ask("--run", "one", "--prompt", "\udce9")
     with pytest.raises(bpe.UserError, match="empty"): ask("--run", "one", "--prompt", "")
     with pytest.raises(bpe.UserError, match="at most the context, 16"):
         ask("--run", "one", "--prompt", "x" * 17)

@@ -117,7 +117,7 @@ class TrainConfig:
 # The row for a CPU was chosen by trials on two cores [measured]; those for a GPU are [our choice].
 RECIPES = {
     "cpu": dict(vocab_size=1024, seq_len=128, n_layers=3, d_model=128, n_heads=2, batch_size=16,
-                eval_tokens=1_000_000),  # half a minute; OpenWebText's set would take an hour
+                eval_tokens=1_000_000),  # of a large set a part: minutes are for training
     "cuda": dict(vocab_size=4096, seq_len=256, n_layers=6, d_model=384, n_heads=6, batch_size=128,
                  lr=2e-3),
     "cuda owt": dict(vocab_size=32000, seq_len=1024, n_layers=12, d_model=1024, n_heads=8, lr=1e-3,
@@ -318,7 +318,7 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
     if run and not now.step: save(run, model, optimizer, now)  # there is always one to resume
     if machine.compile: warm_up(model, forward, loader, micro, machine, step)
     model.train()
-    result, saved, mark, norm, lr = {}, time.perf_counter(), dataclasses.replace(now), 0.0, 0.0
+    result, saved, mark, norm, scale = {}, time.perf_counter(), dataclasses.replace(now), 0.0, 0.0
     with Stop() as stop:
         while True:
             # In this order a kill at any moment loses nothing: the log's line, the checkpoint that
@@ -326,6 +326,7 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
             x, asked = spent(), agree(stop.asked)
             due = x >= (now.evals + 1) / cfg.evals
             if now.loss_steps and (due or now.step % cfg.log_steps == 0 or now.step == 1):
+                lr = cfg.lr * scale
                 if is_main: log_step(log, now, mark, x, norm, lr, model, loader, machine)
                 now.loss_sum, now.loss_steps = 0.0, 0
                 mark = dataclasses.replace(now)
@@ -343,9 +344,9 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
             batches = take(loader, micro, machine.device)
             optimizer.zero_grad()
             loss = step(forward, batches)
-            norm, lr = clip_grad_norm(params, cfg.clip), cfg.lr * schedule(x)
+            norm, scale = clip_grad_norm(params, cfg.clip), schedule(x)
             good = agree(bool(torch.isfinite(loss) & torch.isfinite(norm)))
-            if good: optimizer.step(schedule(x))
+            if good: optimizer.step(scale)
             synchronize(machine.device)
             now.step, now.seen = now.step + 1, loader.seen
             now.seconds = agree(now.seconds + time.perf_counter() - start)
