@@ -36,8 +36,8 @@ REFERENCES
     Gokaslan, Cohen 2019: OpenWebText; RFC 9110 sections 13 and 14: If-Range and byte ranges
 EXERCISE  Empty Loader.__next__ and write it again until `pytest test_all.py -k loader` is green.
 """
-import argparse, codecs, gzip, hashlib, http.client, json, os, re, shutil, sys, sysconfig, time
-import urllib.request, zlib
+import argparse, codecs, gzip, hashlib, http.client, json, mmap, os, re, shutil, sys, sysconfig
+import time, urllib.request, zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -341,6 +341,29 @@ def make_text(dataset: str, folder: Path, label: str, mirror, workers: int) -> d
 # Stage 2, tokenizer
 # A row of TOKENIZERS makes one from train.txt. A file brings its own.
 
+def cut_points(path, size: int, special_tokens=(EOT,)) -> list:
+    """Byte offsets [0, ..., length], about `size` apart, where a cut changes no id: between a
+    letter or digit and a space or line end, which no pre-token holds both, and in no special
+    token. Where no place fits, the chunk grows."""
+    specials, cuts = [special.encode() for special in special_tokens], [0]
+    if os.path.getsize(path) == 0:   # which mmap refuses
+        return [0, 0]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        def fits(i):
+            before = data[max(0, i - 4):i].decode(errors="replace")[-1:]   # one character
+            return before.isalnum() and not any(   # in this slice, a special token holds i inside
+                special in data[max(0, i - len(special) + 1):i + len(special) - 1]
+                for special in specials)
+
+        def next_cut(start):
+            while (place := re.compile(b"[ \n]").search(data, start)) and not fits(place.start()):
+                start = place.end()
+            return place and place.start()   # no match may outlive the map
+
+        while cuts[-1] + size < len(data) and (cut := next_cut(cuts[-1] + size)):
+            cuts.append(cut)
+        return [*cuts, len(data)]
+
 def read_chunk(text_path: Path, start: int, end: int) -> str:
     return b"".join(read_blocks(text_path, start, end)).decode(errors="replace")
 
@@ -351,7 +374,7 @@ def learn_bpe(text_path: Path, vocab_size: int, workers: int):
     return bpe.Tokenizer(*learned, (EOT,))
 
 def learn_chars(text_path: Path, *_):
-    cuts, chars = bpe.cut_points(text_path, CHUNK), set()
+    cuts, chars = cut_points(text_path, CHUNK), set()
     for start, end in zip(cuts, cuts[1:]):
         chars.update(read_chunk(text_path, start, end).replace(EOT, ""))
     return bpe.CharTokenizer(sorted(chars), (EOT,))
@@ -416,7 +439,7 @@ def make_tokens(text_path: Path, sha: str, out: Path, tok, tok_path: str, worker
     if note.items() <= old.items() and size_of(out) == old["tokens"] * dtype.itemsize:
         note = old
     else:
-        cuts = bpe.cut_points(text_path, CHUNK, tuple(tok.special_tokens))
+        cuts = cut_points(text_path, CHUNK, tuple(tok.special_tokens))
         folder = out.with_name(f"{out.stem}-parts-{digest((note, cuts))[:8]}")
         parts = [folder / f"{i:06}" for i in range(len(cuts) - 1)]
         jobs = [(text_path, *job, dtype, tok_path, note["tokenizer"])

@@ -303,7 +303,8 @@ def main(args):
         print()
     else:
         texts = generate(model, prompts, how, not args.no_cache)
-        for text, ids in zip(args.prompt, texts): print(f"---\n{text}{tokenizer.decode(ids)}")
+        for text, ids in zip(args.prompt, texts):   # what is sampled need not be UTF-8
+            print(f"---\n{text}{tokenizer.decode_bytes(ids).decode(errors='replace')}")
     made, took = sum(map(len, texts)), time.perf_counter() - start
     print(f"{made} tokens, {made / took:.0f} tokens/s", file=sys.stderr)
 

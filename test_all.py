@@ -8,8 +8,8 @@ Tests run in a temporary directory, without network and without a GPU, in minute
     pytest test_all.py                      # everything
     pytest test_all.py -k "attention"       # what an exercise at the end of a docstring asks for
 """
-import ast, contextlib, dataclasses, errno, gzip, hashlib, http.server, importlib, json, math, os
-import random, re, shlex, shutil, signal, socket, subprocess, sys, threading, time
+import ast, contextlib, dataclasses, errno, gzip, hashlib, html, http.server, importlib, itertools
+import json, math, os, random, re, shlex, shutil, signal, socket, subprocess, sys, threading, time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,8 +103,16 @@ def test_every_exercise_names_tests_that_exist():
 # bpe.py
 
 def random_text(rng, n):   # few letters, so that pairs repeat; much white space; any code points
-    rare = [chr(rng.choice([0, 0xE000]) + rng.randrange(0xD800)) for _ in range(9)]
-    return "".join(rng.choices(list("aab  \n\t1'.\u00e9\u4f60\U0001F30D" * 6) + rare, k=n))
+    some = list("aaAb  \n\t1'.,\r\u00a0\u00e9e\u0301\u4f60\U0001F30D" * 6) + ["\ufdd0"]
+    some += [chr(rng.choice([0, 0xE000]) + rng.randrange(0xD800)) for _ in range(9)]
+    return "".join(rng.choices(some, k=n))
+
+def replay(tok, text):   # encoding by definition: each merge in the order of learning, everywhere
+    words = [[bytes([b]) for b in w.encode()] for w in bpe.split_words(text, tok.pattern)]
+    for (left, right), word in itertools.product(tok.merges, words):
+        for i in range(len(word) if left in word and right in word else 0):
+            if word[i:i + 2] == [left, right]: word[i:i + 2] = [left + right]
+    return [tok.ids[token] for word in words for token in word]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):   # a file of 0.1 MB of Python, and the tokenizer that comes of it
@@ -114,10 +122,18 @@ def trained(tmp_path_factory):   # a file of 0.1 MB of Python, and the tokenizer
 
 def test_the_obvious_tokenizers_have_the_ratios_of_the_lecture():
     text, long = "Hello, \U0001F30D! \u4f60\u597d!", "I'll say supercalifragilisticexpialidocious!"
-    char, word = bpe.CharTokenizer(text), bpe.WordTokenizer(bpe.split_words(text))
+    char, word = bpe.CharTokenizer(text), bpe.CharTokenizer(bpe.split_words(text), [EOT], "gpt2")
     for tok, n in (char, 13), (word, 5), (bpe.Tokenizer(dict(enumerate(bpe.BYTES)), []), 20):
         assert len(tok.encode(text)) == n and tok.decode(tok.encode(text)) == text
     assert bpe.ratio(word, long) == 8.8 and word.decode(word.encode("Hello, w")) == "Hello,<|unk|>"
+
+@pytest.mark.parametrize("pattern, words", [   # a bar is where the text is cut
+    ("gpt2", "it|'s| 42| dogs|  | a|\t|b|'|Se|\u0301|x|!?|\n "),
+    ("llama3", "it|'S| |123|4|.\n\n|\ta|  | b|$c|\u0301e| ;\n|//|x| \n| "),
+    ("qwen2", "a|1|2|3|\n\n| b| \n| "), ("cl100k", "a| \n| b|'LL| |123|4|$c| \n "),
+    ("o200k", "camel|Case's| HTML|.Pine\u0301e'LL|'t| |123|4| ;\n//|x| \n| ")])
+def test_a_text_is_cut_into_the_words_worked_by_hand(pattern, words):
+    assert bpe.split_words(words.replace("|", ""), pattern) == words.split("|")
 
 @pytest.mark.parametrize("text, pattern, merges", [("the cat in the hat", None, "t-h th-e the- "), (
     "\n".join(["low"] * 5 + ["lower"] * 2 + ["widest"] * 3 + ["newest"] * 6), "gpt2",
@@ -138,33 +154,45 @@ def test_train_equals_the_reference_serial_and_parallel(tmp_path, trained, monke
         (tmp_path / "t").write_text(text, newline="")
         args = 256 + len(some) + rng.randrange(40), some
         assert bpe.train(tmp_path / "t", *args) == bpe.train_reference(text, *args)
-    monkeypatch.setattr(bpe, "TRAIN_CHUNK", 10_000)   # makes a dozen jobs of the file
+    monkeypatch.setattr(bpe, "CHUNK", 10_000)   # makes a dozen jobs of the file
     for end, workers in ((None, 1), (None, 2), (20_000, 2)):   # the file is ASCII
         want = bpe.train_reference(trained[0].read_text()[:end], 280, [EOT])
         assert bpe.train(trained[0], 280, workers=workers, max_bytes=end) == want
 
-def test_cut_points_change_no_id(tmp_path, trained):
-    latin, path = "ab| x| y|y\n|\u4f60 |\u00e9|!\n|1| |<b>".split("|"), tmp_path / "t"
-    for seed in range(48):
-        specials = [["<a>", "<a><b>", "x y", "yx"], [], [EOT], []][seed % 4]
-        some = specials + (latin if seed % 4 < 3 else ["\u4f60\n", "\u3002\n", "\u0663  "])
-        path.write_bytes(raw := "".join(random.Random(seed).choices(some, k=400)).encode())
-        cuts = bpe.cut_points(path, 20, specials)
-        assert cuts[0] == 0 and cuts[-1] == len(raw) and cuts == sorted({*cuts}) and len(cuts) > 5
-        raw[:bpe.cut_points(path, 20, specials, 50 + seed)[-1]].decode()   # no character is cut
-        for pattern in bpe.SPLIT_PATTERNS:
-            tok = bpe.Tokenizer(trained[1].vocab, trained[1].merges, specials, pattern)
-            parts = [tok.encode(raw[a:b].decode()) for a, b in zip(cuts, cuts[1:])]
-            assert sum(parts, []) == tok.encode(raw.decode())
-
 @pytest.mark.parametrize("pattern", bpe.SPLIT_PATTERNS)
-def test_encode_equals_merging_in_the_order_of_learning_and_decode_undoes_it(trained, pattern):
-    tok, ids = bpe.Tokenizer(trained[1].vocab, trained[1].merges, [EOT], pattern), trained[1].ids
-    text = random_text(random.Random(0), 3000) + " import random, re\nself._randbelow(n)"
-    words = [list(word.encode()) for word in bpe.split_words(text, pattern)]
-    for new, (left, right) in enumerate(tok.merges, 256):
-        words = [bpe.merge(word, (ids[left], ids[right]), new) for word in words]
-    assert tok.encode(text) == sum(words, []) and tok.decode(tok.encode(text)) == text
+def test_encode_replays_merges_and_no_cut_changes_an_id(tmp_path, monkeypatch, pattern):
+    for name, small in ("CHUNK", 20), ("CACHE_SIZE", 10): monkeypatch.setattr(bpe, name, small)
+    latin, path = "ab| x| y|'s|y\n|\u4f60 |\u00e9|!\n|1| |<b>|, ".split("|"), tmp_path / "t"
+    for seed in range(20):
+        specials = [["<a>", "<a><b>", "x y, b", "yx"], [], [EOT], []][seed % 4]
+        rng, last = random.Random(seed), {(1 << 16) - seed % 2: b"the last id"}
+        some = [[*latin, random_text(rng, 9)], ["\u4f60\n", "\u3002\n", "\u0663  "]][seed % 4 // 3]
+        path.write_text(text := "".join(rng.choices(specials + some, k=300)), newline="")
+        vocab, merges = bpe.train_reference(text, 400, [], None)   # merges that would cross edges
+        tok = bpe.Tokenizer(vocab | last, merges, specials, pattern)
+        longest_first = "|".join(map(re.escape, sorted(specials)[::-1])) or "(?!)"
+        want = [i for part in re.split(f"({longest_first})", text) for i in
+                ([tok.special_tokens[part]] if part in specials else replay(tok, part))]
+        monkeypatch.setattr(bpe, "BLOCK", 10 ** (1 + seed % 3))
+        chunks = [text[i:i + 1 + seed] for i in range(0, len(text), 1 + seed)]   # cut anywhere
+        assert [*tok.encode_iter(chunks)] == tok.encode(text) == want and len(tok.words) <= 10
+        assert tok.encode_file(path, tmp_path / "ids", 1 + (seed > 18)) == len(want)
+        assert np.fromfile(tmp_path / "ids", [np.uint32, np.uint16][seed % 2]).tolist() == want
+        cuts, raw = data.cut_points(path, 20, specials), text.encode()
+        parts = [tok.encode(raw[a:b].decode()) for a, b in zip(cuts, cuts[1:])]
+        assert sum(parts, []) == want and cuts == sorted({*cuts}) and len(cuts) > 5
+        start = "".join(block for block, in bpe.read_blocks(path, specials, 50 + seed))
+        assert text.startswith(start) and 46 + seed < len(start.encode()) <= 50 + seed
+    assert next(tok.encode_iter(iter(lambda: "a b", None))) == 97   # of a text that never ends
+    assert max(map(len, bpe.blocks(["a, b c d "] * 9999, [], 100))) <= 200   # memory is bounded
+
+def test_decode_undoes_encode_for_every_code_point_and_a_million_random_ones(trained):
+    anything, tok = [*map(chr, range(0x110000))], trained[1]   # and lone halves of UTF-16 pairs
+    for text in ("".join(anything), "".join(random.Random(0).choices(anything, k=1_000_000)), "",
+            "\0", "\ud83d\ude00", "Z\u0351\u036b\u0343", " \ufdd0 \ufdd0\ufdd0", "\u202e\ufeff\r",
+            EOT[1:] + EOT[:-1] + f" {EOT} {EOT}{EOT}\n"):
+        assert tok.decode(ids := tok.encode(text)) == text
+        assert tok.decode_bytes(ids) == text.encode("utf-8", "surrogatepass")
     assert tok.decode([0xE3, 65]) == "\ufffdA" and tok.decode([195, 169]) == "\u00e9"
 
 def test_encode_of_the_handouts_example_and_of_a_long_run_of_one_letter():
@@ -179,25 +207,79 @@ def test_special_tokens_are_whole_longest_first_and_unlike_others(tmp_path, trai
     args = trained[1].vocab, trained[1].merges
     tok = bpe.Tokenizer(*args, [EOT, "<|a|>", "<|a|><|b|>"])
     assert tok.eot == 699 and tok.encode(f"<|a|><|b|><|a|>{EOT}") == [701, 700, 699]
-    assert 699 not in bpe.Tokenizer(*args).encode(EOT)   # not asked for: plain text
+    assert tok.encode(EOT, "text") == bpe.Tokenizer(*args).encode(EOT) == replay(tok, EOT)
+    with pytest.raises(UserError, match="no special token"): tok.encode("a" + EOT, "refuse")
     for special in "\u0120s", " self":   # " s" as GPT-2 spells it; a token already
         with pytest.raises(UserError, match="got"): bpe.Tokenizer(*args, [special]).save(tmp_path)
     jobs = [(["<>"],), (["x"],)]
     with pytest.raises(UserError): list(bpe.parallel_map(bpe.special_splitter, jobs, 2))
     assert capfd.readouterr().err.count("got 'x'") == 1   # a worker's mistake is not printed twice
 
-def test_a_saved_tokenizer_gives_the_same_ids_and_a_foreign_file_is_refused(tmp_path, trained):
+SPELLED = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}   # by GPT-2
+for b in range(256): SPELLED.setdefault(b, chr(256 + len(SPELLED) - 188))
+
+def files(tok):   # a tokenizer in every format: name, content
+    spell = lambda token: "".join(SPELLED[b] for b in token)
+    merges = "\n".join(["#version: 0.2", *(f"{spell(a)} {spell(b)}" for a, b in tok.merges)])
+    return {"vocab.json": json.dumps({spell(token): i for i, token in tok.vocab.items()}),
+            "merges.txt": merges, "t.json": tok.to_text(), "a.tiktoken": tok.to_text("a.tiktoken")}
+
+def test_every_format_gives_the_same_ids_and_the_hash_is_that_of_the_file(tmp_path, trained):
     file, text = tmp_path / "tokenizer.json", random_text(random.Random(0), 500) + EOT + "def hello"
-    for tok in trained[1], bpe.CharTokenizer("hello \u00e9\n", [EOT, "\u00e9"]), bpe.Tokenizer(
-            dict(enumerate(bpe.BYTES)), [], [EOT], "llama3"):
+    for tok, names in (bpe.CharTokenizer("hello \u00e9\n", [EOT, "\u00e9"]), []), (bpe.Tokenizer(
+            dict(enumerate(bpe.BYTES)), [], [EOT], "llama3"), []), (trained[1], files(trained[1])):
         tok.save(tmp_path)
-        for got in bpe.load_tokenizer(tmp_path), type(tok).load(file):
-            assert type(got) is type(tok) and got.encode(text) == tok.encode(text)
-            assert got.vocab == tok.vocab and got.special_tokens == tok.special_tokens
         assert tok.hash == hashlib.sha256(file.read_bytes()).hexdigest()
-        for key in "normalizer", "post_processor", "pre_tokenizer":
-            file.write_text(json.dumps(tok.spec() | {key: {"type": "Lowercase"}}))
-            with pytest.raises(UserError, match="no tokenizer in"): bpe.load_tokenizer(file)
+        for name in names: (tmp_path / name).write_text(names[name], encoding="utf-8")
+        for name in "", *names:
+            got = bpe.load_tokenizer(tmp_path / name, "gpt2", {EOT: 699})
+            assert got.vocab == tok.vocab and got.special_tokens == tok.special_tokens
+            assert got.encode(text) == tok.encode(text)
+    with open(file := tmp_path / "a.tiktoken", "a") as f: f.write("Y2Fi 800")   # no merge makes cab
+    assert bpe.load_tokenizer(file, "gpt2", {}).encode("cab cab") == [800, *tok.encode(" cab")]
+
+@pytest.mark.parametrize("kind, merges, text, ids", [   # in the spellings of their published files
+    ("gpt2", ["h e", "\u0120 he"], " hehe1<s>he", [257, 256, 49, 999, 256]),
+    ("llama3", [["a", "b"], ["3", "4"]],   # "cab" is a token, " cab" is not; 123 and 4 are apart
+     "cab cab1234<s>34", [258, 32, 99, 256, 49, 50, 51, 52, 999, 257]),
+    ("qwen2", [["\u00c3", "\u00a9"], ["1", "2"]], "e\u0301\u00e9<s>12", [256, 256, 999, 49, 50])])
+def test_a_tokenizer_json_of_others_gives_ids_worked_by_hand(tmp_path, kind, merges, text, ids):
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": kind == "gpt2"}
+    pre = [{"type": "Split", "pattern": {"Regex": bpe.SPLIT_PATTERNS[kind]}, "invert": False,
+            "behavior": "Isolated"}, level]
+    tokens = [*map(SPELLED.get, range(256)), *("".join(m).replace(" ", "") for m in merges), "cab"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({
+        "pre_tokenizer": level if kind == "gpt2" else {"type": "Sequence", "pretokenizers": pre},
+        "normalizer": {"type": "NFC"} if kind == "qwen2" else None,
+        "added_tokens": [{"id": 999, "content": "<s>", "lstrip": False}],
+        "post_processor": {"type": "TemplateProcessing", "single": []},
+        "model": {"type": "BPE", "dropout": None, "ignore_merges": kind == "llama3",
+                  "merges": merges, "vocab": {token: i for i, token in enumerate(tokens)}}}))
+    assert bpe.load_tokenizer(tmp_path).encode(text) == ids
+
+@pytest.mark.parametrize("name, old, new", [*(("t.json", *pair) for pair in [
+    ('"BPE"', '"BPE", "dropout": 0.1'), ('lstrip": false', 'lstrip": true'), ("BPE", "WordPiece"),
+    ('zer": null', 'zer": {"type": "Lowercase"}'), ("Split", "Digits"), ("Isolated", "Removed"),
+    ('"version"', '"post_processor": {"type": "X"}, "version"'), ("N}+|", "N}|"), ('"s e', '"s 12'),
+    ('"!": 33', '"!": 34')]),
+    *(("a.tiktoken", "\nIQ== 33", new) for new in ("\nI== 33", "\n33", "", "\nIQ== 3")),
+    ("merges.txt", "\ns e", "\ns 12"), ("merges.txt", "\ns e", "\nse")])
+def test_a_file_that_is_damaged_or_asks_for_more_is_named(tmp_path, trained, name, old, new):
+    for file, content in files(trained[1]).items():   # as they are, the test above loads them
+        (tmp_path / file).write_text(content.replace(old, new) if file == name else content)
+    assert old in files(trained[1])[name]
+    with pytest.raises(UserError, match=name): bpe.load_tokenizer(tmp_path / name, "gpt2")
+
+def test_the_page_of_show_tells_id_bytes_and_rank_and_needs_no_other_file(tmp_path, trained):
+    (_, tok), file, text = trained, str(tmp_path / "t.json"), f"<b>self</b> &amp; \u4f60{EOT}"
+    tok.save(file)
+    bpe.main(bpe.build_parser().parse_args(["show", text, "--html", file + "l", "--token", file]))
+    shown = re.findall(r'<i [^<>]*"([^"]*)">([^<]*)</i>', page := Path(file + "l").read_text())
+    ranks = {699: "special"} | {i: f"rank {i - 256}" for i in range(256, 699)}
+    assert [about for about, _ in shown] == [f"id {i} | bytes {tok.vocab[i].hex(' ')} | "
+                                             + ranks.get(i, "not merged") for i in tok.encode(text)]
+    assert "".join(t for _, t in shown) == html.escape(text).replace("\u4f60", r"\xe4\xbd\xa0")
+    assert not re.search("http|<script|<b>|<link|<img", page)
 
 def test_atomic_write_leaves_the_old_file_when_the_writer_raises(tmp_path):
     (tmp_path / "f").write_text("old")
@@ -215,7 +297,7 @@ def test_atomic_write_leaves_the_old_file_when_the_writer_raises(tmp_path):
     ("train TEXT --vocab_size 256", "wanted 257"), ("train TEXT --out /dev/null", "cannot write"),
     ("encode MISSING hi", "No such file"), ("encode CUT hi", "no tok"), ("encode BAD hi", "b'!'")])
 def test_a_users_mistake_is_one_message_and_status_2(tmp_path, capsys, trained, command, says):
-    good = trained[1].to_json()
+    good = trained[1].to_text()
     for name, text in dict(EMPTY="", TEXT="some text", CUT=good[:5000], GOOD=good,
             BAD=good.replace('"!": 33', '"!!!": 33')).items(): (tmp_path / name).write_text(text)
     words = [str(tmp_path / word) if word.isupper() else word for word in command.split()]
