@@ -61,14 +61,14 @@ class UserError(SystemExit):
     def __reduce__(self):   # how one that was raised, and printed, in a worker reaches its parent
         return UserError, (str(self), True)
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
-               errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+DISK_ERRORS = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO "
+               "ENOTDIR ENOENT EISDIR EEXIST ENAMETOOLONG".split()}
 @contextmanager
 def atomic_write(path, mode: str = "wb"):
     """Yields a file that becomes `path` when the block ends well; else `path` stays as it was.
     Without fsync, a power cut could leave the new name on an empty file."""
     path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")   # os.replace needs one file system
+    temp = path.parent / f".{path.name}.{os.getpid()}.tmp"   # os.replace needs one file system
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():   # a folder, or a device such as /dev/null
