@@ -27,9 +27,10 @@ REFERENCES
     H200, B200); Chowdhery et al. 2022 (2204.02311) for MFU
 EXERCISE  Empty `roofline_s` and fill it until `pytest test_all.py -k roofline` is green again.
 """
-import argparse, ctypes, platform, sys, time
+import argparse, ctypes, math, platform, sys, time
 
 import torch
+import torch.nn.functional as F
 
 # -----------------------------------------------------------------------------
 # DEVICES: the one table of peak rates and bandwidths
@@ -127,6 +128,133 @@ def keep_freed_memory():
     if not hasattr(libc, "gnu_get_libc_version"): return False
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1))
+
+# -----------------------------------------------------------------------------
+# Operations of a model: each as its definition says (`x_reference`), then as it is fast
+
+def up(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+def softmax(x, dim=-1):
+    """exp(x) / sum exp(x). Subtracting the maximum changes nothing but that exp cannot overflow."""
+    e = torch.exp(up(x) - up(x).amax(dim, keepdim=True))
+    return (e / e.sum(dim, keepdim=True)).to(x.dtype)
+
+def cross_entropy_reference(logits, targets):
+    """(..., V), (...) -> (...) nats per target, 0 where the target is -1. Never log(softmax(z)): a
+    probability that underflows to zero would make the loss infinite."""
+    z = up(logits)
+    top = z.amax(-1, keepdim=True)
+    lse = (top + (z - top).exp().sum(-1, keepdim=True).log()).squeeze(-1)
+    picked = z.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    return torch.where(targets >= 0, lse - picked, torch.zeros_like(lse))
+
+def cross_entropy(logits, targets):
+    """The same from torch's fused call, which passes over the (..., V) logits less often."""
+    z = up(logits).flatten(0, -2)
+    return F.cross_entropy(z, targets.flatten(), ignore_index=-1, reduction="none").view_as(targets)
+
+def attention_reference(q, k, v, mask=None):
+    """softmax(Q K^T / sqrt(Dh)) V, eq. 1 of 1706.03762, of q (B, H, T, Dh) and k, v (B, Hkv, S,
+    Dh); query head j reads key/value head j Hkv // H. No mask means causal."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, Dh)
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # ... @ (B,H,Dh,S) -> (B,H,T,S)
+    scores = scores.masked_fill(~mask, float("-inf"))  # before the softmax, which then renormalises
+    return softmax(scores) @ v  # (B,H,T,S) @ (B,H,S,Dh) -> (B,H,T,Dh)
+
+def attention(q, k, v, mask=None, dropout=0.0):
+    """The same from torch's fused call, which need not write the (T, S) matrix to memory."""
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
+                                          is_causal=mask is None, enable_gqa=gqa)
+
+# -----------------------------------------------------------------------------
+# Memories of a fixed size: one recurrence, in chunks
+# Linear attention, state space models and the delta rule are a matrix that decays and is written
+# to, one key and value after the other. Token by token that is T small steps, bound by memory. In
+# chunks of C tokens it is products of matrices: C^2 within a chunk, one step from chunk to chunk.
+
+CHUNK = 64  # of 32, 64, 128 the fastest at widths of 64 and 128 [measured on a CPU]
+
+def scan_reference(q, k, v, log_a, b, pos, S):
+    """The recurrence, token by token, per head with state S (B, H, N, Dv):
+        w_t = v_t - b_t a_t S_{t-1}^T k_t    S_t = a_t S_{t-1} + k_t w_t^T    y_t = S_t^T q_t
+    q, k (B, H or 1, T, N), v (B, H, T, Dv), log_a (B, H or 1, T) <= 0, b (B, H, T) or None for 0,
+    pos (B, T) -> y (B, H, T, Dv), S. Position 0 forgets S first; padding, -1, leaves it alone."""
+    out, b = [], torch.zeros_like(log_a) if b is None else b
+    each = (x.unbind(2) for x in (q, k, v, log_a, b))
+    for q, k, v, log_a, b, p in zip(*each, pos[:, None].unbind(2)):
+        p, old = p[..., None, None], log_a.exp()[..., None, None] * S
+        old = old.masked_fill(p == 0, 0.0)
+        w = v[..., None, :] - b[..., None, None] * (k[..., None, :] @ old)
+        S = torch.where(p < 0, S, old + k[..., None] * w)
+        out.append((q[..., None, :] @ S).squeeze(-2))
+    return torch.stack(out, 2), S
+
+def scan(q, k, v, log_a, b, pos, S):
+    """The same in chunks. Unrolled from the chunk's first state S_0, with g_ti = a_{i+1} ... a_t,
+        S_t = g_t0 S_0 + sum_{i <= t} g_ti k_i w_i^T
+    so y is a masked attention within the chunk plus a reading of S_0. Put into w_t, the sum gives
+    equations (I + A) W = V - b g_0 K S_0, A_ti = b_t g_ti k_t . k_i for i < t: a triangular system,
+    solved for both right sides before S_0 is known (the WY form of 2406.06484). With b = 0, W = V.
+    g is the exp of a difference of sums of logs, never positive: nothing overflows. A document's
+    start within i+1..t makes g 0."""
+    dtype, T = v.dtype, pos.shape[1]
+    C = min(CHUNK, T)
+    n = -(-T // C)
+    def cut(x, fill=0.0):  # (B, H, T, ...) -> (B, H, n, C, ...)
+        return F.pad(up(x), (0, 0) * (x.ndim - 3) + (0, n * C - T), value=fill).unflatten(2, (n, C))
+    q, k, v, log_a, pos = cut(q), cut(k), cut(v), cut(log_a), cut(pos[:, None], -1)
+    k, log_a = k.masked_fill(pos[..., None] < 0, 0.0), log_a.masked_fill(pos < 0, 0.0)
+    total, doc = F.pad(log_a.cumsum(-1), (1, 0)), F.pad((pos == 0).cumsum(-1), (1, 0))
+    seen = (doc[..., None] == doc[..., None, :]).tril()
+    g = (total[..., None] - total[..., None, :]).masked_fill(~seen, -math.inf).exp()
+    within, enter, leave, carry = g[..., 1:, 1:], g[..., 1:, :1], g[..., -1:, 1:].mT, g[..., -1:, :1]
+    parts = [q * enter, within * (q @ k.mT), (k * leave).mT, carry, v]
+    if b is not None:
+        b = cut(b)[..., None]
+        A, right = (b * within * (k @ k.mT)).tril(-1), torch.cat((v, b * enter * k), -1)
+        parts[4:] = torch.linalg.solve_triangular(
+            A, right, upper=False, unitriangular=True).split((v.shape[-1], k.shape[-1]), -1)
+    out = []
+    for q, qk, k_T, a, w, *from_state in zip(*(x.unbind(2) for x in parts)):
+        for m in from_state: w = w - m @ S
+        out.append(q @ S + qk @ w)  # (B,H,C,N) @ (B,H,N,Dv) + (B,H,C,C) @ (B,H,C,Dv)
+        S = a * S + k_T @ w  # (B,H,N,C) @ (B,H,C,Dv) -> (B,H,N,Dv)
+    return torch.cat(out, 2)[:, :, :T].to(dtype), S
+
+# -----------------------------------------------------------------------------
+# Convolutions along time
+
+def take(x, index):
+    """x[b, index[b, t]]: (B, S, ...) and (B, T) -> (B, T, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+def short_conv(x, weight, pos, tail):
+    """silu(sum_i weight_i x_{t-i}) for each channel, x (B, T, C), weight (W, C), tail (B, W-1, C)
+    what came before -> the same shape, and the next tail. Padding stands last in x (packed)."""
+    W, T = len(weight), x.shape[1]
+    past, weight = torch.cat((tail.to(x.dtype), x), 1), weight.to(x.dtype)
+    y = sum(weight[i] * past[:, W - 1 - i:][:, :T].masked_fill(pos[..., None] < i, 0.0)
+            for i in range(W))
+    last = (pos >= 0).sum(1, keepdim=True) + torch.arange(W - 1, device=x.device)
+    return F.silu(y), take(past, last)
+
+def long_conv_reference(u, h, gap, mask):
+    """y_t = sum_s h[t - s] u_s over the s that t may see: u (B, S, D), h (S, D), gap (B, T, S) and
+    mask (B, 1, T, S) -> (B, T, D), at T S D multiplications."""
+    rows = [torch.where(m[..., None], h[g.clamp(0, len(h) - 1)] * u, 0.0).sum(1)
+            for g, m in zip(gap.unbind(1), mask[:, 0].unbind(1))]
+    return torch.stack(rows, 1)
+
+def long_conv(u, h):
+    """The same for one document: a convolution is a product of spectra, at T log T. Zeros up to 2T
+    keep the end of the circle from reaching its beginning."""
+    n = 2 * u.shape[1]
+    return torch.fft.irfft(torch.fft.rfft(u, n, 1) * torch.fft.rfft(h, n, 0), n, 1)[:, :n // 2]
 
 # -----------------------------------------------------------------------------
 # The lesson: what an operation needs, and what it takes

@@ -491,6 +491,9 @@ def test_gelu_written_out_equals_torch():
 def tiny(preset_name="llama", **more):
     sizes = dict(vocab_size=61, seq_len=24, n_layers=2, d_model=32, n_heads=4, dropout=0.0)
     if preset_name == "gemma": sizes.update(n_layers=6, window=5)
+    sizes["n_layers"] = max(2, model.PRESETS[preset_name].get("n_layers", 0))
+    if more.get("ffns", model.PRESETS[preset_name].get("ffns", ""))[-1:] == "x":
+        sizes.update(n_experts=4)
     return model.preset(preset_name, **{**sizes, **more})
 
 def make(cfg, dtype=torch.float64):
@@ -507,7 +510,9 @@ def ids(B, T, seed=0):
 
 EVERY = [("llama", dict(mixers="A")), ("llama", dict(mixers="W", window=5)),
          ("llama", dict(n_kv_heads=2)), ("llama", dict(n_kv_heads=1, pos="none"))] + [
-             (name, {}) for name in model.PRESETS]
+             ("llama", dict(mixers=m)) for m in model.MIXERS if m not in "AW"] + [
+                 ("llama", dict(ffns=f)) for f in model.FFNS if f != "s"] + [
+                     (name, {}) for name in model.PRESETS]
 
 @pytest.fixture(params=EVERY, ids=lambda p: p[0] + "".join(f"-{k}={v}" for k, v in p[1].items()))
 def cfg(request):
@@ -518,7 +523,9 @@ def test_no_token_sees_a_later_one(cfg):
     y = x.clone()
     y[:, 7:] = ids(2, 5, seed=9)
     a, b = m(x)[0], m(y)[0]
-    assert torch.equal(a[:, :7], b[:, :7]) and not torch.allclose(a[:, 7:], b[:, 7:])
+    # An FFT mixes the rounding of all places, and experts get slices of other lengths.
+    assert torch.allclose(a[:, :7], b[:, :7], rtol=0, atol=1e-10)
+    assert not torch.allclose(a[:, 7:], b[:, 7:])
 
 @pytest.mark.parametrize("chunks", [[1] * 12, [5, 4, 3], [11, 1]])
 def test_decode_with_cache_equals_full_forward(cfg, chunks):
@@ -555,9 +562,9 @@ def test_documents_in_one_row_do_not_see_each_other(cfg):
 def test_flops_formula_equals_torchs_counter(cfg, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
     monkeypatch.setattr(model, "attention",
-                        lambda q, k, v, mask, p: model.attention_reference(q, k, v, mask))
-    with FlopCounterMode(display=False) as counter: model.LM(cfg)(ids(2, 16))
-    assert counter.get_total_flops() == 2 * sum(model.LM(cfg).flops(16).values())
+                        lambda q, k, v, mask, p: kernels.attention_reference(q, k, v, mask))
+    with FlopCounterMode(display=False) as counter: model.LM(cfg)(ids(1, 16))
+    assert counter.get_total_flops() == sum(model.LM(cfg).flops(16).values())
 
 def test_every_parameter_gets_a_finite_gradient(cfg):
     m = make(cfg, torch.float32).train()
@@ -588,14 +595,14 @@ def test_attention_equals_its_reference(kv):
     mask = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)
     for m in (None, mask):
         pairs = [torch.autograd.grad(f(q, k, v, m).square().sum(), (q, k, v))
-                 for f in (model.attention, model.attention_reference)]
-        assert torch.allclose(model.attention(q, k, v, m), model.attention_reference(q, k, v, m),
+                 for f in (kernels.attention, kernels.attention_reference)]
+        assert torch.allclose(kernels.attention(q, k, v, m), kernels.attention_reference(q, k, v, m),
                               atol=1e-12)
         assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*pairs))
 
 def test_attention_reference_equals_a_loop_over_definitions():
     q, k, v = (torch.randn(1, h, 5, 4, dtype=torch.float64) for h in (4, 2, 2))
-    out = model.attention_reference(q, k, v)
+    out = kernels.attention_reference(q, k, v)
     for h in range(4):
         for t in range(5):
             scores = [(q[0, h, t] @ k[0, h // 2, s]).item() / 2 for s in range(t + 1)]  # sqrt(4)
@@ -635,7 +642,7 @@ def test_softmax_and_cross_entropy_survive_huge_logits():
     y[0, 0] = -1
     want = F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=-1,
                            reduction="none").view(2, 5)
-    for f in (model.cross_entropy, model.cross_entropy_reference):
+    for f in (model.cross_entropy, kernels.cross_entropy_reference):
         assert torch.allclose(f(z, y), want) and f(z, y)[0, 0] == 0
     assert (torch.allclose(model.softmax(z), z.softmax(-1))
             and torch.isfinite(model.softmax(z)).all())
