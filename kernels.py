@@ -167,9 +167,101 @@ def attention_reference(q, k, v, mask=None):
 
 def attention(q, k, v, mask=None, dropout=0.0):
     """The same from torch's fused call, which need not write the (T, S) matrix to memory."""
-    gqa = q.shape[1] != k.shape[1]
+    gqa, d_v = q.shape[1] != k.shape[1], v.shape[-1]
+    v = F.pad(v, (0, q.shape[-1] - d_v))  # of unequal widths it would write the matrix after all
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
-                                          is_causal=mask is None, enable_gqa=gqa)
+                                          is_causal=mask is None, enable_gqa=gqa)[..., :d_v]
+
+# -----------------------------------------------------------------------------
+# Positions, masks and caches of attention
+# RoPE turns pairs of features of queries and keys: the product of two turned vectors depends on the
+# difference of their angles, the distance, alone. A cache keeps keys and values, so that decoding a
+# token costs a row of the attention matrix, not all of it: O(T^2) for a text instead of O(T^3).
+
+def rope_tables(pos, d_head, theta):
+    """(B, T) -> cos, sin (B, 1, T, Dh/2) in float32: bf16 cannot tell position 256 from 257."""
+    freq = theta ** (-torch.arange(0, d_head, 2, device=pos.device) / d_head)
+    angle = pos[:, None, :, None] * freq
+    return angle.cos(), angle.sin()
+
+def rotate(x, cos, sin):
+    """RoPE on (B, H, T, Dh). Feature i of the first half pairs with feature i of the second, as in
+    Llama's and Qwen's checkpoints; the paper pairs neighbours, a permutation of W_q and W_k."""
+    a, b = up(x).chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+def documents(pos):
+    """Numbers the documents of each row, (B, T) -> (B, T): [0 1 2 0 1] -> [1 1 1 2 2]."""
+    return (pos == 0).cumsum(-1)
+
+def visible(q_pos, q_doc, k_pos, k_doc, window=None):
+    """Which keys a query may see, (B, 1, T) and (B, 1, S) -> (B, 1, T, S) bool: those of its
+    document, not later, fewer than `window` steps back (so `window` keys, itself included). Padding
+    sees padding, so that no row is empty: softmax over nothing is NaN, and NaN times 0 is NaN."""
+    gap = q_pos[..., None] - k_pos[..., None, :]
+    ok = (gap >= 0) & (q_doc[..., None] == k_doc[..., None, :])
+    ok &= (q_pos < 0)[..., None] == (k_pos < 0)[..., None, :]
+    return ok if window is None else ok & (gap < window)
+
+class KVCache:
+    """Keys and values of a layer, token i in column i; with a window in column i modulo `size`, a
+    ring: memory is constant, and the last SLACK tokens can be taken back. Padding takes columns."""
+    SLACK = 16  # [our choice]
+
+    def __init__(self, batch, size, heads, d_k, d_v, window, device, dtype):
+        size = size if window is None else min(size, window + self.SLACK)
+        new = lambda *shape, **kind: torch.zeros(batch, shape[0], size, *shape[1:], device=device, **kind)
+        self.columns = [new(heads, d_k, dtype=dtype), new(heads, d_v, dtype=dtype),
+                        new(1, dtype=torch.long), new(1, dtype=torch.long)]  # k, v, pos, document
+        self.n, self.lost, self.size, self.window = 0, 0, size, window  # tokens seen, overwritten
+
+    def update(self, k, v, pos):
+        """Appends k, v (B, Hkv, T, Dh) at positions pos (B, T) -> keys and values (B, Hkv, S, Dh)
+        and the mask (B, 1, T, S) of the new queries."""
+        a, b, pos = self.n, self.n + pos.shape[1], pos[:, None]
+        assert self.window or b <= self.size, f"the cache holds {self.size} positions, not {b}"
+        new = (k, v, pos, documents(pos) + (self.last(3) if a else 0))
+        # A ring is read before it is written: what ends a long prefill overwrites its beginning.
+        if self.window: seen = [torch.cat((c[:, :, :a], x), 2) for c, x in zip(self.columns, new)]
+        at = torch.arange(a, b, device=pos.device)[-self.size:] % self.size
+        for column, x in zip(self.columns, new): column[:, :, at] = x[:, :, -self.size:]
+        if not self.window: seen = [c[:, :, :b] for c in self.columns]
+        self.n, self.lost = b, max(self.lost, b - self.size)
+        return seen[0], seen[1], visible(*new[2:], *seen[2:], self.window)
+
+    def last(self, i):
+        return self.columns[i][:, :, (self.n - 1) % self.size, None]
+
+    def next_pos(self):
+        """(B, 1): the position after the last one of each row; None if the cache is empty."""
+        return self.last(2)[:, 0] + 1 if self.n else None
+
+    def truncate(self, n):
+        """Forgets all but the first n tokens (what followed was a wrong guess)."""
+        assert 0 <= n <= self.n and (self.lost == 0 or n >= self.lost + self.window - 1), \
+            f"cannot keep {n} of {self.n} tokens: the first {self.lost} are overwritten"
+        self.columns[3][:, :, torch.arange(n, self.n) % self.size] = -1  # in no document: unseen
+        self.n = n
+
+class StateCache:
+    """What a recurrence keeps of the past: a slot of tensors that do not grow. It cannot be run
+    backwards, so the slots after the last few updates are kept as snapshots to return to."""
+    SNAPSHOTS = 4  # [our choice]
+
+    def __init__(self, *slot): self.saved = [(0, None, slot)]
+
+    n = property(lambda self: self.saved[-1][0])
+    slot = property(lambda self: self.saved[-1][2])
+
+    def update(self, pos, *slot):
+        self.saved = [*self.saved, (self.n + pos.shape[1], pos[:, -1:] + 1, slot)][-self.SNAPSHOTS:]
+
+    def next_pos(self): return self.saved[-1][1]
+
+    def truncate(self, n):
+        kept = [s for s in self.saved if s[0] <= n]
+        assert kept and kept[-1][0] == n, f"no snapshot at {n}, only {[s[0] for s in self.saved]}"
+        self.saved = kept
 
 # -----------------------------------------------------------------------------
 # Memories of a fixed size: one recurrence, in chunks
@@ -243,12 +335,12 @@ def short_conv(x, weight, pos, tail):
     last = (pos >= 0).sum(1, keepdim=True) + torch.arange(W - 1, device=x.device)
     return F.silu(y), take(past, last)
 
-def long_conv_reference(u, h, gap, mask):
-    """y_t = sum_s h[t - s] u_s over the s that t may see: u (B, S, D), h (S, D), gap (B, T, S) and
-    mask (B, 1, T, S) -> (B, T, D), at T S D multiplications."""
-    rows = [torch.where(m[..., None], h[g.clamp(0, len(h) - 1)] * u, 0.0).sum(1)
-            for g, m in zip(gap.unbind(1), mask[:, 0].unbind(1))]
-    return torch.stack(rows, 1)
+def long_conv_reference(u, h, pos, doc, u_pos, u_doc):
+    """y_t = sum_s h[t - s] u_s over the places s that t may see (as for `visible`): u (B, S, D),
+    h (S, D) -> (B, T, D), by T S D multiplications."""
+    mask, gap = visible(pos, doc, u_pos, u_doc)[:, 0], pos[:, 0, :, None] - u_pos
+    return torch.stack([torch.where(m[..., None], h[g.clamp(0, len(h) - 1)] * u, 0.0).sum(1)
+                        for m, g in zip(mask.unbind(1), gap.unbind(1))], 1)
 
 def long_conv(u, h):
     """The same for one document: a convolution is a product of spectra, at T log T. Zeros up to 2T

@@ -2,26 +2,25 @@
 
 THE IDEA
     A language model reads tokens t_1..t_T and says, at every place, how probable each possible next
-    token is. All of today's keep a residual stream: one vector of d_model numbers per token, to
-    which each layer adds twice. A *mixer* lets a token fetch from earlier tokens; an *FFN* works on
+    token is. All of today's keep a residual stream, one vector of d_model numbers per token, to
+    which each layer adds twice: a *mixer* lets a token fetch from earlier tokens, an *FFN* works on
     each token alone. Positions tell the order; norms and initial scales keep numbers near one.
-    Architectures differ in which mixer, which FFN, which norm and where, so a model here is two
-    strings, repeated until every layer has its letter, mixers="WWWWWA" and ffns="s", and a few
-    sizes. A new mechanism is a class with the same contract and one new row.
+    Architectures differ in which mixer, which FFN, which norm and where; so a model is two strings,
+    repeated until every layer has its letter, mixers="WWWWWA" and ffns="s", and a few sizes.
 
 THE MATHS
     attention   y = softmax(Q K^T / sqrt(Dh) + M) V        M = 0 where a token may look, else -inf
     recurrence  S_t = a_t S_{t-1} + k_t w_t^T, y_t = S_t^T q_t    linear attention, SSM, delta rule
     RMSNorm     y = g x / sqrt(mean(x^2) + eps)            g a learned gain; LayerNorm: less mean
-    SwiGLU      y = W_down (silu(W_gate x) * (W_up x))     experts: sum_e p_e FFN_e(x), K of E
+    SwiGLU      y = W_down (silu(W_gate x) * (W_up x))     experts: sum of p_e FFN_e(x), K of E
     RoPE        (a, b) -> (a cos - b sin, b cos + a sin)   at angle pos theta^(-2i/Dh), i < Dh/2
     loss        -log softmax(z)[target] = logsumexp(z) - z[target], in nats
 
 THE COSTS (a product of (m, k) and (k, n) takes 2mkn FLOPs; backward costs twice the forward)
-    a token forward     2 per weight in a matrix that it meets, and 4 S H Dh to attend to S places
+    a token forward     2 per weight that it meets, and 4 S H Dh a layer to attend to S places
     a token in training three times that: 6 N for N weights, and 12 S H Dh a layer
-    a cache             2 Hkv Dh numbers per token and layer; R + d_rope if latent; a recurrence
-                        keeps H N Dv per layer, whatever the length
+    a cache             2 Hkv Dh numbers per token and layer (R + d_rope if latent); a recurrence
+                        keeps H N Dv per layer, however long the text
     Each mechanism counts its own (`flops`), and a test holds the sum against torch's counter.
 
 SHAPES
@@ -29,20 +28,17 @@ SHAPES
     R d_latent, N d_state, F d_ff, E n_experts, K n_active, V vocab_size, L n_layers. Heads stand
     before time: (B, H, T, Dh). Weights are (out, in). Masks are bool, True = may look.
 
-CONTENTS  ModelConfig / files of tensors / Linear, norms / positions / Context, caches / MIXERS /
-          FFNS / Block, LM / PRESETS / save_model, load_model / the lesson, bench
-NOT HERE  the operations beneath (kernels.py), sharding (parallel.py), sampling (sample.py)
+CONTENTS  ModelConfig / files of tensors / Linear, norms / Context / MIXERS / FFNS / Block, LM /
+          PRESETS / save_model, load_model / the lesson, bench
+NOT HERE  operations and caches beneath (kernels.py), sharding (parallel.py), sampling (sample.py)
 RUN       python model.py          # parameters and FLOPs; last line "... of the FLOPs at 175B"
-          python model.py bench    # tokens/s of every mixer at three lengths, of experts
-REFERENCES
-    Vaswani et al. 2017 (1706.03762) attention, sinusoids; Xiong et al. 2020 (2002.04745) pre-norm;
-    Zhang, Sennrich 2019 (1910.07467) RMSNorm; Su et al. 2021 (2104.09864) RoPE; Shazeer 2019, 2020
-    (1911.02150, 2002.05202) MQA, GLU; Ainslie et al. 2023 (2305.13245) GQA; Beltagy et al. 2020
-    (2004.05150) windows; Henry et al. 2020 (2010.04245) QK-norm (ours is an RMSNorm); So et al.
-    2021 (2109.08668) ReLU^2; Gemma Team 2024, 2025 (2408.00118, 2503.19786) soft-cap, sandwich;
-    Glorot, Bengio 2010 initial scale; Press, Wolf 2017 (1608.05859) tying; others at their class
-EXERCISE  Empty `KVCache.update` and `MoE.forward`; fill them until
-          `pytest test_all.py -k "cache or documents or experts"` is green again.
+          python model.py bench    # tokens/s of each mixer at three lengths, and of experts
+REFERENCES (others stand at their class or preset)
+    Xiong et al. 2020 (2002.04745) pre-norm; Zhang, Sennrich 2019 (1910.07467) RMSNorm; Shazeer 2020
+    (2002.05202) GLU; So et al. 2021 (2109.08668) ReLU^2; Glorot, Bengio 2010 initial scale; Press,
+    Wolf 2017 (1608.05859) tying; Gemma Team 2024 (2408.00118) soft-cap, sandwich
+EXERCISE  Empty `LatentAttention.forward` and `MoE.forward`; fill them until
+          `pytest test_all.py -k "decode or padded or experts"` is green again.
 """
 import argparse, dataclasses, json, math, struct, zlib
 from dataclasses import dataclass, field
@@ -54,8 +50,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bpe import UserError, atomic_write
-from kernels import (CHUNK, attention, cross_entropy, keep_freed_memory, long_conv,
-                     long_conv_reference, scan, seconds, short_conv, softmax, take, up)
+from kernels import (CHUNK, KVCache, StateCache, attention, cross_entropy, documents,
+                     keep_freed_memory, long_conv, long_conv_reference, rope_tables, rotate, scan,
+                     seconds, short_conv, softmax, take, up, visible)
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -115,7 +112,7 @@ class ModelConfig:
     def __post_init__(self):
         need, letters = partial(need_field, self), set(self.mixers + self.ffns)
         for f in dataclasses.fields(self):
-            value, kind, of = getattr(self, f.name), str(f.type), f.metadata["of"]
+            value, kind, of = getattr(self, f.name), str(f.type), OF[f.name]
             if value is None: need("None" in kind, f.name, "a value")
             elif "int" in kind: need(type(value) is int and value >= 1, f.name, "a positive integer")
             elif "float" in kind: need(0 <= value < math.inf, f.name, "a finite number, 0 or more")
@@ -136,11 +133,10 @@ class ModelConfig:
         # Defaults that depend on other fields are resolved here, once, though the class is frozen:
         # so vary the arguments of `preset`, not a finished config by dataclasses.replace.
         Dh = self.d_head or self.d_model // self.n_heads
-        late = dict(n_kv_heads=self.n_heads, d_head=Dh, window=-(-self.seq_len // 4),
-                    d_latent=4 * Dh, d_rope=max(2, Dh // 4 * 2))
-        for f in dataclasses.fields(self):
-            if f.name in late and getattr(self, f.name) is None and set(f.metadata["of"]) & letters:
-                object.__setattr__(self, f.name, late[f.name])
+        for name, value in dict(n_kv_heads=self.n_heads, d_head=Dh, window=-(-self.seq_len // 4),
+                                d_latent=4 * Dh, d_rope=max(2, Dh // 4 * 2)).items():
+            if set(OF[name]) & letters and not getattr(self, name):
+                object.__setattr__(self, name, value)
         for name, ok, wanted in (
                 ("n_kv_heads", self.n_heads % (self.n_kv_heads or 1) == 0, "a divisor of n_heads"),
                 ("d_head", self.pos != "rope" or (self.d_head or 0) % 2 == 0, "an even number"),
@@ -150,6 +146,8 @@ class ModelConfig:
                 ("dropout", self.dropout < 1, "a probability below 1"),
                 ("n_active", self.n_active <= self.n_experts, "at most n_experts")):
             need(ok, name, wanted)
+
+OF = {f.name: f.metadata["of"] for f in dataclasses.fields(ModelConfig)}
 
 # -----------------------------------------------------------------------------
 # Files of tensors: safetensors
@@ -255,11 +253,12 @@ class LayerNorm(RMSNorm):
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 # -----------------------------------------------------------------------------
-# Positions
+# Positions and context
 # Attention sees a set: shuffle keys and values alike and nothing changes; only the causal mask
 # tells order, and "none" relies on it. Else a token's place is added to its vector (learned,
-# sinusoidal), or queries and keys are turned by it: RoPE rotates pairs of features, and the product
-# of two turned vectors depends on the difference of their angles alone.
+# sinusoidal), or queries and keys are turned by it (RoPE). pos (B, T) is a token's position in its
+# document: a 0 begins a document, past which nobody looks back, and -1 is padding. Training,
+# prefill and decoding are one path; they differ in whether a cache was passed.
 
 POSITIONS = ("rope", "learned", "sinusoidal", "none")
 
@@ -269,40 +268,9 @@ def sinusoid(pos, d):
     angle = pos[..., None] * 1e4 ** (-torch.arange(0, d, 2, device=pos.device) / d)  # (B, T, d/2)
     return torch.cat((angle.sin(), angle.cos()), -1)
 
-def rope_tables(pos, d_head, theta):
-    """(B, T) -> cos, sin (B, 1, T, Dh/2) in float32: bf16 cannot tell position 256 from 257."""
-    freq = theta ** (-torch.arange(0, d_head, 2, device=pos.device) / d_head)
-    angle = pos[:, None, :, None] * freq
-    return angle.cos(), angle.sin()
-
-def rotate(x, cos, sin):
-    """RoPE on (B, H, T, Dh). Feature i of the first half pairs with feature i of the second, as in
-    Llama's and Qwen's checkpoints; the paper pairs neighbours, a permutation of W_q and W_k."""
-    a, b = up(x).chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-
-# -----------------------------------------------------------------------------
-# Context and caches
-# What a mixer must know besides x is in one Context made per forward. pos (B, T) is a token's
-# position in its document: a 0 begins a document, past which nobody looks back, and -1 is padding.
-# Training, prefill and decoding are one path; they differ in whether a cache was passed.
-
-def documents(pos):
-    """Numbers the documents of each row, along the last axis: [0 1 2 0 1] -> [1 1 1 2 2]."""
-    return (pos == 0).cumsum(-1)
-
-def visible(q_pos, q_doc, k_pos, k_doc, window=None):
-    """Which keys a query may see, (B, 1, T) and (B, 1, S) -> (B, 1, T, S) bool: those of its
-    document, not later, fewer than `window` steps back (so `window` keys, itself included). Padding
-    sees padding, so that no row is empty: softmax over nothing is NaN, and NaN times 0 is NaN."""
-    gap = q_pos[..., None] - k_pos[..., None, :]
-    ok = (gap >= 0) & (q_doc[..., None] == k_doc[..., None, :])
-    ok &= (q_pos < 0)[..., None] == (k_pos < 0)[..., None, :]
-    return ok if window is None else ok & (gap < window)
-
 class Context:
-    """tokens and pos (B, T), RoPE's tables, masks by window: made once, shared by all layers. If
-    every row counts from 0 (`plain`), tables and masks are made for one row, and broadcast."""
+    """What a mixer must know besides x, made once per forward: tokens and pos (B, T), RoPE's
+    tables, masks by window. If every row counts from 0 (`plain`), one row's serve all."""
     def __init__(self, cfg, tokens, pos=None, start=None):
         self.tokens, self.masks, self.tables = tokens, {}, {}
         self.theta = cfg.rope_theta if cfg.pos == "rope" else None
@@ -311,142 +279,72 @@ class Context:
             pos = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             if start is not None: pos = pos + start  # (B, T) + (B, 1)
         self.pos, self.rows = pos, pos[:1] if self.plain else pos
-        self.order = None if self.plain else (pos < 0).sort(dim=1, stable=True).indices
 
     def turn(self, x):
-        """RoPE on (B, H, T, Dh) at these positions, if the model has it."""
+        """RoPE on (B, H, T, Dh), if the model has it."""
         if self.theta is None: return x
         d = x.shape[-1]
         if d not in self.tables: self.tables[d] = rope_tables(self.rows, d, self.theta)
         return rotate(x, *self.tables[d])
 
-    def mask(self, window):
+    def mask(self, window=None):
         """(B or 1, 1, T, T), or None for plain causal attention: fused kernels need none for it."""
         if self.plain and (window is None or window >= self.tokens.shape[1]): return None
         if window not in self.masks:
-            pos = self.rows[:, None]
-            self.masks[window] = visible(pos, documents(pos), pos, documents(pos), window)
+            pos, doc = self.rows[:, None], documents(self.rows[:, None])
+            self.masks[window] = visible(pos, doc, pos, doc, window)
         return self.masks[window]
 
-    def packed(self, x):
-        """(B, T, ...) with each row's padding moved behind its tokens; `unpacked` undoes it. What
-        convolves or carries a state then finds a token's predecessor at its left."""
-        return x if self.order is None else take(x, self.order)
-
-    def unpacked(self, x):
-        return x if self.order is None else take(x, self.order.argsort(1))
-
-class KVCache:
-    """Keys and values of one layer, so that decoding a token costs a row of the attention matrix,
-    not all of it: O(T^2) for a text instead of O(T^3). Token i stands in column i; with a window in
-    column i modulo `size`, a ring: memory stays constant, and SLACK tokens can be taken back."""
-    SLACK = 16  # [our choice]
-
-    def __init__(self, batch, size, heads, d_k, d_v, window, device, dtype):
-        self.size = size if window is None else min(size, window + self.SLACK)
-        whole = partial(torch.full, device=device)
-        self.columns = [*(whole((batch, heads, self.size, d), 0.0, dtype=dtype) for d in (d_k, d_v)),
-                        *(whole((batch, 1, self.size), -1) for _ in ("pos", "doc"))]
-        self.n, self.lost, self.window = 0, 0, window  # tokens seen; of these no longer held
-
-    def update(self, k, v, pos):
-        """Appends k, v (B, Hkv, T, Dh) at positions pos (B, T) -> keys and values (B, Hkv, S, Dh)
-        and the mask (B, 1, T, S) of the new queries."""
-        held, end, pos = min(self.n, self.size), self.n + k.shape[2], pos[:, None]
-        assert self.window or end <= self.size, \
-            f"the cache holds {self.size} positions, {end} are needed"
-        doc = documents(pos) + (self.last(3) if self.n else 0)
-        new = (k, v, pos, doc)
-        # A ring is read before it is written: a long prefill overwrites what its start still sees.
-        if self.window: seen = [torch.cat((c[:, :, :held], x), 2) for c, x in zip(self.columns, new)]
-        at = torch.arange(self.n, end, device=pos.device)[-self.size:] % self.size
-        for column, x in zip(self.columns, new): column[:, :, at] = x[:, :, -self.size:]
-        if not self.window: seen = [c[:, :, :end] for c in self.columns]
-        self.n, self.lost = end, max(self.lost, end - self.size)
-        return seen[0], seen[1], visible(pos, doc, seen[2], seen[3], self.window)
-
-    def last(self, i):
-        return self.columns[i][:, :, (self.n - 1) % self.size, None]
-
-    def next_pos(self):
-        """(B, 1): the position after the last one of each row; None if the cache is empty."""
-        return self.last(2)[:, 0] + 1 if self.n else None
-
-    def truncate(self, n):
-        """Forgets all but the first n tokens (what followed was a wrong guess)."""
-        assert 0 <= n <= self.n and max(0, n - (self.window or n) + 1) >= self.lost, \
-            f"cannot keep {n} of {self.n} tokens: those before {self.lost} are overwritten"
-        gone = torch.arange(max(n, self.n - self.size), self.n) % self.size
-        self.columns[3][:, :, gone] = -1  # in no document: never seen again
-        self.n = n
-
-class StateCache:
-    """What a recurrence keeps of the past: a few tensors, `slot`, whose size does not grow. They
-    cannot be run backwards, so the slot after each of the last updates is kept as a snapshot."""
-    SNAPSHOTS = 4  # [our choice]
-
-    def __init__(self, *slot):
-        self.saved = [(0, None, slot)]
-
-    n, slot = (property(lambda self, i=i: self.saved[-1][i]) for i in (0, 2))
-
-    def update(self, pos, slot):
-        self.saved.append((self.n + pos.shape[1], pos[:, -1:] + 1, slot))
-        del self.saved[:-self.SNAPSHOTS]
-
-    def next_pos(self):
-        return self.saved[-1][1]
-
-    def truncate(self, n):
-        kept = [s for s in self.saved if s[0] <= n]
-        assert kept and kept[-1][0] == n, f"no snapshot at {n}, only at {[s[0] for s in self.saved]}"
-        self.saved = kept
+    def packed(self, x, back=False):
+        """(B, T, ...) with each row's padding moved behind its tokens, or back: what convolves or
+        carries a state finds the token before next to it."""
+        if self.plain: return x
+        order = (self.pos < 0).sort(dim=1, stable=True).indices
+        return take(x, order.argsort(1) if back else order)
 
 # -----------------------------------------------------------------------------
 # Mixers: how a token reads from other tokens
 # Contract: __init__(cfg), forward(x, ctx, cache=None) -> y, new_cache(batch, size, device, dtype),
 # flops(T, S) -> {part: FLOPs}. A cache has n, update, next_pos and truncate.
 
-def last_std(cfg):
-    """Initial std of a matrix that writes to the stream: zero; or GPT-2's, smaller by sqrt(2L), so
-    that 2L additions together are as large as one would be; or Linear's own (None)."""
-    if cfg.zero_init: return 0.0
-    return None if cfg.init_std is None else cfg.init_std / math.sqrt(2 * cfg.n_layers)
+def project(cfg, d_out, d_in=None, bias=False):
+    return Linear(d_in or cfg.d_model, d_out, cfg.bias or bias, cfg.init_std)
 
-def split(x, heads):
-    """(B, T, H Dh) -> (B, H, T, Dh)"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def writer(cfg, d_in):
+    """The matrix that adds to the stream. It starts at zero; or with GPT-2's std, smaller by
+    sqrt(2L), so that 2L additions together are as large as one would be; or with Linear's own."""
+    std = cfg.init_std and cfg.init_std / math.sqrt(2 * cfg.n_layers)
+    return Linear(d_in, cfg.d_model, cfg.bias, 0.0 if cfg.zero_init else std)
 
-def merge(x):
-    """(B, H, T, Dh) -> (B, T, H Dh)"""
-    return x.transpose(1, 2).flatten(2)
+def split(x, heads): return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # -> (B, H, T, Dh)
+
+def merge(x): return x.transpose(1, 2).flatten(2)  # (B, H, T, Dh) -> (B, T, H Dh)
 
 class Attention(nn.Module):
-    """MHA, GQA or MQA by n_kv_heads; over the whole past or, if local, the last cfg.window keys;
-    with RoPE or, if not turned, told the order by its mask alone (2305.19466)."""
+    """MHA, MQA (1911.02150) or GQA (2305.13245) by n_kv_heads; over the whole past or, if local,
+    the last cfg.window keys (2004.05150); not turned, it knows the order by its mask alone."""
     def __init__(self, cfg, local=False, turned=True):
         super().__init__()
         self.cfg, self.window, self.turned = cfg, cfg.window if local else None, turned
         self.q_dim, self.kv_dim = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-        into = partial(Linear, cfg.d_model, bias=cfg.bias or cfg.qkv_bias, std=cfg.init_std)
-        self.q_proj, self.k_proj, self.v_proj = map(into, (self.q_dim, self.kv_dim, self.kv_dim))
-        self.o_proj = Linear(self.q_dim, cfg.d_model, cfg.bias, last_std(cfg))
+        self.q_proj, self.k_proj, self.v_proj = (project(cfg, d, bias=cfg.qkv_bias) for d in (
+            self.q_dim, self.kv_dim, self.kv_dim))
+        self.o_proj = writer(cfg, self.q_dim)
         norm = partial(RMSNorm, cfg.d_head, cfg.norm_eps) if cfg.qk_norm else nn.Identity
-        self.q_norm, self.k_norm = norm(), norm()  # scores are bounded by the gains
+        self.q_norm, self.k_norm = norm(), norm()  # bound the scores; 2010.04245 divides by |q|
 
     def forward(self, x, ctx, cache=None):
         c, turn = self.cfg, ctx.turn if self.turned else nn.Identity()
-        q = turn(self.q_norm(split(self.q_proj(x), c.n_heads)))
+        q = turn(self.q_norm(split(self.q_proj(x), c.n_heads)))  # (B, H, T, Dh)
         k = turn(self.k_norm(split(self.k_proj(x), c.n_kv_heads)))
-        v, mask = split(self.v_proj(x), c.n_kv_heads), None
+        v = split(self.v_proj(x), c.n_kv_heads)
         if cache is None: mask = ctx.mask(self.window)
         else: k, v, mask = cache.update(k, v, ctx.pos)
-        y = attention(q, k, v, mask, c.dropout if self.training else 0.0)
-        return self.o_proj(merge(y))
+        return self.o_proj(merge(attention(q, k, v, mask, c.dropout if self.training else 0.0)))
 
-    def new_cache(self, batch, size, device, dtype):
-        width = self.cfg.d_head
-        return KVCache(batch, size, self.cfg.n_kv_heads, width, width, self.window, device, dtype)
+    def new_cache(self, batch, size, *kind):
+        c = self.cfg
+        return KVCache(batch, size, c.n_kv_heads, c.d_head, c.d_head, self.window, *kind)
 
     def flops(self, T, S):
         """T queries over S keys, all of them: a kernel may skip what causality or a window hide."""
@@ -455,19 +353,18 @@ class Attention(nn.Module):
                 "out": 2 * T * q * D}
 
 class LatentAttention(nn.Module):
-    """MLA, DeepSeek-V2 (2405.04434): keys and values of all heads are projections of one latent of
-    R numbers, k = W_uk c and v = W_uv c, and RoPE turns a key that the heads share. The cache holds
-    R + d_rope numbers a token, not 2 H Dh. It need not expand them: q . (W_uk c) = (W_uk^T q) . c,
-    so with W_uk absorbed by the query, the heads all attend to c itself, as MQA of width R does."""
+    """MLA, DeepSeek-V2 (2405.04434): keys and values of all heads are projections of one latent c
+    of R numbers, k = U c and v = W c, and RoPE turns a key of d_rope numbers that heads share. The
+    cache holds R + d_rope numbers a token, not 2 H Dh, and need not expand them: q . (U c) =
+    (U^T q) . c, so with U absorbed by the query all heads attend to c itself, as MQA would."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, H, Dh, R = cfg, cfg.n_heads, cfg.d_head, cfg.d_latent
-        make = partial(Linear, bias=cfg.bias, std=cfg.init_std)
-        self.q_proj = make(cfg.d_model, H * (Dh + cfg.d_rope))
-        self.kv_a_proj_with_mqa = make(cfg.d_model, R + cfg.d_rope)
+        self.q_proj = project(cfg, H * (Dh + cfg.d_rope))
+        self.kv_a_proj_with_mqa = project(cfg, R + cfg.d_rope)
         self.kv_a_layernorm = RMSNorm(R, cfg.norm_eps)
-        self.kv_b_proj = Linear(R, 2 * H * Dh, std=cfg.init_std)  # the rows of W_uk, W_uv by head
-        self.o_proj = Linear(H * Dh, cfg.d_model, cfg.bias, last_std(cfg))
+        self.kv_b_proj = Linear(R, 2 * H * Dh, std=cfg.init_std)  # U and W, by head
+        self.o_proj = writer(cfg, H * Dh)
 
     def forward(self, x, ctx, cache=None):
         cfg, H, Dh, R = self.cfg, self.cfg.n_heads, self.cfg.d_head, self.cfg.d_latent
@@ -476,50 +373,48 @@ class LatentAttention(nn.Module):
         c, q_r, k_r = self.kv_a_layernorm(c), ctx.turn(q_r), ctx.turn(k_r)
         drop = cfg.dropout if self.training else 0.0
         if cache is None:
-            k, v = split(self.kv_b_proj(c[:, 0]), H).chunk(2, -1)
-            k = torch.cat((k, k_r.expand(-1, H, -1, -1)), -1)  # (B, H, T, Dh + d_rope)
-            y = attention(torch.cat((q, q_r), -1), k, v, ctx.mask(None), drop)
+            k, v = split(self.kv_b_proj(c[:, 0]), H).chunk(2, -1)  # (B, H, T, Dh)
+            k = torch.cat((k, k_r.expand(-1, H, -1, -1)), -1)
+            y = attention(torch.cat((q, q_r), -1), k, v, ctx.mask(), drop)
         else:
-            up_k, up_v = self.kv_b_proj.weight.to(x.dtype).view(H, 2 * Dh, R).chunk(2, 1)
+            U, W = self.kv_b_proj.weight.to(x.dtype).view(H, 2 * Dh, R).chunk(2, 1)
             c, _, mask = cache.update(torch.cat((c, k_r), -1), c[..., :0], ctx.pos)
-            q = torch.cat((q @ up_k, q_r), -1)  # (B,H,T,Dh) @ (H,Dh,R) -> (B,H,T,R)
-            q = q * math.sqrt((R + cfg.d_rope) / (Dh + cfg.d_rope))  # attention divides by a root
-            y = attention(q, c, c[..., :R], mask, drop) @ up_v.mT  # @ (H,R,Dh) -> (B,H,T,Dh)
+            q = torch.cat((q @ U, q_r), -1)  # (B,H,T,Dh) @ (H,Dh,R) -> (B,H,T,R)
+            q = q * math.sqrt((R + cfg.d_rope) / (Dh + cfg.d_rope))  # undoes `attention`'s root
+            y = attention(q, c, c[..., :R], mask, drop) @ W.mT  # @ (H,R,Dh) -> (B,H,T,Dh)
         return self.o_proj(merge(y))
 
-    def new_cache(self, batch, size, device, dtype):
-        return KVCache(batch, size, 1, self.cfg.d_latent + self.cfg.d_rope, 0, None, device, dtype)
+    def new_cache(self, batch, size, *kind):
+        return KVCache(batch, size, 1, self.cfg.d_latent + self.cfg.d_rope, 0, None, *kind)
 
     def flops(self, T, S):
-        """Of the expanded form: training's."""
-        c, q = self.cfg, self.cfg.n_heads * self.cfg.d_head
-        r = c.n_heads * c.d_rope
-        down = c.d_model * (q + r + c.d_latent + c.d_rope)
-        return {"qkv": 2 * T * (down + 2 * c.d_latent * q), "scores": 2 * T * S * (q + r),
-                "values": 2 * T * S * q, "out": 2 * T * q * c.d_model}
+        """Of the expanded form, training's."""
+        D, R, r, q = (*(getattr(self.cfg, n) for n in ("d_model", "d_latent", "d_rope")),
+                      self.cfg.n_heads * self.cfg.d_head)
+        qr = q + self.cfg.n_heads * r
+        return {"qkv": 2 * T * (D * (qr + R + r) + 2 * R * q), "scores": 2 * T * S * qr,
+                "values": 2 * T * S * q, "out": 2 * T * q * D}
 
 class Recurrent(nn.Module):
-    """Attention whose past has a fixed size: each head keeps a matrix S (N, Dv), its memory,
-        S_t = a_t S_{t-1} + k_t w_t^T       y_t = S_t^T q_t       (see `scan`)
-    so training is linear in length and decoding constant. Subclasses say what decays (a_t), what is
-    written (w_t) and what q, k, v pass through. With gates, q, k, v first go through a short
-    convolution, and y through a norm and a gate, as in Mamba-2 and Gated DeltaNet."""
-    TAPS = 4   # of the short convolution [2405.21060]
-    delta = extra = 0
+    """Attention whose past has a fixed size: a head keeps a matrix S (N, Dv) that decays and is
+    written to, S_t = a_t S_{t-1} + k_t w_t^T, and read, y_t = S_t^T q_t (`scan`). Training is linear
+    in length, decoding constant. Subclasses say what decays and what is written (`mix`). Unless
+    `gates` is None, q, k and v first go through a short convolution; with gates, one or two numbers
+    a head, the result goes through a norm and a gate: both as in Mamba-2 and Gated DeltaNet."""
+    TAPS = 4  # of the short convolution [2405.21060]
+    delta = extra = 0  # rest of FLOPs: a delta rule's products, columns beside v
 
-    def __init__(self, cfg, d_k, d_v, heads, k_heads, gates):
+    def __init__(self, cfg, heads, k_heads, d_k, d_v, gates=None):
         super().__init__()
-        self.cfg, self.d_k, self.d_v, self.heads, self.k_heads = cfg, d_k, d_v, heads, k_heads
-        self.sizes, self.gates = (k_heads * d_k, k_heads * d_k, heads * d_v), gates
-        into = partial(Linear, cfg.d_model, bias=cfg.bias, std=cfg.init_std)
-        self.q_proj, self.k_proj, self.v_proj = map(into, self.sizes)
-        self.o_proj = Linear(self.sizes[2], cfg.d_model, cfg.bias, last_std(cfg))
-        if gates is not None: self.conv = fresh(self.TAPS, sum(self.sizes), std=self.TAPS ** -0.5)
+        self.cfg, self.heads, self.k_heads, self.d_k, self.d_v = cfg, heads, k_heads, d_k, d_v
+        self.widths, self.gates = (k_heads * d_k, k_heads * d_k, heads * d_v), gates
+        self.q_proj, self.k_proj, self.v_proj = (project(cfg, d) for d in self.widths)
+        self.o_proj = writer(cfg, heads * d_v)
+        if gates is not None: self.conv = fresh(self.TAPS, sum(self.widths), std=self.TAPS ** -0.5)
         if gates:
-            self.gate_proj, self.a_proj = into(self.sizes[2]), into(gates * heads)
-            self.o_norm = RMSNorm(d_v, cfg.norm_eps)
+            self.z_proj, self.gate_proj = project(cfg, heads * d_v), project(cfg, gates * heads)
+            self.o_norm, dt = RMSNorm(d_v, cfg.norm_eps), torch.logspace(-3, -1, heads)
             # Steps dt from 1e-3 to 1e-1 and rates A from 1 to 16: memories of many lengths.
-            dt = torch.logspace(-3, -1, heads)
             self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus gives dt
             self.A_log = nn.Parameter(torch.linspace(1, 16, heads).log())
 
@@ -528,114 +423,108 @@ class Recurrent(nn.Module):
         tail, *state = (cache or self.new_cache(len(x), 0, x.device, x.dtype)).slot
         qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
         if self.gates is not None: qkv, tail = short_conv(qkv, self.conv, pos, tail)
-        q, k, v = qkv.split(self.sizes, -1)
-        q, k, v = split(q, self.k_heads), split(k, self.k_heads), split(v, self.heads)
+        q, k, v = map(split, qkv.split(self.widths, -1), (self.k_heads, self.k_heads, self.heads))
         y, *state = self.mix(x, q, k, v, pos, *state)
-        if self.gates: y = self.o_norm(y) * F.silu(split(self.gate_proj(x), self.heads))
-        if cache is not None: cache.update(ctx.pos, (tail, *state))
-        return ctx.unpacked(self.o_proj(merge(y)))
+        if self.gates: y = self.o_norm(y) * F.silu(split(self.z_proj(x), self.heads))
+        if cache is not None: cache.update(ctx.pos, tail, *state)
+        return ctx.packed(self.o_proj(merge(y)), back=True)
 
     def new_cache(self, batch, size, device, dtype):
-        tail = torch.zeros(batch, self.TAPS - 1, sum(self.sizes), device=device, dtype=dtype)
+        tail = torch.zeros(batch, self.TAPS - 1, sum(self.widths), device=device, dtype=dtype)
         shape = (batch, self.heads, self.d_k, self.d_v + self.extra)
         return StateCache(tail, up(torch.zeros(shape, device=device, dtype=dtype)))
 
     def flops(self, T, S):
-        """Independent of S. torch's counter leaves out the delta rule's solve, as it does FFTs."""
-        C = min(CHUNK, T)
-        P, D, H, N, Dv = -(-T // C) * C, self.cfg.d_model, self.heads, self.d_k, self.d_v
-        gate = (H * Dv + self.gates * H) if self.gates else 0
-        return {"qkv": 2 * T * D * (sum(self.sizes) + gate),
+        """Whatever S. Like torch's counter, without the delta rule's solve."""
+        C, D, H, N, Dv = min(CHUNK, T), self.cfg.d_model, self.heads, self.d_k, self.d_v
+        gates, P = H * (Dv + self.gates) if self.gates else 0, -(-T // C) * C
+        return {"qkv": 2 * T * D * (sum(self.widths) + gates),
                 "scores": 2 * P * C * N * self.k_heads * (1 + self.delta),
                 "values": 2 * P * H * (C + N * (2 + self.delta)) * (Dv + self.extra),
                 "out": 2 * T * H * Dv * D}
 
 class LinearAttention(Recurrent):
-    """Katharopoulos et al. 2020 (2006.16236): exp(q . k) becomes f(q) . f(k) with f = elu + 1 > 0;
-    then sum_s f(q) . f(k_s) v_s = f(q) S with S the sum of f(k_s) v_s^T. A column of ones beside v
+    """Katharopoulos et al. 2020 (2006.16236): exp(q . k) becomes f(q) . f(k), f = elu + 1 > 0; so
+    sum_s f(q) . f(k_s) v_s = S^T f(q) with S the sum of f(k_s) v_s^T. A column of ones beside v
     adds up the weights, by which y is divided. Nothing decays."""
     extra = 1
 
     def __init__(self, cfg):
-        super().__init__(cfg, cfg.d_head, cfg.d_head, cfg.n_heads, cfg.n_heads, None)
+        super().__init__(cfg, cfg.n_heads, cfg.n_heads, cfg.d_head, cfg.d_head)
 
     def mix(self, x, q, k, v, pos, S):
         v, log_a = F.pad(v, (0, 1), value=1.0), x.new_zeros(len(x), 1, x.shape[1])
         y, S = scan(F.elu(q) + 1, F.elu(k) + 1, v, log_a, None, pos, S)
-        return y[..., :-1] / y[..., -1:].clamp(min=1e-9), S  # of padding at the start 0 / 0
+        return y[..., :-1] / y[..., -1:].clamp(min=1e-9), S  # padding may have seen nothing
 
 class StateSpace(Recurrent):
-    """Mamba-2, Dao and Gu 2024 (2405.21060): a linear system S' = -A S + B x in continuous time,
-    seen at steps dt that each token chooses: a_t = exp(-dt A), written dt x_t. q and k, the paper's
-    C and B, are shared by all heads; D x_t is added. (Mamba-2 has its norm behind the gate.)"""
+    """Mamba-2, Dao and Gu 2024 (2405.21060): the linear system S' = -A S + B x, seen at steps dt
+    that a token chooses: a_t = exp(-dt A), written is dt x_t. Heads share k and q, the paper's B
+    and C; D x_t is added. (Mamba-2 has its norm behind the gate.)"""
     def __init__(self, cfg):
-        super().__init__(cfg, cfg.d_state, 2 * cfg.d_head, cfg.n_heads, 1, 1)
+        super().__init__(cfg, cfg.n_heads, 1, cfg.d_state, 2 * cfg.d_head, gates=1)
         self.D = nn.Parameter(torch.ones(cfg.n_heads, 1, 1))
 
     def mix(self, x, q, k, v, pos, S):
-        dt = F.softplus(up(self.a_proj(x)) + self.dt_bias).mT  # (B, H, T)
+        dt = F.softplus(up(self.gate_proj(x)) + self.dt_bias).mT  # (B, H, T)
         y, S = scan(q, k, v * dt[..., None], -self.A_log.exp()[:, None] * dt, None, pos, S)
         return (y + self.D * v).to(x.dtype), S
 
 class GatedDelta(Recurrent):
-    """Gated DeltaNet, Yang et al. 2024 (2412.06464): the memory decays as in Mamba-2, and a token
-    writes not v_t but b_t (v_t - what the memory already answers to k_t): one step of gradient
-    descent, of size b_t, on |S^T k_t - v_t|^2. So a key's old value is replaced, not added to."""
+    """Gated DeltaNet, Yang et al. 2024 (2412.06464): decays as Mamba-2, but writes b_t (v_t - what
+    the memory already answers to k_t), a step of gradient descent on |S^T k_t - v_t|^2 / 2: a new
+    value for a key replaces the old one, and is not added to it."""
     delta = 1
 
     def __init__(self, cfg):
-        super().__init__(cfg, cfg.d_head, cfg.d_head, cfg.n_heads, cfg.n_heads, 2)
+        super().__init__(cfg, cfg.n_heads, cfg.n_heads, cfg.d_head, cfg.d_head, gates=2)
 
     def mix(self, x, q, k, v, pos, S):
-        a, b = up(self.a_proj(x)).mT.chunk(2, 1)  # (B, H, T) each
-        log_a = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None])
+        a, b = up(self.gate_proj(x)).mT.chunk(2, 1)  # (B, H, T) each
+        log_a, b = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None]), b.sigmoid()
         q, k = F.normalize(up(q), dim=-1) * self.d_k ** -0.5, F.normalize(up(k), dim=-1)
-        y, S = scan(q, k, v * b.sigmoid()[..., None], log_a, b.sigmoid(), pos, S)
+        y, S = scan(q, k, v * b[..., None], log_a, b, pos, S)
         return y.to(x.dtype), S
 
 class Hyena(Recurrent):
     """Poli et al. 2023 (2302.10866), order 2: y = q * (h conv (k * v)), by FFT in T log T. The
-    filter h is as long as the text, but implicit: a small network of the distance, under a window
-    that decays. No state sums up the past: decoding keeps every k * v, D numbers a token (times the
-    snapshots), and a token costs S D."""
-    BANDS, WIDTH = 8, 32  # sines that tell the distance, width of the network [our choice]
+    filter h is as long as the text but implicit, a small network of the distance under a window
+    that decays. No state sums up the past: a cache keeps all k * v, and a token costs S D."""
+    BANDS, WIDTH = 8, 32  # waves that tell the distance, width of the network [our choice]
 
     def __init__(self, cfg):
-        super().__init__(cfg, cfg.d_model, cfg.d_model, 1, 1, 0)
-        std, self.skip = cfg.init_std, nn.Parameter(torch.ones(cfg.d_model))
-        widths = (2 * self.BANDS + 1, self.WIDTH, self.WIDTH, cfg.d_model)
-        self.filter = nn.ModuleList(Linear(a, b, True, std) for a, b in zip(widths, widths[1:]))
+        super().__init__(cfg, 1, 1, cfg.d_model, cfg.d_model, gates=0)
+        self.skip, d = nn.Parameter(torch.ones(cfg.d_model)), 2 * self.BANDS + 1
+        self.filter = nn.ModuleList(Linear(a, b, True, cfg.init_std) for a, b in (
+            (d, self.WIDTH), (self.WIDTH, self.WIDTH), (self.WIDTH, cfg.d_model)))
 
     def impulse(self, S, device):
-        """h (S, D): what a token adds to those 0..S-1 places later."""
+        """h (S, D): what a token adds to those 0..S-1 places later. The slowest window falls to 1 %
+        at seq_len, the fastest at a tenth of it [our choice]."""
         t = torch.arange(S, device=device)[:, None] / self.cfg.seq_len
         angle = 2 * math.pi * t * torch.arange(1, self.BANDS + 1, device=device)
-        h = torch.cat((t, angle.cos(), angle.sin()), -1).to(self.skip.dtype)
-        for i, layer in enumerate(self.filter): h = layer(h if i == 0 else torch.sin(h))
-        # The slowest window falls to 1 % at seq_len, the fastest at a tenth of it [our choice].
+        h = self.filter[0](torch.cat((t, angle.cos(), angle.sin()), -1).to(self.skip.dtype))
+        for layer in self.filter[1:]: h = layer(h.sin())
         return h * torch.exp(-4.6 * t * torch.linspace(1, 10, h.shape[1], device=device))
 
+    def mix(self, x, q, k, v, pos, *past):
+        new = (up(k * v)[:, 0], pos, documents(pos) + (past[2][:, -1:] if past[2].numel() else 0))
+        u, u_pos, u_doc = all = [torch.cat(pair, 1) for pair in zip(past, new)]
+        h, at = self.impulse(u.shape[1], x.device), torch.arange(pos.shape[1], device=x.device)
+        # Rows of one document from its start are what an FFT convolves.
+        if u.shape[1] == len(at) and bool(((pos == at) | (pos < 0)).all()): y = long_conv(u, h)
+        else: y = long_conv_reference(u, h, *(t[:, None] for t in (*new[1:], u_pos, u_doc)))
+        return q * (y + self.skip * new[0]).to(x.dtype)[:, None], *all
+
     def new_cache(self, batch, size, device, dtype):
-        pos = torch.zeros(batch, 0, device=device, dtype=torch.long)
-        u = torch.zeros(batch, 0, self.d_v, device=device, dtype=dtype)
-        return StateCache(super().new_cache(batch, size, device, dtype).slot[0], u, pos, pos)
+        tail, pos = super().new_cache(batch, size, device, dtype).slot[0], torch.zeros(
+            batch, 0, device=device, dtype=torch.long)
+        return StateCache(tail, up(tail.new_zeros(batch, 0, self.d_v)), pos, pos)
 
     def flops(self, T, S):
-        inside = 2 * S * sum(layer.weight.numel() for layer in self.filter)  # once for all rows
-        D = self.cfg.d_model
-        return {"qkv": 6 * T * D * D, "filter": inside, "out": 2 * T * D * D}
-
-    def mix(self, x, q, k, v, pos, u, u_pos, u_doc):
-        new, T = (k * v)[:, 0], pos.shape[1]
-        doc = documents(pos) + (u_doc[:, -1:] if u.shape[1] else 0)
-        u, u_pos, u_doc = (torch.cat(two, 1) for two in ((u, new), (u_pos, pos), (u_doc, doc)))
-        h = self.impulse(u.shape[1], x.device)
-        fresh_row = (pos == torch.arange(T, device=pos.device)) | (pos < 0)
-        if u.shape[1] == T and bool(fresh_row.all()): y = long_conv(up(u), h)
-        else:
-            mask = visible(*(t[:, None] for t in (pos, doc, u_pos, u_doc)))
-            y = long_conv_reference(up(u), h, pos[:, :, None] - u_pos[:, None], mask)
-        return q * (y.to(x.dtype) + self.skip.to(x.dtype) * new)[:, None], u, u_pos, u_doc
+        """Like torch's counter, without FFTs; all rows share the filter."""
+        D, weights = self.cfg.d_model, sum(layer.weight.numel() for layer in self.filter)
+        return {"qkv": 6 * T * D * D, "filter": 2 * S * weights, "out": 2 * T * D * D}
 
 MIXERS = {"A": Attention, "W": partial(Attention, local=True), "N": partial(Attention, turned=False),
           "M": LatentAttention, "L": LinearAttention, "D": GatedDelta, "S": StateSpace, "H": Hyena}
@@ -653,9 +542,8 @@ class FFN(nn.Module):
         D = cfg.d_model  # gated: 8/3 D, floored to a multiple of 64, has the weights of 4 D ungated
         self.d_model, self.act = D, act
         self.d_ff = d_ff or cfg.d_ff or (max(64, 8 * D // 3 // 64 * 64) if gated else 4 * D)
-        self.gate_proj = Linear(D, self.d_ff, cfg.bias, cfg.init_std) if gated else None
-        self.up_proj = Linear(D, self.d_ff, cfg.bias, cfg.init_std)
-        self.down_proj = Linear(self.d_ff, D, cfg.bias, last_std(cfg))
+        self.gate_proj = project(cfg, self.d_ff) if gated else None
+        self.up_proj, self.down_proj = project(cfg, self.d_ff), writer(cfg, self.d_ff)
 
     def forward(self, x):
         h = self.up_proj(x)  # (B, T, D) -> (B, T, F)
@@ -666,13 +554,11 @@ class FFN(nn.Module):
         return {"ffn": 2 * T * self.d_model * self.d_ff * (2 if self.gate_proj is None else 3)}
 
 class MoE(nn.Module):
-    """Mixture of experts: a router chooses n_active of n_experts FFNs for each token, which add up
-    weighted by the softmax of the chosen (as Mixtral, 2401.04088); n_shared are always on. Much
-    memory, little arithmetic, if loads are even. A router left alone feeds the experts that it
-    fed before, so either a loss E sum_e f_e P_e (2101.03961: f the share routed to e, P its mean
-    probability) pulls them together, or a bias on the choice alone, moved against the load
-    (2408.15664). Dropless: tokens are sorted by expert, each takes its slice, however long. The
-    loss on logsumexp^2 (2202.08906) keeps logits small. Padding is routed, and counted, too."""
+    """A router sends each token to n_active of n_experts FFNs, whose outputs add up, weighted by the
+    softmax of the chosen (as in Mixtral, 2401.04088); n_shared are always on. It would feed those
+    that it fed before; so a loss E sum_e f_e P_e (2101.03961: f the share sent to e, P its mean
+    probability) evens the load, or a bias on the choice alone, moved against it (2408.15664).
+    Dropless: tokens sorted by expert, a slice each, however long. Padding is routed, too."""
     def __init__(self, cfg, ffn):
         super().__init__()
         self.cfg, self.d_ff = cfg, cfg.d_expert or max(8, ffn(cfg).d_ff // cfg.n_active)
@@ -682,27 +568,26 @@ class MoE(nn.Module):
         if cfg.balance_bias: self.register_buffer("bias", torch.zeros(cfg.n_experts))
 
     def forward(self, x):
-        c, flat = self.cfg, x.flatten(0, 1)  # (N, D)
+        c, flat = self.cfg, x.flatten(0, 1)  # (B, T, D) -> (B T, D)
         z = up(self.gate(flat))
-        p = softmax(z)  # (N, E)
-        chosen = (p + self.bias if c.balance_bias else p).topk(c.n_active).indices
+        p = softmax(z)  # (B T, E)
+        chosen = (p + self.bias if c.balance_bias else p).topk(c.n_active).indices  # (B T, K)
         weight = p.gather(1, chosen)
-        weight = (weight / weight.sum(1, keepdim=True)).to(x.dtype)  # (N, K)
-        order = chosen.flatten().argsort(stable=True)  # (N K): slots by expert
-        load = chosen.flatten().bincount(minlength=c.n_experts)
-        parts = flat[order // c.n_active].split(load.tolist())
-        out = torch.cat([expert(part)[0] for expert, part in zip(self.experts, parts)])
-        out = out[order.argsort()].view(len(flat), c.n_active, -1)  # back in the order of tokens
-        y = (weight[:, None] @ out).view(x.shape)
+        weight = (weight / weight.sum(1, keepdim=True)).to(x.dtype).flatten()
+        order, load = chosen.flatten().argsort(), chosen.flatten().bincount(minlength=c.n_experts)
+        token = order // c.n_active
+        slices = flat.index_select(0, token).split(load.tolist())
+        out = torch.cat([expert(s)[0] for expert, s in zip(self.experts, slices)])
+        out = out * weight.index_select(0, order)[:, None]
+        y = torch.zeros_like(flat).index_add(0, token, out).view(x.shape)
         if self.shared_experts: y = y + self.shared_experts(x)[0]
-        loss = c.balance * c.n_experts * (load / load.sum() * p.mean(0)).sum()
+        loss = c.balance * c.n_experts * (load / len(order) * p.mean(0)).sum()
+        # Squared logsumexp keeps logits small (2202.08906).
         return y, {"loss": loss + c.router_z * z.logsumexp(1).square().mean(), "load": load}
 
     def flops(self, T):
-        c = self.cfg
-        each = sum(self.experts[0].flops(T).values())
-        shared = sum(self.shared_experts.flops(T).values()) if self.shared_experts else 0
-        return {"ffn": 2 * T * c.d_model * (c.n_experts + c.n_active) + c.n_active * each + shared}
+        each, c, shared = self.experts[0].flops(T)["ffn"], self.cfg, self.cfg.n_shared or 0
+        return {"ffn": 2 * T * c.d_model * c.n_experts + (c.n_active + shared) * each}
 
 def relu2(x):
     return F.relu(x).square()
@@ -786,12 +671,11 @@ class LM(nn.Module):
         return z if cap is None else cap * torch.tanh(z / cap)
 
     @torch.no_grad()
-    def rebalance(self, load):
-        """Moves routers' biases by one step against the load [tokens per expert] of each layer with
-        experts, summed over a batch: towards experts that got less than the mean (2408.15664)."""
-        for layer, n in zip((x.mlp for x in self.layers if isinstance(x.mlp, MoE)), load):
-            if self.cfg.balance_bias:
-                layer.bias += self.cfg.balance_bias * torch.sign(n.sum() / len(n) - n)
+    def rebalance(self, loads):
+        """After a step, moves routers' biases against their loads of the batch, [(E,) a layer]."""
+        for layer, load in zip((b.mlp for b in self.layers if isinstance(b.mlp, MoE)), loads):
+            bias_step = self.cfg.balance_bias * torch.sign(load.sum() / len(load) - load)
+            if self.cfg.balance_bias: layer.bias += bias_step
 
     def new_cache(self, batch, size):
         """Room for `size` positions in each of `batch` rows: one cache a layer."""
@@ -825,11 +709,10 @@ def meta_model(cfg):
     with torch.device("meta"): return LM(cfg)
 
 # -----------------------------------------------------------------------------
-# Presets: architectures of the field as rows; sizes are given beside them. n_kv_heads stands for
-# their sharing of keys. A field that flags make meaningless (a window, when mixers is given without
-# W) falls back to its default.
+# Presets: architectures of the field as rows; sizes are given beside them. Only n_kv_heads, the
+# sharing of keys, stands for theirs. A row's field that the given letters leave without a reader (a
+# window, when mixers is given without W) falls back to its default.
 
-GQA = dict(n_kv_heads=2)
 PRESETS = {
     # 1706.03762: its decoder, without the encoder
     "vaswani": dict(ffns="r", norm="layer", norm_place="post", pos="sinusoidal", bias=True,
@@ -837,36 +720,34 @@ PRESETS = {
     # Radford et al. 2019
     "gpt2": dict(ffns="e", norm="layer", pos="learned", bias=True, tie=True, init_std=0.02),
     "llama": dict(),  # 2302.13971
-    "mistral": dict(mixers="W", **GQA),  # 2310.06825; there the window is 4096 of 8192
-    "mixtral": dict(ffns="x", rope_theta=1e6, balance=0.02, router_z=0.0, **GQA),  # 2401.04088
-    # 2407.10671 and 2505.09388: small ones are tied
-    "qwen2": dict(qkv_bias=True, rope_theta=1e6, norm_eps=1e-6, tie=True, **GQA),
-    "qwen3": dict(qk_norm=True, rope_theta=1e6, norm_eps=1e-6, tie=True, **GQA),
+    "mistral": dict(mixers="W", n_kv_heads=2),  # 2310.06825; there the window is 4096
+    "mixtral": dict(ffns="x", rope_theta=1e6, n_kv_heads=2, balance=0.02),  # 2401.04088
+    # 2407.10671, 2505.09388: their small sizes are tied
+    "qwen2": dict(qkv_bias=True, n_kv_heads=2, rope_theta=1e6, norm_eps=1e-6, tie=True),
+    "qwen3": dict(qk_norm=True, n_kv_heads=2, rope_theta=1e6, norm_eps=1e-6, tie=True),
     # 2503.19786, Gemma 3: five local layers to a global one. There global ones have a rope_theta of
     # their own; here all share one.
     "gemma": dict(mixers="WWWWWA", ffns="g", window=512, norm_place="sandwich", norm_eps=1e-6,
                   qk_norm=True, tie=True, embed_scale=True, n_layers=6, n_kv_heads=1),
-    # 2405.04434, 2412.19437: a dense layer first, many small experts, balanced by biases
+    # 2405.04434 and, for the biases, 2412.19437: a dense layer first, then many small experts
     "deepseek": dict(mixers="M", ffns="sxxx", n_layers=4, n_experts=16, n_active=4, n_shared=1,
-                     balance=1e-4, balance_bias=1e-3, router_z=0.0, norm_eps=1e-6),
-    # 2403.19887: one attention layer of eight, without positions, experts in every other layer; its
-    # Mamba is the first
-    "jamba": dict(mixers="SSSSASSS", ffns="sx", n_layers=8, pos="none", n_experts=16, **GQA),
+                     balance=1e-4, balance_bias=1e-3, norm_eps=1e-6),
+    # 2403.19887: attention in one layer of eight, experts in every other; its Mamba is the first
+    "jamba": dict(mixers="SSSSASSS", ffns="sx", n_layers=8, pos="none", n_kv_heads=2, n_experts=16),
     # Qwen3-Next (2025): three delta layers to one of attention; there all FFNs are experts
-    "next": dict(mixers="DDDA", n_layers=4, qk_norm=True, **GQA),
+    "next": dict(mixers="DDDA", n_layers=4, qk_norm=True, n_kv_heads=2),
     "hyena": dict(mixers="H", ffns="e", norm="layer", pos="none", bias=True),  # 2302.10866
     # what modded-nanogpt's records 5 to 8 share: QK-norm, ReLU^2, blocks that start as the identity
     "modern": dict(ffns="u", qk_norm=True, zero_init=True),
 }
 
 def fields_of(name, given):
-    """A preset's row under the fields that are given, without what no layer then reads."""
+    """The given fields over those of a preset's row that some layer reads."""
     if name not in PRESETS:
         raise UserError(f"preset: got {name!r}, wanted {' or '.join(PRESETS)}; set --preset")
-    both = {**PRESETS[name], **given}
-    letters = both.get("mixers", ModelConfig.mixers) + both.get("ffns", ModelConfig.ffns)
-    of = {f.name: f.metadata["of"] for f in dataclasses.fields(ModelConfig)}
-    return {k: v for k, v in both.items() if k in given or not of[k] or set(of[k]) & set(letters)}
+    both = {"mixers": ModelConfig.mixers, "ffns": ModelConfig.ffns, **PRESETS[name], **given}
+    letters = set(both["mixers"] + both["ffns"])
+    return {k: v for k, v in both.items() if k in given or not OF.get(k) or set(OF[k]) & letters}
 
 def preset(name, **sizes):
     """ModelConfig of a named architecture; sizes, and any other field, override its row."""
@@ -920,7 +801,7 @@ def load_model(directory, device="cpu", dtype=torch.float32):
     return model.eval()
 
 # -----------------------------------------------------------------------------
-# The lesson: where parameters and FLOPs are; and a bench: what a token costs as texts get longer
+# The lesson: where parameters and FLOPs are. The bench: what a token costs as the text gets longer.
 
 # n_layers, d_model, n_heads of GPT-2 (Radford et al. 2019, table 2); d_ff is 4 d_model
 SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20),
@@ -932,42 +813,36 @@ def sized(name, size, **more):
                              d_ff=4 * d_model, **{"vocab_size": 50257, "seq_len": 1024, **more}))
 
 def lesson():
-    parts = ("qkv", "scores", "values", "out", "ffn", "head")
-    print(f"{'a forward pass':20s}{'T':>6s}{'parameters':>16s}{'FLOPs':>12s}",
-          *(f"{p:>7s}" for p in parts))
-    rows = [(name, meta_model(preset(name)), 1024) for name in PRESETS]
-    for name in ("llama", "gpt2"):
-        rows += [(f"{name} {s}", sized(name, s, seq_len=2048), 2048) for s in SIZES]
-    for name, model, T in rows:
-        flops = model.flops(T)
+    parts, T = ("qkv", "scores", "values", "out", "ffn", "head"), 2048
+    print(f"a forward pass at T = {T} {'parameters':>15s}{'FLOPs':>12s} ", *map("{:>7s}".format, parts))
+    for name, model in [*((name, meta_model(preset(name))) for name in PRESETS),
+                        *((f"GPT-2 {s}", sized("gpt2", s, seq_len=T)) for s in SIZES)]:
+        flops, n = model.flops(T), sum(model.n_params().values())
         share = {p: 100 * flops.get(p, 0) / sum(flops.values()) for p in parts}
-        print(f"{name:20s}{T:6d}{sum(model.n_params().values()):16,d}{sum(flops.values()):12.4e}",
-              *(f"{share[p]:6.2f}%" for p in parts))
-    print("\\nThe matrices of a layer grow with d_model^2, scores and values with d_model: at one "
-          "context\\nlength attention's share falls with size, and the FFN's rises. At T = 2048 scores"
-          f"\\nand values take {share['scores'] + share['values']:.1f} % of the FLOPs at 175B")
+        print(f"{name:20s}{n:20,d}{sum(flops.values()):12.4e} ", *map("{:6.2f}%".format, share.values()))
+    print("\nThe matrices of a layer grow with d_model^2, scores and values with d_model; so at one "
+          "context\nlength attention's share falls with size, and the FFN's rises. At T = 2048 "
+          f"scores\nand values take {share['scores'] + share['values']:.1f} % of the FLOPs at 175B")
 
 def bench():
-    """Forward and backward of one layer in float32: microseconds a token, by length; experts."""
-    def us(layer, width, *rest):
-        x = torch.randn(1, width, 256, requires_grad=True)
-        run = lambda: sum(y.sum() for y in layer(x, *rest)[:1]).backward()
-        return 1e6 * seconds(run, x.device, 3) / width
+    """tokens/s, forward and backward, of a layer in float32."""
+    def rate(layer, T, *rest):
+        x = torch.randn(1, T, 256, requires_grad=True)
+        loss = lambda y: (y[0] if isinstance(y, tuple) else y).sum()
+        return T / seconds(lambda: loss(layer(x, *rest)).backward(), x.device, 3)
 
     keep_freed_memory()
     lengths = (1024, 4096, 16384)
-    print("one layer of d_model 256, forward and backward, tokens/s at T =", *lengths)
+    print("tokens/s of one layer of d_model 256, forward and backward, at T =", *lengths)
     for letter, kind in MIXERS.items():
-        cfg = ModelConfig(mixers=letter, seq_len=lengths[-1])
-        print(letter, *(f"{1e6 / us(kind(cfg), T, Context(cfg, torch.zeros(1, T))):12,.0f}"
-                        for T in lengths))
+        cfg = ModelConfig(mixers=letter, seq_len=lengths[-1], window=256 if letter == "W" else None)
+        print(letter, *(f"{rate(kind(cfg), T, Context(cfg, torch.zeros(1, T))):10,.0f}" for T in lengths))
     cfg = ModelConfig(ffns="x")
-    dense, experts = (1e6 / us(FFNS[ffn](cfg), 4096) for ffn in "sx")
-    print(f"experts, 2 of 8, as wide together as a dense FFN: {experts / dense:.2f} of its "
-          f"{dense:,.0f} tokens/s at T = 4096")
+    dense, experts = (rate(FFNS[letter](cfg), 4096) for letter in "sx")
+    print(f"2 of 8 experts, as wide as a dense FFN: {experts / dense:.2f} of its {dense:,.0f} at 4096")
 
 def main(args):
-    bench() if args.what == "bench" else lesson()
+    {"lesson": lesson, "bench": bench}[args.what]()
 
 def build_parser():
     parser = argparse.ArgumentParser(description="Parameters and FLOPs of presets, by part.")

@@ -613,15 +613,15 @@ def test_attention_reference_equals_a_loop_over_definitions():
 def test_rope_scores_depend_on_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
     def score(i, j):
-        turn = lambda x, p: model.rotate(
-            x, *(t.double() for t in model.rope_tables(torch.tensor([[p]]), 8, 100.0)))
+        turn = lambda x, p: kernels.rotate(
+            x, *(t.double() for t in kernels.rope_tables(torch.tensor([[p]]), 8, 100.0)))
         return (turn(q, i) * turn(k, j)).sum().item()
     assert score(3, 1) == pytest.approx(score(10, 8), abs=1e-5)  # tables are float32
     assert abs(score(3, 1) - score(4, 1)) > 1e-3
 
 def test_rope_pairs_first_half_with_second():
-    cos, sin = model.rope_tables(torch.tensor([[1]]), 4, 10000.0)
-    out = model.rotate(torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]]), cos, sin).flatten()
+    cos, sin = kernels.rope_tables(torch.tensor([[1]]), 4, 10000.0)
+    out = kernels.rotate(torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]]), cos, sin).flatten()
     c, s, c2, s2 = math.cos(1), math.sin(1), math.cos(0.01), math.sin(0.01)
     assert torch.allclose(out, torch.tensor(
         [c - 3 * s, 2 * c2 - 4 * s2, 3 * c + s, 4 * c2 + 2 * s2]))
