@@ -31,6 +31,7 @@ import argparse, ctypes, math, platform, sys, time
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 # -----------------------------------------------------------------------------
 # DEVICES: the one table of peak rates and bandwidths
@@ -154,6 +155,52 @@ def cross_entropy(logits, targets):
     z = up(logits).flatten(0, -2)
     return F.cross_entropy(z, targets.flatten(), ignore_index=-1, reduction="none").view_as(targets)
 
+def fresh(*shape, std):
+    """A parameter drawn from a normal distribution cut at three standard deviations."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std, a=-3 * std, b=3 * std)
+                        if std else torch.zeros(*shape))
+
+class Linear(nn.Module):
+    """y = x W^T + b. Glorot's std keeps the variance of x, and of gradients, near what it was."""
+    def __init__(self, d_in, d_out, bias=False, std=None):
+        super().__init__()
+        self.weight = fresh(d_out, d_in, std=math.sqrt(2 / (d_in + d_out)) if std is None else std)
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+
+    def forward(self, x):  # (..., in) @ (in, out) -> (..., out)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+class Embedding(nn.Module):
+    """One row per token: a product with one-hot vectors, done by looking up."""
+    def __init__(self, n, d, std):
+        super().__init__()
+        self.weight = fresh(n, d, std=std)
+
+    def forward(self, ids):  # (B, T) -> (B, T, d)
+        return F.embedding(ids, self.weight)
+
+class RMSNorm(nn.Module):
+    def __init__(self, d, eps, bias=False):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
+
+    def forward(self, x):
+        y = up(x)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)  # eps inside the root
+        return y.to(x.dtype) * self.weight.to(x.dtype)  # cast, then scale: as Llama does
+
+class LayerNorm(RMSNorm):
+    def __init__(self, d, eps, bias=True):
+        super().__init__(d, eps)
+        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
+
+    def forward(self, x):
+        y = super().forward(up(x) - up(x).mean(-1, keepdim=True)).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+
 def attention_reference(q, k, v, mask=None):
     """softmax(Q K^T / sqrt(Dh)) V, eq. 1 of 1706.03762, of q (B, H, T, Dh) and k, v (B, Hkv, S,
     Dh); query head j reads key/value head j Hkv // H. No mask means causal."""
@@ -177,6 +224,12 @@ def attention(q, k, v, mask=None, dropout=0.0):
 # RoPE turns pairs of features of queries and keys: the product of two turned vectors depends on the
 # difference of their angles, the distance, alone. A cache keeps keys and values, so that decoding a
 # token costs a row of the attention matrix, not all of it: O(T^2) for a text instead of O(T^3).
+
+def sinusoid(pos, d):
+    """(B, T) -> (B, T, d): sines of falling frequency, then the cosines, which the paper puts
+    between them (1706.03762, 3.5)."""
+    angle = pos[..., None] * 1e4 ** (-torch.arange(0, d, 2, device=pos.device) / d)  # (B, T, d/2)
+    return torch.cat((angle.sin(), angle.cos()), -1)
 
 def rope_tables(pos, d_head, theta):
     """(B, T) -> cos, sin (B, 1, T, Dh/2) in float32: bf16 cannot tell position 256 from 257."""

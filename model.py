@@ -14,7 +14,6 @@ THE MATHS
     RMSNorm     y = g x / sqrt(mean(x^2) + eps)            g a learned gain; LayerNorm: less mean
     SwiGLU      y = W_down (silu(W_gate x) * (W_up x))     experts: sum of p_e FFN_e(x), K of E
     RoPE        (a, b) -> (a cos - b sin, b cos + a sin)   at angle pos theta^(-2i/Dh), i < Dh/2
-    loss        -log softmax(z)[target] = logsumexp(z) - z[target], in nats
 
 THE COSTS (a product of (m, k) and (k, n) takes 2mkn FLOPs; backward costs twice the forward)
     a token forward     2 per weight that it meets, and 4 S H Dh a layer to attend to S places
@@ -28,15 +27,15 @@ SHAPES
     R d_latent, N d_state, F d_ff, E n_experts, K n_active, V vocab_size, L n_layers. Heads stand
     before time: (B, H, T, Dh). Weights are (out, in). Masks are bool, True = may look.
 
-CONTENTS  ModelConfig / files of tensors / Linear, norms / Context / MIXERS / FFNS / Block, LM /
-          PRESETS / save_model, load_model / the lesson, bench
+CONTENTS  ModelConfig / files of tensors / Context / MIXERS / FFNS / Block, LM / PRESETS /
+          save_model, load_model / the lesson, the bench
 NOT HERE  operations and caches beneath (kernels.py), sharding (parallel.py), sampling (sample.py)
 RUN       python model.py          # parameters and FLOPs; last line "... of the FLOPs at 175B"
           python model.py bench    # tokens/s of each mixer at three lengths, and of experts
 REFERENCES (others stand at their class or preset)
-    Xiong et al. 2020 (2002.04745) pre-norm; Zhang, Sennrich 2019 (1910.07467) RMSNorm; Shazeer 2020
-    (2002.05202) GLU; So et al. 2021 (2109.08668) ReLU^2; Glorot, Bengio 2010 initial scale; Press,
-    Wolf 2017 (1608.05859) tying; Gemma Team 2024 (2408.00118) soft-cap, sandwich
+    Vaswani et al. 2017 (1706.03762) attention; Xiong et al. 2020 (2002.04745) pre-norm; Shazeer
+    2020 (2002.05202) GLU; So et al. 2021 (2109.08668) ReLU^2; Press, Wolf 2017 (1608.05859) tying;
+    Gemma Team 2024 (2408.00118) soft-cap, sandwich
 EXERCISE  Empty `LatentAttention.forward` and `MoE.forward`; fill them until
           `pytest test_all.py -k "decode or padded or experts"` is green again.
 """
@@ -50,9 +49,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from bpe import UserError, atomic_write
-from kernels import (CHUNK, KVCache, StateCache, attention, cross_entropy, documents,
-                     keep_freed_memory, long_conv, long_conv_reference, rope_tables, rotate, scan,
-                     seconds, short_conv, softmax, take, up, visible)
+from kernels import (CHUNK, NORMS, Embedding, KVCache, Linear, RMSNorm, StateCache, attention,
+                     cross_entropy, documents, fresh, keep_freed_memory, long_conv,
+                     long_conv_reference, rope_tables, rotate, scan, seconds, short_conv, sinusoid,
+                     softmax, take, up, visible)
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -201,72 +201,13 @@ def load_tensors(path):
                         f"{', '.join(DTYPES)}; check the path, or restore the file from a copy")
 
 # -----------------------------------------------------------------------------
-# Linear, Embedding, norms
-# The weights that the optimizer moves are float32; the residual stream may be bfloat16. A Linear
-# casts its weight to the dtype of what comes in, so mixed precision is one cast at the bottom of
-# the model. What adds up many numbers (norms, softmax, loss) works in float32 at least: `up`.
-
-def fresh(*shape, std):
-    """A parameter drawn from a normal distribution cut at three standard deviations."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std, a=-3 * std, b=3 * std)
-                        if std else torch.zeros(*shape))
-
-class Linear(nn.Module):
-    """y = x W^T + b. Glorot's std keeps the variance of x, and of gradients, near what it was."""
-    def __init__(self, d_in, d_out, bias=False, std=None):
-        super().__init__()
-        self.weight = fresh(d_out, d_in, std=math.sqrt(2 / (d_in + d_out)) if std is None else std)
-        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
-
-    def forward(self, x):  # (..., in) @ (in, out) -> (..., out)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
-class Embedding(nn.Module):
-    """One row per token: a product with one-hot vectors, done by looking up."""
-    def __init__(self, n, d, std):
-        super().__init__()
-        self.weight = fresh(n, d, std=std)
-
-    def forward(self, ids):  # (B, T) -> (B, T, d)
-        return F.embedding(ids, self.weight)
-
-class RMSNorm(nn.Module):
-    def __init__(self, d, eps, bias=False):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
-
-    def forward(self, x):
-        y = up(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)  # eps inside the root
-        return y.to(x.dtype) * self.weight.to(x.dtype)  # cast, then scale: as Llama does
-
-class LayerNorm(RMSNorm):
-    def __init__(self, d, eps, bias=True):
-        super().__init__(d, eps)
-        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
-
-    def forward(self, x):
-        y = super().forward(up(x) - up(x).mean(-1, keepdim=True)).to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
-
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
-
-# -----------------------------------------------------------------------------
-# Positions and context
-# Attention sees a set: shuffle keys and values alike and nothing changes; only the causal mask
-# tells order, and "none" relies on it. Else a token's place is added to its vector (learned,
-# sinusoidal), or queries and keys are turned by it (RoPE). pos (B, T) is a token's position in its
-# document: a 0 begins a document, past which nobody looks back, and -1 is padding. Training,
-# prefill and decoding are one path; they differ in whether a cache was passed.
+# Context: positions, masks, documents
+# Attention sees a set: only the causal mask tells order, and pos="none" relies on it. Else a
+# token's place is added to its vector (learned, sinusoidal), or turns its queries and keys (rope).
+# pos (B, T) counts in a document: 0 begins one, past which nobody looks back; -1 is padding.
+# Training, prefill and decoding are one path; they differ in whether a cache was passed.
 
 POSITIONS = ("rope", "learned", "sinusoidal", "none")
-
-def sinusoid(pos, d):
-    """(B, T) -> (B, T, d): sines of falling frequency, then the cosines, which the paper puts
-    between them (1706.03762, 3.5)."""
-    angle = pos[..., None] * 1e4 ** (-torch.arange(0, d, 2, device=pos.device) / d)  # (B, T, d/2)
-    return torch.cat((angle.sin(), angle.cos()), -1)
 
 class Context:
     """What a mixer must know besides x, made once per forward: tokens and pos (B, T), RoPE's
@@ -307,8 +248,8 @@ class Context:
 # Contract: __init__(cfg), forward(x, ctx, cache=None) -> y, new_cache(batch, size, device, dtype),
 # flops(T, S) -> {part: FLOPs}. A cache has n, update, next_pos and truncate.
 
-def project(cfg, d_out, d_in=None, bias=False):
-    return Linear(d_in or cfg.d_model, d_out, cfg.bias or bias, cfg.init_std)
+def project(cfg, d_out, bias=False):
+    return Linear(cfg.d_model, d_out, cfg.bias or bias, cfg.init_std)
 
 def writer(cfg, d_in):
     """The matrix that adds to the stream. It starts at zero; or with GPT-2's std, smaller by
@@ -316,22 +257,34 @@ def writer(cfg, d_in):
     std = cfg.init_std and cfg.init_std / math.sqrt(2 * cfg.n_layers)
     return Linear(d_in, cfg.d_model, cfg.bias, 0.0 if cfg.zero_init else std)
 
+def weights(*modules):
+    """How many numbers the matrices of some modules hold: each costs 2 FLOPs a token."""
+    return sum(m.weight.numel() for top in modules for m in top.modules() if isinstance(m, Linear))
+
 def split(x, heads): return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # -> (B, H, T, Dh)
 
 def merge(x): return x.transpose(1, 2).flatten(2)  # (B, H, T, Dh) -> (B, T, H Dh)
 
-class Attention(nn.Module):
+class Mixer(nn.Module):
+    def flops(self, T, S):
+        """Of T new tokens over S, in parts. Attention counts all pairs, though a kernel may skip
+        those that causality or a window hide; nobody, nor torch's counter, FFTs and solves."""
+        out, (scores, values) = weights(self.o_proj), self.products(T, S)
+        return {"qkv": 2 * T * (weights(self) - out), "scores": scores, "values": values,
+                "out": 2 * T * out}
+
+class Attention(Mixer):
     """MHA, MQA (1911.02150) or GQA (2305.13245) by n_kv_heads; over the whole past or, if local,
     the last cfg.window keys (2004.05150); not turned, it knows the order by its mask alone."""
     def __init__(self, cfg, local=False, turned=True):
         super().__init__()
         self.cfg, self.window, self.turned = cfg, cfg.window if local else None, turned
-        self.q_dim, self.kv_dim = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-        self.q_proj, self.k_proj, self.v_proj = (project(cfg, d, bias=cfg.qkv_bias) for d in (
-            self.q_dim, self.kv_dim, self.kv_dim))
-        self.o_proj = writer(cfg, self.q_dim)
+        self.q_proj, self.k_proj, self.v_proj = (
+            project(cfg, heads * cfg.d_head, cfg.qkv_bias)
+            for heads in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads))
+        self.o_proj = writer(cfg, cfg.n_heads * cfg.d_head)
         norm = partial(RMSNorm, cfg.d_head, cfg.norm_eps) if cfg.qk_norm else nn.Identity
-        self.q_norm, self.k_norm = norm(), norm()  # bound the scores; 2010.04245 divides by |q|
+        self.q_norm, self.k_norm = norm(), norm()  # gains bound the scores (2010.04245)
 
     def forward(self, x, ctx, cache=None):
         c, turn = self.cfg, ctx.turn if self.turned else nn.Identity()
@@ -346,22 +299,18 @@ class Attention(nn.Module):
         c = self.cfg
         return KVCache(batch, size, c.n_kv_heads, c.d_head, c.d_head, self.window, *kind)
 
-    def flops(self, T, S):
-        """T queries over S keys, all of them: a kernel may skip what causality or a window hide."""
-        D, q, kv = self.cfg.d_model, self.q_dim, self.kv_dim
-        return {"qkv": 2 * T * D * (q + 2 * kv), "scores": 2 * T * S * q, "values": 2 * T * S * q,
-                "out": 2 * T * q * D}
+    def products(self, T, S):
+        return (2 * T * S * self.cfg.n_heads * self.cfg.d_head,) * 2
 
-class LatentAttention(nn.Module):
+class LatentAttention(Mixer):
     """MLA, DeepSeek-V2 (2405.04434): keys and values of all heads are projections of one latent c
     of R numbers, k = U c and v = W c, and RoPE turns a key of d_rope numbers that heads share. The
     cache holds R + d_rope numbers a token, not 2 H Dh, and need not expand them: q . (U c) =
     (U^T q) . c, so with U absorbed by the query all heads attend to c itself, as MQA would."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, H, Dh, R = cfg, cfg.n_heads, cfg.d_head, cfg.d_latent
-        self.q_proj = project(cfg, H * (Dh + cfg.d_rope))
-        self.kv_a_proj_with_mqa = project(cfg, R + cfg.d_rope)
+        self.cfg, H, Dh, R, r = cfg, cfg.n_heads, cfg.d_head, cfg.d_latent, cfg.d_rope
+        self.q_proj, self.kv_a_proj_with_mqa = project(cfg, H * (Dh + r)), project(cfg, R + r)
         self.kv_a_layernorm = RMSNorm(R, cfg.norm_eps)
         self.kv_b_proj = Linear(R, 2 * H * Dh, std=cfg.init_std)  # U and W, by head
         self.o_proj = writer(cfg, H * Dh)
@@ -387,15 +336,11 @@ class LatentAttention(nn.Module):
     def new_cache(self, batch, size, *kind):
         return KVCache(batch, size, 1, self.cfg.d_latent + self.cfg.d_rope, 0, None, *kind)
 
-    def flops(self, T, S):
-        """Of the expanded form, training's."""
-        D, R, r, q = (*(getattr(self.cfg, n) for n in ("d_model", "d_latent", "d_rope")),
-                      self.cfg.n_heads * self.cfg.d_head)
-        qr = q + self.cfg.n_heads * r
-        return {"qkv": 2 * T * (D * (qr + R + r) + 2 * R * q), "scores": 2 * T * S * qr,
-                "values": 2 * T * S * q, "out": 2 * T * q * D}
+    def products(self, T, S):  # of the expanded form, training's
+        c = self.cfg
+        return 2 * T * S * c.n_heads * (c.d_head + c.d_rope), 2 * T * S * c.n_heads * c.d_head
 
-class Recurrent(nn.Module):
+class Recurrent(Mixer):
     """Attention whose past has a fixed size: a head keeps a matrix S (N, Dv) that decays and is
     written to, S_t = a_t S_{t-1} + k_t w_t^T, and read, y_t = S_t^T q_t (`scan`). Training is linear
     in length, decoding constant. Subclasses say what decays and what is written (`mix`). Unless
@@ -434,14 +379,11 @@ class Recurrent(nn.Module):
         shape = (batch, self.heads, self.d_k, self.d_v + self.extra)
         return StateCache(tail, up(torch.zeros(shape, device=device, dtype=dtype)))
 
-    def flops(self, T, S):
-        """Whatever S. Like torch's counter, without the delta rule's solve."""
-        C, D, H, N, Dv = min(CHUNK, T), self.cfg.d_model, self.heads, self.d_k, self.d_v
-        gates, P = H * (Dv + self.gates) if self.gates else 0, -(-T // C) * C
-        return {"qkv": 2 * T * D * (sum(self.widths) + gates),
-                "scores": 2 * P * C * N * self.k_heads * (1 + self.delta),
-                "values": 2 * P * H * (C + N * (2 + self.delta)) * (Dv + self.extra),
-                "out": 2 * T * H * Dv * D}
+    def products(self, T, S):
+        C, H, N = min(CHUNK, T), self.heads, self.d_k
+        P = -(-T // C) * C  # whole chunks
+        return (2 * P * C * N * self.k_heads * (1 + self.delta),
+                2 * P * H * (C + N * (2 + self.delta)) * (self.d_v + self.extra))
 
 class LinearAttention(Recurrent):
     """Katharopoulos et al. 2020 (2006.16236): exp(q . k) becomes f(q) . f(k), f = elu + 1 > 0; so
@@ -522,9 +464,9 @@ class Hyena(Recurrent):
         return StateCache(tail, up(tail.new_zeros(batch, 0, self.d_v)), pos, pos)
 
     def flops(self, T, S):
-        """Like torch's counter, without FFTs; all rows share the filter."""
-        D, weights = self.cfg.d_model, sum(layer.weight.numel() for layer in self.filter)
-        return {"qkv": 6 * T * D * D, "filter": 2 * S * weights, "out": 2 * T * D * D}
+        """All rows of a batch share the filter, of S places."""
+        filters = weights(self.filter)
+        return {"qkv": 2 * T * (weights(self) - filters), "filter": 2 * S * filters}
 
 MIXERS = {"A": Attention, "W": partial(Attention, local=True), "N": partial(Attention, turned=False),
           "M": LatentAttention, "L": LinearAttention, "D": GatedDelta, "S": StateSpace, "H": Hyena}
@@ -539,8 +481,8 @@ MIXERS = {"A": Attention, "W": partial(Attention, local=True), "N": partial(Atte
 class FFN(nn.Module):
     def __init__(self, cfg, act, gated=False, d_ff=None):
         super().__init__()
-        D = cfg.d_model  # gated: 8/3 D, floored to a multiple of 64, has the weights of 4 D ungated
-        self.d_model, self.act = D, act
+        D, self.act = cfg.d_model, act
+        # Gated, 8/3 D, floored to a multiple of 64, has the weights of 4 D without a gate.
         self.d_ff = d_ff or cfg.d_ff or (max(64, 8 * D // 3 // 64 * 64) if gated else 4 * D)
         self.gate_proj = project(cfg, self.d_ff) if gated else None
         self.up_proj, self.down_proj = project(cfg, self.d_ff), writer(cfg, self.d_ff)
@@ -551,7 +493,7 @@ class FFN(nn.Module):
         return self.down_proj(h), {}
 
     def flops(self, T):
-        return {"ffn": 2 * T * self.d_model * self.d_ff * (2 if self.gate_proj is None else 3)}
+        return {"ffn": 2 * T * weights(self)}
 
 class MoE(nn.Module):
     """A router sends each token to n_active of n_experts FFNs, whose outputs add up, weighted by the
@@ -586,8 +528,8 @@ class MoE(nn.Module):
         return y, {"loss": loss + c.router_z * z.logsumexp(1).square().mean(), "load": load}
 
     def flops(self, T):
-        each, c, shared = self.experts[0].flops(T)["ffn"], self.cfg, self.cfg.n_shared or 0
-        return {"ffn": 2 * T * c.d_model * c.n_experts + (c.n_active + shared) * each}
+        idle = self.cfg.n_experts - self.cfg.n_active
+        return {"ffn": 2 * T * (weights(self) - idle * weights(self.experts[0]))}
 
 def relu2(x):
     return F.relu(x).square()

@@ -627,13 +627,13 @@ def test_rope_pairs_first_half_with_second():
         [c - 3 * s, 2 * c2 - 4 * s2, 3 * c + s, 4 * c2 + 2 * s2]))
 
 def test_sinusoid_is_the_formula_of_the_paper():
-    out = model.sinusoid(torch.tensor([[3]]), 6)[0, 0]
+    out = kernels.sinusoid(torch.tensor([[3]]), 6)[0, 0]
     want = [f(3 / 10000 ** (2 * i / 6)) for f in (math.sin, math.cos) for i in range(3)]
     assert torch.allclose(out, torch.tensor(want))
 
 def test_norms_equal_torchs():
     x = torch.randn(3, 16) * 5
-    rms, layer = model.RMSNorm(16, 1e-5), model.LayerNorm(16, 1e-5)
+    rms, layer = kernels.RMSNorm(16, 1e-5), kernels.LayerNorm(16, 1e-5)
     assert torch.allclose(rms(x), F.rms_norm(x, (16,), eps=1e-5), atol=1e-6)
     assert torch.allclose(layer(x), F.layer_norm(x, (16,), eps=1e-5), atol=1e-6)
 
