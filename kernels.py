@@ -180,6 +180,15 @@ class Embedding(nn.Module):
     def forward(self, ids):  # (B, T) -> (B, T, d)
         return F.embedding(ids, self.weight)
 
+def weights(*modules):
+    """How many numbers the matrices of some modules hold: each costs 2 FLOPs a token."""
+    return sum(m.weight.numel() for top in modules for m in top.modules() if isinstance(m, Linear))
+
+def split(x, heads):  # (B, T, H Dh) -> (B, H, T, Dh), and back
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+def merge(x): return x.transpose(1, 2).flatten(2)
+
 class RMSNorm(nn.Module):
     def __init__(self, d, eps, bias=False):
         super().__init__()
@@ -220,10 +229,12 @@ def attention(q, k, v, mask=None, dropout=0.0):
                                           is_causal=mask is None, enable_gqa=gqa)[..., :d_v]
 
 # -----------------------------------------------------------------------------
-# Positions, masks and caches of attention
-# RoPE turns pairs of features of queries and keys: the product of two turned vectors depends on the
-# difference of their angles, the distance, alone. A cache keeps keys and values, so that decoding a
-# token costs a row of the attention matrix, not all of it: O(T^2) for a text instead of O(T^3).
+# Positions, masks, context and caches
+# Attention sees a set: only the causal mask tells order. Else a token's place is added to its
+# vector, or RoPE turns pairs of features of queries and keys by it: the product of two turned
+# vectors depends on the difference of their angles, the distance, alone. pos (B, T) counts in a
+# document: 0 begins one, past which nobody looks back; -1 is padding. A cache keeps keys and values,
+# so that decoding a token costs a row of the attention matrix: O(T^2) for a text, not O(T^3).
 
 def sinusoid(pos, d):
     """(B, T) -> (B, T, d): sines of falling frequency, then the cosines, which the paper puts
@@ -255,6 +266,44 @@ def visible(q_pos, q_doc, k_pos, k_doc, window=None):
     ok = (gap >= 0) & (q_doc[..., None] == k_doc[..., None, :])
     ok &= (q_pos < 0)[..., None] == (k_pos < 0)[..., None, :]
     return ok if window is None else ok & (gap < window)
+
+def take(x, index):
+    """x[b, index[b, t]]: (B, S, ...) and (B, T) -> (B, T, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+class Context:
+    """What a mixer must know besides x, made once per forward: tokens and pos (B, T), RoPE's
+    tables, masks by window. If every row counts from 0 (`plain`), one row's serve all."""
+    def __init__(self, cfg, tokens, pos=None, start=None):
+        self.tokens, self.masks, self.tables = tokens, {}, {}
+        self.theta = cfg.rope_theta if cfg.pos == "rope" else None
+        self.plain = pos is None and start is None
+        if pos is None:
+            pos = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            if start is not None: pos = pos + start  # (B, T) + (B, 1)
+        self.pos, self.rows = pos, pos[:1] if self.plain else pos
+
+    def turn(self, x):
+        """RoPE on (B, H, T, Dh), if the model has it."""
+        if self.theta is None: return x
+        d = x.shape[-1]
+        if d not in self.tables: self.tables[d] = rope_tables(self.rows, d, self.theta)
+        return rotate(x, *self.tables[d])
+
+    def mask(self, window=None):
+        """(B or 1, 1, T, T), or None for plain causal attention: fused kernels need none for it."""
+        if self.plain and (window is None or window >= self.tokens.shape[1]): return None
+        if window not in self.masks:
+            pos, doc = self.rows[:, None], documents(self.rows[:, None])
+            self.masks[window] = visible(pos, doc, pos, doc, window)
+        return self.masks[window]
+
+    def packed(self, x, back=False):
+        """(B, T, ...) with each row's padding moved behind its tokens, or back: what convolves or
+        carries a state finds the token before next to it."""
+        if self.plain: return x
+        order = (self.pos < 0).sort(dim=1, stable=True).indices
+        return take(x, order.argsort(1) if back else order)
 
 class KVCache:
     """Keys and values of a layer, token i in column i; with a window in column i modulo `size`, a
@@ -373,10 +422,6 @@ def scan(q, k, v, log_a, b, pos, S):
 
 # -----------------------------------------------------------------------------
 # Convolutions along time
-
-def take(x, index):
-    """x[b, index[b, t]]: (B, S, ...) and (B, T) -> (B, T, ...)."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 def short_conv(x, weight, pos, tail):
     """silu(sum_i weight_i x_{t-i}) for each channel, x (B, T, C), weight (W, C), tail (B, W-1, C)

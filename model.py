@@ -27,8 +27,8 @@ SHAPES
     R d_latent, N d_state, F d_ff, E n_experts, K n_active, V vocab_size, L n_layers. Heads stand
     before time: (B, H, T, Dh). Weights are (out, in). Masks are bool, True = may look.
 
-CONTENTS  ModelConfig / files of tensors / Context / MIXERS / FFNS / Block, LM / PRESETS /
-          save_model, load_model / the lesson, the bench
+CONTENTS  ModelConfig / files of tensors / MIXERS / FFNS / Block, LM / PRESETS / save_model,
+          load_model / the lesson, the bench
 NOT HERE  operations and caches beneath (kernels.py), sharding (parallel.py), sampling (sample.py)
 RUN       python model.py          # parameters and FLOPs; last line "... of the FLOPs at 175B"
           python model.py bench    # tokens/s of each mixer at three lengths, and of experts
@@ -40,7 +40,7 @@ EXERCISE  Empty `LatentAttention.forward` and `MoE.forward`; fill them until
           `pytest test_all.py -k "decode or padded or experts"` is green again.
 """
 import argparse, dataclasses, json, math, struct, zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -48,26 +48,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bpe import UserError, atomic_write
-from kernels import (CHUNK, NORMS, Embedding, KVCache, Linear, RMSNorm, StateCache, attention,
-                     cross_entropy, documents, fresh, keep_freed_memory, long_conv,
-                     long_conv_reference, rope_tables, rotate, scan, seconds, short_conv, sinusoid,
-                     softmax, take, up, visible)
+from bpe import UserError, atomic_write, flag, need_field
+from kernels import (CHUNK, NORMS, Context, Embedding, KVCache, Linear, RMSNorm, StateCache,
+                     attention, cross_entropy, documents, fresh, keep_freed_memory, long_conv,
+                     long_conv_reference, merge, scan, seconds, short_conv, sinusoid, softmax,
+                     split, up, weights)
 
 # -----------------------------------------------------------------------------
 # Configuration
 # One frozen dataclass is the vocabulary of this file, and its only validator. train.py makes a flag
 # of each field, so flag, attribute and README are spelled alike.
 
-def flag(default, help, of=""):
-    """A dataclass field that knows what --help says of it, and which letters read it (any: "")."""
-    return field(default=default, metadata={"help": help, "of": of})
-
-def need_field(config, ok, name, wanted):
-    """The error message for a field that is not ok."""
-    if not ok:
-        got = getattr(config, name)
-        raise UserError(f"{name}: got {got!r}, wanted {wanted}; set --{name}")
+POSITIONS = ("rope", "learned", "sinusoidal", "none")
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -76,16 +68,14 @@ class ModelConfig:
     n_layers: int = flag(4, "blocks")
     d_model: int = flag(256, "width of the residual stream")
     n_heads: int = flag(4, "query heads")
-    n_kv_heads: int | None = flag(None, "key/value heads; none: n_heads (MHA), fewer: GQA, 1: MQA",
-                                  "AWN")
+    n_kv_heads: int | None = flag(None, "key/value heads; fewer: GQA, 1: MQA; none: n_heads", "AWN")
     d_head: int | None = flag(None, "width of a head; none: d_model / n_heads", "AWNMLDS")
     d_ff: int | None = flag(None, "hidden width of an FFN; none: 4 d_model, or 8/3 if gated")
     mixers: str = flag("A", "letters tiled over the depth: A attention, W sliding window, N without "
                        "positions, M latent, L linear, D delta rule, S state space, H Hyena")
     ffns: str = flag("s", "tiled letters: r ReLU, u ReLU^2, e GELU, g GeGLU, s SwiGLU, x experts")
     window: int | None = flag(None, "keys that W sees, itself included; none: seq_len / 4", "W")
-    d_latent: int | None = flag(None, "latent width of M; none: 4 d_head", "M")
-    d_rope: int | None = flag(None, "width of M's rotary key; none: d_head / 2", "M")
+    d_latent: int | None = flag(None, "width R of M's latent; none: 4 d_head", "M")
     d_state: int = flag(128, "rows of S's state", "S")
     n_experts: int = flag(8, "experts to choose from", "x")
     n_active: int = flag(2, "experts chosen for a token", "x")
@@ -114,7 +104,7 @@ class ModelConfig:
         for f in dataclasses.fields(self):
             value, kind, of = getattr(self, f.name), str(f.type), OF[f.name]
             if value is None: need("None" in kind, f.name, "a value")
-            elif "int" in kind: need(type(value) is int and value >= 1, f.name, "a positive integer")
+            elif "int" in kind: need(type(value) is int and value > 0, f.name, "a positive integer")
             elif "float" in kind: need(0 <= value < math.inf, f.name, "a finite number, 0 or more")
             # No silent knobs: a field of a mechanism that is absent must hold its default.
             need(not of or set(of) & letters or value == f.default, f.name,
@@ -123,28 +113,28 @@ class ModelConfig:
             need(getattr(self, name) in known, name, " or ".join(known))
         for name, known in (("mixers", MIXERS), ("ffns", FFNS)):
             own = getattr(self, name)
-            need(own and set(own) <= set(known), name, f"letters of {''.join(known)}")
-            need(self.n_layers % len(own) == 0, name,
-                 f"as many letters as divide {self.n_layers} layers")
-        for name in ("softcap", "init_std", "norm_eps", "rope_theta"):
-            need(getattr(self, name) != 0, name, "a positive number")
+            need(own and set(own) <= set(known) and self.n_layers % len(own) == 0, name,
+                 f"letters of {''.join(known)}, as many as divide {self.n_layers} layers")
         divides = self.d_head or self.d_model % self.n_heads == 0
         need(divides, "n_heads", f"a divisor of d_model {self.d_model}")
         # Defaults that depend on other fields are resolved here, once, though the class is frozen:
         # so vary the arguments of `preset`, not a finished config by dataclasses.replace.
         Dh = self.d_head or self.d_model // self.n_heads
         for name, value in dict(n_kv_heads=self.n_heads, d_head=Dh, window=-(-self.seq_len // 4),
-                                d_latent=4 * Dh, d_rope=max(2, Dh // 4 * 2)).items():
+                                d_latent=4 * Dh).items():
             if set(OF[name]) & letters and not getattr(self, name):
                 object.__setattr__(self, name, value)
+        rope, even = self.pos == "rope", lambda n: (n or 0) % 2 == 0
         for name, ok, wanted in (
                 ("n_kv_heads", self.n_heads % (self.n_kv_heads or 1) == 0, "a divisor of n_heads"),
-                ("d_head", self.pos != "rope" or (self.d_head or 0) % 2 == 0, "an even number"),
-                ("d_rope", self.pos != "rope" or (self.d_rope or 0) % 2 == 0, "an even number"),
-                ("d_model", self.pos != "sinusoidal" or self.d_model % 2 == 0, "an even number"),
-                ("rope_theta", self.pos == "rope" or self.rope_theta == 1e4, "its default"),
+                ("d_head", not rope or even(self.d_head), "an even number"),
+                ("d_head", "M" not in letters or self.d_head % 4 == 0, "a multiple of 4"),
+                ("d_model", self.pos != "sinusoidal" or even(self.d_model), "an even number"),
+                ("rope_theta", rope or self.rope_theta == 1e4, "its default without rope"),
+                ("n_active", self.n_active <= self.n_experts, "at most n_experts"),
                 ("dropout", self.dropout < 1, "a probability below 1"),
-                ("n_active", self.n_active <= self.n_experts, "at most n_experts")):
+                *((name, getattr(self, name) != 0, "a positive number")
+                  for name in ("softcap", "init_std", "norm_eps", "rope_theta"))):
             need(ok, name, wanted)
 
 OF = {f.name: f.metadata["of"] for f in dataclasses.fields(ModelConfig)}
@@ -201,49 +191,6 @@ def load_tensors(path):
                         f"{', '.join(DTYPES)}; check the path, or restore the file from a copy")
 
 # -----------------------------------------------------------------------------
-# Context: positions, masks, documents
-# Attention sees a set: only the causal mask tells order, and pos="none" relies on it. Else a
-# token's place is added to its vector (learned, sinusoidal), or turns its queries and keys (rope).
-# pos (B, T) counts in a document: 0 begins one, past which nobody looks back; -1 is padding.
-# Training, prefill and decoding are one path; they differ in whether a cache was passed.
-
-POSITIONS = ("rope", "learned", "sinusoidal", "none")
-
-class Context:
-    """What a mixer must know besides x, made once per forward: tokens and pos (B, T), RoPE's
-    tables, masks by window. If every row counts from 0 (`plain`), one row's serve all."""
-    def __init__(self, cfg, tokens, pos=None, start=None):
-        self.tokens, self.masks, self.tables = tokens, {}, {}
-        self.theta = cfg.rope_theta if cfg.pos == "rope" else None
-        self.plain = pos is None and start is None
-        if pos is None:
-            pos = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            if start is not None: pos = pos + start  # (B, T) + (B, 1)
-        self.pos, self.rows = pos, pos[:1] if self.plain else pos
-
-    def turn(self, x):
-        """RoPE on (B, H, T, Dh), if the model has it."""
-        if self.theta is None: return x
-        d = x.shape[-1]
-        if d not in self.tables: self.tables[d] = rope_tables(self.rows, d, self.theta)
-        return rotate(x, *self.tables[d])
-
-    def mask(self, window=None):
-        """(B or 1, 1, T, T), or None for plain causal attention: fused kernels need none for it."""
-        if self.plain and (window is None or window >= self.tokens.shape[1]): return None
-        if window not in self.masks:
-            pos, doc = self.rows[:, None], documents(self.rows[:, None])
-            self.masks[window] = visible(pos, doc, pos, doc, window)
-        return self.masks[window]
-
-    def packed(self, x, back=False):
-        """(B, T, ...) with each row's padding moved behind its tokens, or back: what convolves or
-        carries a state finds the token before next to it."""
-        if self.plain: return x
-        order = (self.pos < 0).sort(dim=1, stable=True).indices
-        return take(x, order.argsort(1) if back else order)
-
-# -----------------------------------------------------------------------------
 # Mixers: how a token reads from other tokens
 # Contract: __init__(cfg), forward(x, ctx, cache=None) -> y, new_cache(batch, size, device, dtype),
 # flops(T, S) -> {part: FLOPs}. A cache has n, update, next_pos and truncate.
@@ -257,18 +204,16 @@ def writer(cfg, d_in):
     std = cfg.init_std and cfg.init_std / math.sqrt(2 * cfg.n_layers)
     return Linear(d_in, cfg.d_model, cfg.bias, 0.0 if cfg.zero_init else std)
 
-def weights(*modules):
-    """How many numbers the matrices of some modules hold: each costs 2 FLOPs a token."""
-    return sum(m.weight.numel() for top in modules for m in top.modules() if isinstance(m, Linear))
-
-def split(x, heads): return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # -> (B, H, T, Dh)
-
-def merge(x): return x.transpose(1, 2).flatten(2)  # (B, H, T, Dh) -> (B, T, H Dh)
-
 class Mixer(nn.Module):
+    """What mixers of keys share: `cache`, its heads and widths, and the sum of `flops`. Attention
+    counts all pairs, though a kernel may skip those that causality or a window hide; FFTs and
+    triangular solves are not counted, as torch's counter does not."""
+    window = None
+
+    def new_cache(self, batch, size, device, dtype):
+        return KVCache(batch, size, *self.cache, self.window, device, dtype)
+
     def flops(self, T, S):
-        """Of T new tokens over S, in parts. Attention counts all pairs, though a kernel may skip
-        those that causality or a window hide; nobody, nor torch's counter, FFTs and solves."""
         out, (scores, values) = weights(self.o_proj), self.products(T, S)
         return {"qkv": 2 * T * (weights(self) - out), "scores": scores, "values": values,
                 "out": 2 * T * out}
@@ -279,6 +224,7 @@ class Attention(Mixer):
     def __init__(self, cfg, local=False, turned=True):
         super().__init__()
         self.cfg, self.window, self.turned = cfg, cfg.window if local else None, turned
+        self.cache = cfg.n_kv_heads, cfg.d_head, cfg.d_head
         self.q_proj, self.k_proj, self.v_proj = (
             project(cfg, heads * cfg.d_head, cfg.qkv_bias)
             for heads in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads))
@@ -295,50 +241,43 @@ class Attention(Mixer):
         else: k, v, mask = cache.update(k, v, ctx.pos)
         return self.o_proj(merge(attention(q, k, v, mask, c.dropout if self.training else 0.0)))
 
-    def new_cache(self, batch, size, *kind):
-        c = self.cfg
-        return KVCache(batch, size, c.n_kv_heads, c.d_head, c.d_head, self.window, *kind)
-
     def products(self, T, S):
         return (2 * T * S * self.cfg.n_heads * self.cfg.d_head,) * 2
 
 class LatentAttention(Mixer):
     """MLA, DeepSeek-V2 (2405.04434): keys and values of all heads are projections of one latent c
-    of R numbers, k = U c and v = W c, and RoPE turns a key of d_rope numbers that heads share. The
-    cache holds R + d_rope numbers a token, not 2 H Dh, and need not expand them: q . (U c) =
-    (U^T q) . c, so with U absorbed by the query all heads attend to c itself, as MQA would."""
+    of R numbers, k = U c and v = W c, and RoPE turns a key of r = Dh/2 numbers that heads share. The
+    cache holds R + r numbers a token, not 2 H Dh, and need not expand them: q . (U c) = (U^T q) . c,
+    so with U absorbed by the query all heads attend to c itself, as in MQA."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, H, Dh, R, r = cfg, cfg.n_heads, cfg.d_head, cfg.d_latent, cfg.d_rope
+        self.cfg, self.sizes = cfg, (cfg.n_heads, cfg.d_head, cfg.d_latent, cfg.d_head // 2)
+        H, Dh, R, r = self.sizes
         self.q_proj, self.kv_a_proj_with_mqa = project(cfg, H * (Dh + r)), project(cfg, R + r)
         self.kv_a_layernorm = RMSNorm(R, cfg.norm_eps)
         self.kv_b_proj = Linear(R, 2 * H * Dh, std=cfg.init_std)  # U and W, by head
-        self.o_proj = writer(cfg, H * Dh)
+        self.o_proj, self.cache = writer(cfg, H * Dh), (1, R + r, 0)
 
     def forward(self, x, ctx, cache=None):
-        cfg, H, Dh, R = self.cfg, self.cfg.n_heads, self.cfg.d_head, self.cfg.d_latent
-        q, q_r = split(self.q_proj(x), H).split((Dh, cfg.d_rope), -1)
-        c, k_r = self.kv_a_proj_with_mqa(x)[:, None].split((R, cfg.d_rope), -1)  # (B, 1, T, R)
+        (H, Dh, R, r), drop = self.sizes, self.cfg.dropout if self.training else 0.0
+        q, q_r = split(self.q_proj(x), H).split((Dh, r), -1)
+        c, k_r = split(self.kv_a_proj_with_mqa(x), 1).split((R, r), -1)  # (B, 1, T, R)
         c, q_r, k_r = self.kv_a_layernorm(c), ctx.turn(q_r), ctx.turn(k_r)
-        drop = cfg.dropout if self.training else 0.0
         if cache is None:
-            k, v = split(self.kv_b_proj(c[:, 0]), H).chunk(2, -1)  # (B, H, T, Dh)
+            k, v = split(self.kv_b_proj(merge(c)), H).chunk(2, -1)  # (B, H, T, Dh)
             k = torch.cat((k, k_r.expand(-1, H, -1, -1)), -1)
             y = attention(torch.cat((q, q_r), -1), k, v, ctx.mask(), drop)
         else:
             U, W = self.kv_b_proj.weight.to(x.dtype).view(H, 2 * Dh, R).chunk(2, 1)
             c, _, mask = cache.update(torch.cat((c, k_r), -1), c[..., :0], ctx.pos)
             q = torch.cat((q @ U, q_r), -1)  # (B,H,T,Dh) @ (H,Dh,R) -> (B,H,T,R)
-            q = q * math.sqrt((R + cfg.d_rope) / (Dh + cfg.d_rope))  # undoes `attention`'s root
+            q = q * math.sqrt((R + r) / (Dh + r))  # `attention` divides by the root of R + r
             y = attention(q, c, c[..., :R], mask, drop) @ W.mT  # @ (H,R,Dh) -> (B,H,T,Dh)
         return self.o_proj(merge(y))
 
-    def new_cache(self, batch, size, *kind):
-        return KVCache(batch, size, 1, self.cfg.d_latent + self.cfg.d_rope, 0, None, *kind)
-
     def products(self, T, S):  # of the expanded form, training's
-        c = self.cfg
-        return 2 * T * S * c.n_heads * (c.d_head + c.d_rope), 2 * T * S * c.n_heads * c.d_head
+        H, Dh, R, r = self.sizes
+        return 2 * T * S * H * (Dh + r), 2 * T * S * H * Dh
 
 class Recurrent(Mixer):
     """Attention whose past has a fixed size: a head keeps a matrix S (N, Dv) that decays and is
@@ -432,19 +371,16 @@ class Hyena(Recurrent):
     """Poli et al. 2023 (2302.10866), order 2: y = q * (h conv (k * v)), by FFT in T log T. The
     filter h is as long as the text but implicit, a small network of the distance under a window
     that decays. No state sums up the past: a cache keeps all k * v, and a token costs S D."""
-    BANDS, WIDTH = 8, 32  # waves that tell the distance, width of the network [our choice]
-
     def __init__(self, cfg):
         super().__init__(cfg, 1, 1, cfg.d_model, cfg.d_model, gates=0)
-        self.skip, d = nn.Parameter(torch.ones(cfg.d_model)), 2 * self.BANDS + 1
-        self.filter = nn.ModuleList(Linear(a, b, True, cfg.init_std) for a, b in (
-            (d, self.WIDTH), (self.WIDTH, self.WIDTH), (self.WIDTH, cfg.d_model)))
+        self.skip, widths = nn.Parameter(torch.ones(cfg.d_model)), (17, 32, 32, cfg.d_model)
+        self.filter = nn.ModuleList(Linear(*pair, bias=True) for pair in zip(widths, widths[1:]))
 
     def impulse(self, S, device):
-        """h (S, D): what a token adds to those 0..S-1 places later. The slowest window falls to 1 %
-        at seq_len, the fastest at a tenth of it [our choice]."""
+        """h (S, D): what a token adds to those 0..S-1 places later; eight waves tell the distance.
+        The slowest window falls to 1 % at seq_len, the fastest at a tenth of it [our choice]."""
         t = torch.arange(S, device=device)[:, None] / self.cfg.seq_len
-        angle = 2 * math.pi * t * torch.arange(1, self.BANDS + 1, device=device)
+        angle = 2 * math.pi * t * torch.arange(1, 9, device=device)
         h = self.filter[0](torch.cat((t, angle.cos(), angle.sin()), -1).to(self.skip.dtype))
         for layer in self.filter[1:]: h = layer(h.sin())
         return h * torch.exp(-4.6 * t * torch.linspace(1, 10, h.shape[1], device=device))
@@ -459,9 +395,9 @@ class Hyena(Recurrent):
         return q * (y + self.skip * new[0]).to(x.dtype)[:, None], *all
 
     def new_cache(self, batch, size, device, dtype):
-        tail, pos = super().new_cache(batch, size, device, dtype).slot[0], torch.zeros(
-            batch, 0, device=device, dtype=torch.long)
-        return StateCache(tail, up(tail.new_zeros(batch, 0, self.d_v)), pos, pos)
+        tail, none = super().new_cache(batch, size, device, dtype).slot[0], (batch, 0)
+        pos = torch.zeros(none, device=device, dtype=torch.long)
+        return StateCache(tail, up(tail.new_zeros(*none, self.d_v)), pos, pos)
 
     def flops(self, T, S):
         """All rows of a batch share the filter, of S places."""
@@ -542,35 +478,30 @@ FFNS["x"] = partial(MoE, ffn=FFNS["s"])
 # -----------------------------------------------------------------------------
 # Block and LM
 
-PLACES = ("pre", "post", "sandwich")
+PLACES = {"pre": (0, None, None, 1, None, None), "post": (None, None, 0, None, None, 1),
+          "sandwich": (0, 1, None, 2, 3, None)}  # which norms are a, b, c of mixer and FFN
 
 class Block(nn.Module):
     """One layer: twice x = c(x + b(f(a(x)))), with norms a (pre), a and b (sandwich) or c (post).
     With pre-norm the stream itself is never touched, so gradients arrive whole; post-norm (2017)
     needs a warm-up. The norms have Llama's names, and Gemma's where there are four."""
+    NAMES = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+             "post_feedforward_layernorm")
+
     def __init__(self, cfg, mixer, ffn):
         super().__init__()
-        self.place, self.drop = cfg.norm_place, nn.Dropout(cfg.dropout)
-        names = ["input_layernorm", "post_attention_layernorm"]
-        if self.place == "sandwich":
-            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-        for name in names:
-            self.add_module(name, NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias))
-        self.self_attn, self.mlp = MIXERS[mixer](cfg), FFNS[ffn](cfg)
+        self.names = [None if i is None else self.NAMES[i] for i in PLACES[cfg.norm_place]]
+        for name in filter(None, self.names): self.add_module(name, make_norm(cfg))
+        self.self_attn, self.mlp, self.drop = MIXERS[mixer](cfg), FFNS[ffn](cfg), nn.Dropout(cfg.dropout)
 
     def forward(self, x, ctx, cache=None):
-        first, second = self.input_layernorm, self.post_attention_layernorm
-        if self.place == "pre":
-            x = x + self.drop(self.self_attn(first(x), ctx, cache))
-            y, aux = self.mlp(second(x))
-            return x + self.drop(y), aux
-        if self.place == "post":
-            x = first(x + self.drop(self.self_attn(x, ctx, cache)))
-            y, aux = self.mlp(x)
-            return second(x + self.drop(y)), aux
-        x = x + self.drop(second(self.self_attn(first(x), ctx, cache)))
-        y, aux = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.drop(self.post_feedforward_layernorm(y)), aux
+        a, b, c, d, e, f = (getattr(self, n) if n else nn.Identity() for n in self.names)
+        x = c(x + self.drop(b(self.self_attn(a(x), ctx, cache))))
+        y, aux = self.mlp(d(x))
+        return f(x + self.drop(e(y))), aux
+
+def make_norm(cfg):
+    return NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
 
 class LM(nn.Module):
     """The model. `compute_dtype` is the dtype of the stream; None means that of the weights."""
@@ -583,8 +514,7 @@ class LM(nn.Module):
         if cfg.pos == "learned": self.embed_positions = Embedding(cfg.seq_len, cfg.d_model, std)
         mixers, ffns = (p * (cfg.n_layers // len(p)) for p in (cfg.mixers, cfg.ffns))
         self.layers = nn.ModuleList(Block(cfg, m, f) for m, f in zip(mixers, ffns))
-        self.norm = nn.Identity() if cfg.norm_place == "post" else \
-            NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
+        self.norm = nn.Identity() if cfg.norm_place == "post" else make_norm(cfg)
         head_std = 0.0 if cfg.zero_init else cfg.init_std
         self.lm_head = None if cfg.tie else Linear(cfg.d_model, cfg.vocab_size, std=head_std)
         self.drop = nn.Dropout(cfg.dropout)
@@ -604,20 +534,16 @@ class LM(nn.Module):
             x, extra = layer(x, ctx, cache[i] if cache else None)
             aux["loss"] = aux["loss"] + extra.get("loss", 0.0)
             if "load" in extra: aux["load"].append(extra["load"])
-        logits = self.logits(self.norm(x))
-        return (logits if targets is None else cross_entropy(logits, targets)), aux
-
-    def logits(self, x):  # (B, T, D) @ (D, V) -> (B, T, V)
+        x, cap = self.norm(x), self.cfg.softcap  # (B, T, D) @ (D, V) -> (B, T, V)
         z = self.lm_head(x) if self.lm_head else F.linear(x, self.embed_tokens.weight.to(x.dtype))
-        cap = self.cfg.softcap
-        return z if cap is None else cap * torch.tanh(z / cap)
+        if cap: z = cap * torch.tanh(z / cap)
+        return (z if targets is None else cross_entropy(z, targets)), aux
 
     @torch.no_grad()
     def rebalance(self, loads):
-        """After a step, moves routers' biases against their loads of the batch, [(E,) a layer]."""
-        for layer, load in zip((b.mlp for b in self.layers if isinstance(b.mlp, MoE)), loads):
-            bias_step = self.cfg.balance_bias * torch.sign(load.sum() / len(load) - load)
-            if self.cfg.balance_bias: layer.bias += bias_step
+        """After a step, moves routers' biases against their loads in the batch, [(E,) a layer]."""
+        for moe, load in zip((b.mlp for b in self.layers if isinstance(b.mlp, MoE)), loads):
+            moe.bias += self.cfg.balance_bias * torch.sign(load.sum() / len(load) - load)
 
     def new_cache(self, batch, size):
         """Room for `size` positions in each of `batch` rows: one cache a layer."""
@@ -748,6 +674,7 @@ def load_model(directory, device="cpu", dtype=torch.float32):
 # n_layers, d_model, n_heads of GPT-2 (Radford et al. 2019, table 2); d_ff is 4 d_model
 SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20),
          "XL": (48, 1600, 25), "175B": (96, 12288, 96)}  # the last is GPT-3 (2005.14165, table 2.1)
+LENGTHS = (1024, 4096, 16384)
 
 def sized(name, size, **more):
     n_layers, d_model, n_heads = SIZES[size]
@@ -756,35 +683,36 @@ def sized(name, size, **more):
 
 def lesson():
     parts, T = ("qkv", "scores", "values", "out", "ffn", "head"), 2048
-    print(f"a forward pass at T = {T} {'parameters':>15s}{'FLOPs':>12s} ", *map("{:>7s}".format, parts))
+    print(f"a forward pass at T = {T}{'parameters':>18s}{'FLOPs':>12s}", *(f"{p:>7s}" for p in parts))
     for name, model in [*((name, meta_model(preset(name))) for name in PRESETS),
                         *((f"GPT-2 {s}", sized("gpt2", s, seq_len=T)) for s in SIZES)]:
         flops, n = model.flops(T), sum(model.n_params().values())
         share = {p: 100 * flops.get(p, 0) / sum(flops.values()) for p in parts}
-        print(f"{name:20s}{n:20,d}{sum(flops.values()):12.4e} ", *map("{:6.2f}%".format, share.values()))
-    print("\nThe matrices of a layer grow with d_model^2, scores and values with d_model; so at one "
-          "context\nlength attention's share falls with size, and the FFN's rises. At T = 2048 "
-          f"scores\nand values take {share['scores'] + share['values']:.1f} % of the FLOPs at 175B")
+        print(f"{name:20s}{n:22,d}{sum(flops.values()):12.4e}",
+              *(f"{share[p]:6.2f}%" for p in parts))
+    print("The matrices of a layer grow with d_model^2, scores and values with d_model: at a length,"
+          f"\nattention's share falls with size. At T = {T} scores and values take "
+          f"{share['scores'] + share['values']:.1f} % of the FLOPs at 175B")
 
 def bench():
-    """tokens/s, forward and backward, of a layer in float32."""
-    def rate(layer, T, *rest):
+    """tokens/s, forward and backward, of a layer of d_model 256 in float32."""
+    def rate(layer, T, *ctx):
         x = torch.randn(1, T, 256, requires_grad=True)
-        loss = lambda y: (y[0] if isinstance(y, tuple) else y).sum()
-        return T / seconds(lambda: loss(layer(x, *rest)).backward(), x.device, 3)
+        run = lambda: layer(x, *ctx)
+        loss = lambda: (run() if ctx else run()[0]).sum()  # an FFN returns aux, too
+        return T / seconds(lambda: loss().backward(), x.device, 3)
 
     keep_freed_memory()
-    lengths = (1024, 4096, 16384)
-    print("tokens/s of one layer of d_model 256, forward and backward, at T =", *lengths)
+    print("tokens/s at T =", *(f"{T:9,d}" for T in LENGTHS))
     for letter, kind in MIXERS.items():
-        cfg = ModelConfig(mixers=letter, seq_len=lengths[-1], window=256 if letter == "W" else None)
-        print(letter, *(f"{rate(kind(cfg), T, Context(cfg, torch.zeros(1, T))):10,.0f}" for T in lengths))
-    cfg = ModelConfig(ffns="x")
-    dense, experts = (rate(FFNS[letter](cfg), 4096) for letter in "sx")
-    print(f"2 of 8 experts, as wide as a dense FFN: {experts / dense:.2f} of its {dense:,.0f} at 4096")
+        cfg = ModelConfig(mixers=letter, seq_len=LENGTHS[-1])
+        rates = (rate(kind(cfg), T, Context(cfg, torch.zeros(1, T))) for T in LENGTHS)
+        print(f"{letter:14s}", *(f"{r:9,.0f}" for r in rates))
+    dense, experts = (rate(FFNS[f](ModelConfig(ffns=f)), 4096) for f in "sx")
+    print(f"experts, 2 of 8, reach {experts / dense:.2f} of a dense FFN's {dense:,.0f} at 4,096")
 
 def main(args):
-    {"lesson": lesson, "bench": bench}[args.what]()
+    bench() if args.what == "bench" else lesson()
 
 def build_parser():
     parser = argparse.ArgumentParser(description="Parameters and FLOPs of presets, by part.")
