@@ -542,7 +542,8 @@ class LM(nn.Module):
     @torch.no_grad()
     def rebalance(self, loads):
         """After a step, moves routers' biases against their loads in the batch, [(E,) a layer]."""
-        for moe, load in zip((b.mlp for b in self.layers if isinstance(b.mlp, MoE)), loads):
+        with_experts = (b.mlp for b in self.layers if isinstance(b.mlp, MoE))
+        for moe, load in zip(with_experts, loads) if self.cfg.balance_bias else ():
             moe.bias += self.cfg.balance_bias * torch.sign(load.sum() / len(load) - load)
 
     def new_cache(self, batch, size):
@@ -615,7 +616,8 @@ def fields_of(name, given):
         raise UserError(f"preset: got {name!r}, wanted {' or '.join(PRESETS)}; set --preset")
     both = {"mixers": ModelConfig.mixers, "ffns": ModelConfig.ffns, **PRESETS[name], **given}
     letters = set(both["mixers"] + both["ffns"])
-    return {k: v for k, v in both.items() if k in given or not OF.get(k) or set(OF[k]) & letters}
+    unread = {k for k, of in OF.items() if of and not set(of) & letters}
+    return {k: v for k, v in both.items() if k in given or k not in unread}
 
 def preset(name, **sizes):
     """ModelConfig of a named architecture; sizes, and any other field, override its row."""

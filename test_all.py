@@ -580,6 +580,98 @@ def test_window_sees_exactly_w_keys():
     m(ids(1, 12))[0][0, 10].sum().backward()
     assert (x.grad[0].abs().sum(-1) > 0).nonzero().flatten().tolist() == [6, 7, 8, 9, 10]
 
+def test_window_cache_is_a_ring_that_stays_small_and_refuses_what_it_lost():
+    m, x = make(tiny(mixers="W", window=5)), ids(1, 60)
+    cache = m.new_cache(1, 60)
+    parts = [m(part, cache=cache)[0] for part in x.split([7, 1, 1, 30, 2, 19], dim=1)]
+    assert torch.allclose(torch.cat(parts, 1), m(x)[0], atol=1e-10)
+    assert cache[0].columns[0].shape[2] == 5 + kernels.KVCache.SLACK
+    for c in cache: c.truncate(50)
+    assert torch.allclose(m(x[:, 50:], cache=cache)[0], m(x)[0][:, 50:], atol=1e-10)
+    for c in cache: c.truncate(44)
+    with pytest.raises(AssertionError, match="cannot keep 42"): cache[0].truncate(42)
+
+def test_padding_between_tokens_changes_nothing(cfg):
+    m, x = make(cfg), ids(1, 12)
+    pos = torch.tensor([[0, 1, -1, 2, -1, -1, 3, 4, 5, -1]])
+    tokens = torch.zeros_like(pos)
+    tokens[pos >= 0] = x[0, :6]
+    cache = m.new_cache(1, 20)
+    through_cache = torch.cat([m(tokens[:, a:b], pos=pos[:, a:b], cache=cache)[0]
+                               for a, b in ((0, 5), (5, 10))], 1)
+    for out in (m(tokens, pos=pos)[0], through_cache):
+        assert torch.allclose(out[pos >= 0], m(x[:, :6])[0][0], atol=1e-10)
+
+def scan_inputs(delta, T=150):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, T, d, dtype=torch.float64) for h, d in ((1, 6), (1, 6), (3, 5)))
+    pos = torch.stack((torch.arange(T), torch.arange(T) % 70 - 3))  # padding, three documents
+    pos[1, 70:73] = pos[1, 140:143] = -1
+    log_a = -torch.rand(2, 3, T, dtype=torch.float64) * 40  # decays too long for exp of a sum
+    log_a[:, :, ::2] *= 1e-3
+    b = torch.rand(2, 3, T, dtype=torch.float64) if delta else None
+    return q, F.normalize(k, dim=-1), v, log_a, b, pos, torch.randn(2, 3, 6, 5, dtype=torch.float64)
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_chunked_scan_equals_its_recurrence(delta):
+    results = []
+    for f in (kernels.scan, kernels.scan_reference):
+        *x, pos, S = scan_inputs(delta)
+        x = [t if t is None else t.requires_grad_() for t in (*x, S)]
+        y, S = f(*x[:-1], pos, x[-1])
+        y = y.masked_fill(pos[:, None, :, None] < 0, 0.0)
+        grads = torch.autograd.grad(y.square().sum() + S.sum(), [t for t in x if t is not None])
+        results.append((y, S, *grads))
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*results))
+
+def test_linear_attention_is_attention_with_another_kernel():
+    q, k, v = (torch.rand(1, 2, 70, 4, dtype=torch.float64) for _ in range(3))
+    no_decay, pos = torch.zeros(1, 1, 70).double(), torch.arange(70)[None]
+    y, _ = kernels.scan(q, k, v, no_decay, None, pos, torch.zeros(1, 2, 4, 4).double())
+    assert torch.allclose(y, (q @ k.mT).tril() @ v, atol=1e-10)
+
+def test_delta_rule_replaces_the_value_of_a_key():
+    keys, values = torch.eye(4)[[0, 1, 0, 2]][None, None], torch.randn(1, 1, 4, 3)
+    one, pos = torch.ones(1, 1, 4), torch.arange(4)[None]
+    for f in (kernels.scan, kernels.scan_reference):
+        S = f(keys, keys, values, 0 * one, one, pos, torch.zeros(1, 1, 4, 3))[1][0, 0]
+        assert torch.allclose(S[:3], values[0, 0, [2, 1, 3]], atol=1e-6)  # the last written
+
+def test_long_convolution_equals_its_definition():
+    u, h, pos = torch.randn(2, 9, 3).double(), torch.randn(9, 3).double(), torch.arange(9)
+    want = sum(F.pad(u[:, :9 - g] * h[g], (0, 0, g, 0)) for g in range(9))
+    row = pos.expand(2, 1, 9)
+    for y in (kernels.long_conv(u, h), kernels.long_conv_reference(u, h, row, row * 0, row, row * 0)):
+        assert torch.allclose(y, want, atol=1e-12)
+
+def test_one_expert_that_is_always_active_is_a_dense_ffn():
+    dense, one = make(tiny()), make(tiny(ffns="x", n_experts=1, n_active=1))
+    weights = {k.replace("mlp.", "mlp.experts.0."): v for k, v in dense.state_dict().items()}
+    one.load_state_dict(weights, strict=False)
+    assert torch.allclose(dense(ids(2, 9))[0], one(ids(2, 9))[0], atol=1e-12)
+
+def test_experts_add_up_as_their_definition_says():
+    c = tiny(ffns="x", n_experts=4, n_shared=1, balance=0.5, router_z=0.25)
+    moe, x = make(c).layers[0].mlp, torch.randn(1, 20, 32).double()
+    y, aux = moe(x)
+    z = moe.gate(x[0])
+    p, want, load = z.softmax(-1), moe.shared_experts(x[0])[0].clone(), torch.zeros(4).double()
+    for t in range(20):
+        best = p[t].argsort(descending=True)[:2]
+        for e in best: want[t] += p[t, e] / p[t, best].sum() * moe.experts[e](x[0, t])[0]
+        load[best] += 1
+    loss = 0.5 * 4 * (load / 40 * p.mean(0)).sum() + 0.25 * z.exp().sum(1).log().square().mean()
+    assert torch.allclose(y[0], want, atol=1e-10) and aux["load"].tolist() == load.tolist()
+    assert torch.allclose(aux["loss"], loss, atol=1e-10)
+
+def test_router_bias_evens_the_load_without_a_loss():
+    m = model.LM(tiny(ffns="x", n_experts=4, balance_bias=0.01))
+    loads = []
+    for _ in range(100):
+        loads.append(m(ids(8, 24))[1]["load"][0].float())
+        m.rebalance(m(ids(8, 24))[1]["load"])
+    assert loads[-1].std() < 0.5 * loads[0].std() and loads[-1].sum() == 8 * 24 * 2
+
 def test_window_of_the_whole_length_is_full_attention():
     x, pos = ids(2, 12), torch.arange(12).expand(2, 12)  # with pos given, a mask is made
     want = make(tiny())(x)[0]
@@ -656,11 +748,32 @@ def test_gqa_equals_mha_with_repeated_heads():
     mha.load_state_dict(weights)
     assert torch.allclose(gqa(ids(2, 9))[0], mha(ids(2, 9))[0], atol=1e-12)
 
-@pytest.mark.parametrize("size, n", [("small", 124_439_808), ("medium", 354_823_168),
-                                     ("XL", 1_557_611_200), ("175B", 174_604_259_328)])
-def test_parameter_counts_equal_the_published_ones(size, n):
-    assert sum(model.sized(
-        "gpt2", size, seq_len=2048 if size == "175B" else 1024).n_params().values()) == n
+def published_sizes():
+    """(preset, sizes of a published config.json, parameters), all but GPT-3 as its files hold."""
+    keys = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "vocab_size")
+    rows = [("gpt2", (12, 768, 12, 12, 64, 3072, 50257), {}, 124_439_808),
+            ("gpt2", (24, 1024, 16, 16, 64, 4096, 50257), {}, 354_823_168),
+            ("gpt2", (48, 1600, 25, 25, 64, 6400, 50257), {}, 1_557_611_200),
+            ("gpt2", (96, 12288, 96, 96, 128, 49152, 50257), dict(seq_len=2048), 174_604_259_328),
+            ("llama", (32, 4096, 32, 32, 128, 11008, 32000), {}, 6_738_415_616),  # Llama 2 7B
+            ("llama", (16, 2048, 32, 8, 64, 8192, 128256), dict(tie=True), 1_235_814_400),  # 3.2 1B
+            ("mistral", (32, 4096, 32, 8, 128, 14336, 32000), {}, 7_241_732_096),  # 7B v0.1
+            ("mixtral", (32, 4096, 32, 8, 128, 14336, 32000), dict(d_expert=14336), 46_702_792_704),
+            ("qwen2", (24, 896, 14, 2, 64, 4864, 151936), {}, 494_032_768),  # Qwen2.5 0.5B
+            ("qwen3", (28, 1024, 16, 8, 128, 3072, 151936), {}, 596_049_920),  # 0.6B
+            ("gemma", (26, 1152, 4, 1, 256, 6912, 262144),
+             dict(mixers=("WWWWWA" * 5)[:26]), 999_885_952),  # Gemma 3 1B
+            ("gemma", (18, 2048, 8, 1, 256, 16384, 256000), dict(  # Gemma 2B
+                mixers="A", qk_norm=False, norm_place="pre"), 2_506_172_416),
+            ("deepseek", (27, 2048, 16, None, 128, 10944, 102400), dict(  # V2-Lite
+                ffns="s" + 26 * "x", n_experts=64, n_active=6, n_shared=2, d_expert=1408,
+                d_latent=512), 15_706_484_224)]
+    return [(name, {**dict(zip(keys, sizes)), "seq_len": 1024, **more}, n)
+            for name, sizes, more, n in rows]
+
+@pytest.mark.parametrize("name, sizes, n", published_sizes())
+def test_parameter_counts_equal_the_published_ones(name, sizes, n):
+    assert sum(model.meta_model(model.preset(name, **sizes)).n_params().values()) == n
 
 @pytest.mark.parametrize("size, n, flops, head", [("small", 190_460_160, 3.4963e11, 22.61),
                                                   ("XL", 2_127_057_600, 4.5133e12, 3.65)])
@@ -752,6 +865,8 @@ def test_positions_go_on_from_a_padded_cache():
     (dict(pos="rop"), "pos"), (dict(d_head=3), "d_head"),
     (dict(pos="none", rope_theta=5.0), "rope_theta"), (dict(dropout=1.0), "dropout"),
     (dict(softcap=-1.0), "softcap"), (dict(n_layers=0), "n_layers"),
+    (dict(d_latent=8), "d_latent"), (dict(ffns="x", n_active=9), "n_active"),
+    (dict(mixers="L", n_kv_heads=2), "n_kv_heads"), (dict(n_experts=4), "n_experts"),
     (dict(norm="rmsnorm"), "norm"), (dict(norm_place="mid"), "norm_place")])
 def test_bad_model_configuration_is_refused_by_name(bad, word, capsys):
     with pytest.raises(bpe.UserError) as e: model.ModelConfig(**bad)

@@ -45,7 +45,7 @@ from bpe import UserError, atomic_write
 from data import SOURCES, Loader, in_order, open_tokens, prepare, remove_leftovers
 from kernels import (device_name, fastest_dtype, keep_freed_memory, peak_flops_per_s,
                      synchronize)
-from model import (LM, PRESETS, ModelConfig, flag, load_state, load_tensors, need_field, preset,
+from model import (LM, PRESETS, ModelConfig, fields_of, flag, load_state, load_tensors, need_field,
                    published, save_model, save_tensors)
 from optim import OPTIMIZERS, SCHEDULES, clip_grad_norm, param_groups, role
 from sample import Sampling, TextStream, evaluate, generate, pick_device, shannon
@@ -191,12 +191,14 @@ def local_step(model, batches):
     add up over the micro-batches -> that mean. Dividing each by the *common* count makes the result
     independent of how the batch was cut; a mean of means would weigh a padded one too much."""
     counted = sum((targets >= 0).sum() for _, targets in batches)
-    total = 0.0
+    total, loads = 0.0, []
     for tokens, targets in batches:
         losses, aux = model(tokens, targets)
         loss = losses.sum() / counted
         (loss + aux["loss"] / len(batches)).backward()
         total = total + loss.detach()
+        loads = [a + b for a, b in zip(loads, aux["load"])] or aux["load"]
+    if loads: model.rebalance(loads)  # routers' biases, if the model has them
     return total
 
 # -----------------------------------------------------------------------------
@@ -370,10 +372,11 @@ def take(loader, micro, device):
 def warm_up(model, forward, loader, micro, machine, step):
     """Compiles on a batch that is then put back: compiling is set-up, not training."""
     (get, put), seen = generator_of(model), loader.seen
-    state = get()
+    state, buffers = get(), [b.clone() for b in model.buffers()]
     step(forward, take(loader, micro, machine.device)[:1])
     synchronize(machine.device)
-    put(state)  # dropout must not notice
+    put(state)  # dropout must not notice, nor the biases of routers
+    for b, old in zip(model.buffers(), buffers): b.copy_(old)
     loader.seek(seen)
 
 def give_up(run):
@@ -517,11 +520,10 @@ def settle(given, device):
     recipe = "cpu" if device.type != "cuda" else \
         "cuda owt" if given.get("dataset") == "owt" else "cuda"
     name = given.get("preset", TrainConfig.preset)
-    preset(name)  # an unknown one is refused
     if given.get("tokenizer", "bpe") != "bpe" and "vocab_size" in given:
         raise UserError(f"vocab_size: got {given['vocab_size']}, wanted none, as the tokenizer "
                         f"{given['tokenizer']} has its own; leave --vocab_size out")
-    merged = {**RECIPES[recipe], **PRESETS[name], **given}
+    merged = {**RECIPES[recipe], **fields_of(name, given)}
     if given.get("steps") and "minutes" not in given: merged["minutes"] = None
     pick = lambda config: dataclasses.asdict(config(**{
         f.name: merged[f.name] for f in dataclasses.fields(config) if f.name in merged}))
