@@ -233,8 +233,8 @@ def attention(q, k, v, mask=None, dropout=0.0):
 # Attention sees a set: only the causal mask tells order. Else a token's place is added to its
 # vector, or RoPE turns pairs of features of queries and keys by it: the product of two turned
 # vectors depends on the difference of their angles, the distance, alone. pos (B, T) counts in a
-# document: 0 begins one, past which nobody looks back; -1 is padding. A cache keeps keys and values,
-# so that decoding a token costs a row of the attention matrix: O(T^2) for a text, not O(T^3).
+# document: 0 begins one, past which nobody looks back; -1 is padding. A cache keeps keys and
+# values: decoding a token costs a row of the attention matrix, a text O(T^2) instead of O(T^3).
 
 def sinusoid(pos, d):
     """(B, T) -> (B, T, d): sines of falling frequency, then the cosines, which the paper puts
@@ -312,9 +312,9 @@ class KVCache:
 
     def __init__(self, batch, size, heads, d_k, d_v, window, device, dtype):
         size = size if window is None else min(size, window + self.SLACK)
-        new = lambda *shape, **kind: torch.zeros(batch, shape[0], size, *shape[1:], device=device, **kind)
-        self.columns = [new(heads, d_k, dtype=dtype), new(heads, d_v, dtype=dtype),
-                        new(1, dtype=torch.long), new(1, dtype=torch.long)]  # k, v, pos, document
+        new = lambda kind, *shape: torch.zeros(batch, *shape, device=device, dtype=kind)
+        self.columns = [new(dtype, heads, size, d_k), new(dtype, heads, size, d_v),
+                        new(torch.long, 1, size), new(torch.long, 1, size)]  # k, v, pos, document
         self.n, self.lost, self.size, self.window = 0, 0, size, window  # tokens seen, overwritten
 
     def update(self, k, v, pos):
@@ -406,8 +406,8 @@ def scan(q, k, v, log_a, b, pos, S):
     total, doc = F.pad(log_a.cumsum(-1), (1, 0)), F.pad((pos == 0).cumsum(-1), (1, 0))
     seen = (doc[..., None] == doc[..., None, :]).tril()
     g = (total[..., None] - total[..., None, :]).masked_fill(~seen, -math.inf).exp()
-    within, enter, leave, carry = g[..., 1:, 1:], g[..., 1:, :1], g[..., -1:, 1:].mT, g[..., -1:, :1]
-    parts = [q * enter, within * (q @ k.mT), (k * leave).mT, carry, v]
+    within, enter, leave = g[..., 1:, 1:], g[..., 1:, :1], g[..., -1:, 1:].mT
+    parts = [q * enter, within * (q @ k.mT), (k * leave).mT, g[..., -1:, :1], v]
     if b is not None:
         b = cut(b)[..., None]
         A, right = (b * within * (k @ k.mT)).tril(-1), torch.cat((v, b * enter * k), -1)

@@ -34,8 +34,7 @@ RUN       python model.py          # parameters and FLOPs; last line "... of the
           python model.py bench    # tokens/s of each mixer at three lengths, and of experts
 REFERENCES (others stand at their class or preset)
     Vaswani et al. 2017 (1706.03762) attention; Xiong et al. 2020 (2002.04745) pre-norm; Shazeer
-    2020 (2002.05202) GLU; So et al. 2021 (2109.08668) ReLU^2; Press, Wolf 2017 (1608.05859) tying;
-    Gemma Team 2024 (2408.00118) soft-cap, sandwich
+    2020 (2002.05202) GLU; So et al. 2021 (2109.08668) ReLU^2; Gemma Team 2024 (2408.00118) soft-cap
 EXERCISE  Empty `LatentAttention.forward` and `MoE.forward`; fill them until
           `pytest test_all.py -k "decode or padded or experts"` is green again.
 """
@@ -71,8 +70,8 @@ class ModelConfig:
     n_kv_heads: int | None = flag(None, "key/value heads; fewer: GQA, 1: MQA; none: n_heads", "AWN")
     d_head: int | None = flag(None, "width of a head; none: d_model / n_heads", "AWNMLDS")
     d_ff: int | None = flag(None, "hidden width of an FFN; none: 4 d_model, or 8/3 if gated")
-    mixers: str = flag("A", "letters tiled over the depth: A attention, W sliding window, N without "
-                       "positions, M latent, L linear, D delta rule, S state space, H Hyena")
+    mixers: str = flag("A", "letters tiled over the depth: A attention, W sliding window, N without"
+                       " positions, M latent, L linear, D delta rule, S state space, H Hyena")
     ffns: str = flag("s", "tiled letters: r ReLU, u ReLU^2, e GELU, g GeGLU, s SwiGLU, x experts")
     window: int | None = flag(None, "keys that W sees, itself included; none: seq_len / 4", "W")
     d_latent: int | None = flag(None, "width R of M's latent; none: 4 d_head", "M")
@@ -115,8 +114,7 @@ class ModelConfig:
             own = getattr(self, name)
             need(own and set(own) <= set(known) and self.n_layers % len(own) == 0, name,
                  f"letters of {''.join(known)}, as many as divide {self.n_layers} layers")
-        divides = self.d_head or self.d_model % self.n_heads == 0
-        need(divides, "n_heads", f"a divisor of d_model {self.d_model}")
+        need(self.d_head or self.d_model % self.n_heads == 0, "n_heads", "a divisor of d_model")
         # Defaults that depend on other fields are resolved here, once, though the class is frozen:
         # so vary the arguments of `preset`, not a finished config by dataclasses.replace.
         Dh = self.d_head or self.d_model // self.n_heads
@@ -246,9 +244,9 @@ class Attention(Mixer):
 
 class LatentAttention(Mixer):
     """MLA, DeepSeek-V2 (2405.04434): keys and values of all heads are projections of one latent c
-    of R numbers, k = U c and v = W c, and RoPE turns a key of r = Dh/2 numbers that heads share. The
-    cache holds R + r numbers a token, not 2 H Dh, and need not expand them: q . (U c) = (U^T q) . c,
-    so with U absorbed by the query all heads attend to c itself, as in MQA."""
+    of R numbers, k = U c and v = W c, and RoPE turns a key of r = Dh/2 numbers that heads share.
+    The cache holds R + r numbers a token, not 2 H Dh, and need not expand them: q . (U c) =
+    (U^T q) . c, so with U absorbed by the query all heads attend to c itself, as in MQA."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.sizes = cfg, (cfg.n_heads, cfg.d_head, cfg.d_latent, cfg.d_head // 2)
@@ -281,26 +279,28 @@ class LatentAttention(Mixer):
 
 class Recurrent(Mixer):
     """Attention whose past has a fixed size: a head keeps a matrix S (N, Dv) that decays and is
-    written to, S_t = a_t S_{t-1} + k_t w_t^T, and read, y_t = S_t^T q_t (`scan`). Training is linear
-    in length, decoding constant. Subclasses say what decays and what is written (`mix`). Unless
-    `gates` is None, q, k and v first go through a short convolution; with gates, one or two numbers
-    a head, the result goes through a norm and a gate: both as in Mamba-2 and Gated DeltaNet."""
+    written to, S_t = a_t S_{t-1} + k_t w_t^T, and read, y_t = S_t^T q_t (`scan`). Training is
+    linear in length, decoding constant. Subclasses say what decays and what is written (`mix`).
+    Unless `gates` is None, q, k and v first go through a short convolution; with one or two gates a
+    head, y goes through a norm and a gate: both as in Mamba-2 and Gated DeltaNet."""
     TAPS = 4  # of the short convolution [2405.21060]
-    delta = extra = 0  # rest of FLOPs: a delta rule's products, columns beside v
+    gates, delta, extra = None, 0, 0  # for FLOPs: is there a delta rule, columns beside v
 
-    def __init__(self, cfg, heads, k_heads, d_k, d_v, gates=None):
+    def __init__(self, cfg, heads=None, k_heads=None, d_k=None, d_v=None):
         super().__init__()
-        self.cfg, self.heads, self.k_heads, self.d_k, self.d_v = cfg, heads, k_heads, d_k, d_v
-        self.widths, self.gates = (k_heads * d_k, k_heads * d_k, heads * d_v), gates
+        self.cfg, self.heads, self.k_heads = cfg, heads or cfg.n_heads, k_heads or cfg.n_heads
+        self.d_k, self.d_v = d_k or cfg.d_head, d_v or cfg.d_head
+        self.widths = (self.k_heads * self.d_k,) * 2 + (self.heads * self.d_v,)
         self.q_proj, self.k_proj, self.v_proj = (project(cfg, d) for d in self.widths)
-        self.o_proj = writer(cfg, heads * d_v)
-        if gates is not None: self.conv = fresh(self.TAPS, sum(self.widths), std=self.TAPS ** -0.5)
-        if gates:
-            self.z_proj, self.gate_proj = project(cfg, heads * d_v), project(cfg, gates * heads)
-            self.o_norm, dt = RMSNorm(d_v, cfg.norm_eps), torch.logspace(-3, -1, heads)
+        self.o_proj = writer(cfg, self.widths[2])
+        if self.gates is not None: self.conv = fresh(self.TAPS, sum(self.widths), std=0.5)
+        if self.gates:
+            self.z_proj, self.gate_proj = (
+                project(cfg, self.heads * d) for d in (self.d_v, self.gates))
             # Steps dt from 1e-3 to 1e-1 and rates A from 1 to 16: memories of many lengths.
+            self.o_norm, dt = RMSNorm(self.d_v, cfg.norm_eps), torch.logspace(-3, -1, self.heads)
             self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus gives dt
-            self.A_log = nn.Parameter(torch.linspace(1, 16, heads).log())
+            self.A_log = nn.Parameter(torch.linspace(1, 16, self.heads).log())
 
     def forward(self, x, ctx, cache=None):
         x, pos = ctx.packed(x), ctx.packed(ctx.pos)
@@ -330,9 +330,6 @@ class LinearAttention(Recurrent):
     adds up the weights, by which y is divided. Nothing decays."""
     extra = 1
 
-    def __init__(self, cfg):
-        super().__init__(cfg, cfg.n_heads, cfg.n_heads, cfg.d_head, cfg.d_head)
-
     def mix(self, x, q, k, v, pos, S):
         v, log_a = F.pad(v, (0, 1), value=1.0), x.new_zeros(len(x), 1, x.shape[1])
         y, S = scan(F.elu(q) + 1, F.elu(k) + 1, v, log_a, None, pos, S)
@@ -342,8 +339,10 @@ class StateSpace(Recurrent):
     """Mamba-2, Dao and Gu 2024 (2405.21060): the linear system S' = -A S + B x, seen at steps dt
     that a token chooses: a_t = exp(-dt A), written is dt x_t. Heads share k and q, the paper's B
     and C; D x_t is added. (Mamba-2 has its norm behind the gate.)"""
+    gates = 1
+
     def __init__(self, cfg):
-        super().__init__(cfg, cfg.n_heads, 1, cfg.d_state, 2 * cfg.d_head, gates=1)
+        super().__init__(cfg, k_heads=1, d_k=cfg.d_state, d_v=2 * cfg.d_head)
         self.D = nn.Parameter(torch.ones(cfg.n_heads, 1, 1))
 
     def mix(self, x, q, k, v, pos, S):
@@ -355,10 +354,7 @@ class GatedDelta(Recurrent):
     """Gated DeltaNet, Yang et al. 2024 (2412.06464): decays as Mamba-2, but writes b_t (v_t - what
     the memory already answers to k_t), a step of gradient descent on |S^T k_t - v_t|^2 / 2: a new
     value for a key replaces the old one, and is not added to it."""
-    delta = 1
-
-    def __init__(self, cfg):
-        super().__init__(cfg, cfg.n_heads, cfg.n_heads, cfg.d_head, cfg.d_head, gates=2)
+    gates, delta = 2, 1
 
     def mix(self, x, q, k, v, pos, S):
         a, b = up(self.gate_proj(x)).mT.chunk(2, 1)  # (B, H, T) each
@@ -371,8 +367,10 @@ class Hyena(Recurrent):
     """Poli et al. 2023 (2302.10866), order 2: y = q * (h conv (k * v)), by FFT in T log T. The
     filter h is as long as the text but implicit, a small network of the distance under a window
     that decays. No state sums up the past: a cache keeps all k * v, and a token costs S D."""
+    gates = 0
+
     def __init__(self, cfg):
-        super().__init__(cfg, 1, 1, cfg.d_model, cfg.d_model, gates=0)
+        super().__init__(cfg, 1, 1, cfg.d_model, cfg.d_model)
         self.skip, widths = nn.Parameter(torch.ones(cfg.d_model)), (17, 32, 32, cfg.d_model)
         self.filter = nn.ModuleList(Linear(*pair, bias=True) for pair in zip(widths, widths[1:]))
 
@@ -404,8 +402,9 @@ class Hyena(Recurrent):
         filters = weights(self.filter)
         return {"qkv": 2 * T * (weights(self) - filters), "filter": 2 * S * filters}
 
-MIXERS = {"A": Attention, "W": partial(Attention, local=True), "N": partial(Attention, turned=False),
-          "M": LatentAttention, "L": LinearAttention, "D": GatedDelta, "S": StateSpace, "H": Hyena}
+MIXERS = {"A": Attention, "W": partial(Attention, local=True),
+          "N": partial(Attention, turned=False), "M": LatentAttention,
+          "L": LinearAttention, "D": GatedDelta, "S": StateSpace, "H": Hyena}
 
 # -----------------------------------------------------------------------------
 # FFNs: what a token does alone
@@ -432,10 +431,10 @@ class FFN(nn.Module):
         return {"ffn": 2 * T * weights(self)}
 
 class MoE(nn.Module):
-    """A router sends each token to n_active of n_experts FFNs, whose outputs add up, weighted by the
-    softmax of the chosen (as in Mixtral, 2401.04088); n_shared are always on. It would feed those
-    that it fed before; so a loss E sum_e f_e P_e (2101.03961: f the share sent to e, P its mean
-    probability) evens the load, or a bias on the choice alone, moved against it (2408.15664).
+    """A router sends each token to n_active of n_experts FFNs, whose outputs add up, weighted by
+    the softmax of the chosen (as in Mixtral, 2401.04088); n_shared are always on. It would feed
+    those that it fed before; so a loss E sum_e f_e P_e (2101.03961: f the share sent to e, P its
+    mean probability) evens the load, or a bias on the choice alone, moved against it (2408.15664).
     Dropless: tokens sorted by expert, a slice each, however long. Padding is routed, too."""
     def __init__(self, cfg, ffn):
         super().__init__()
@@ -453,11 +452,10 @@ class MoE(nn.Module):
         weight = p.gather(1, chosen)
         weight = (weight / weight.sum(1, keepdim=True)).to(x.dtype).flatten()
         order, load = chosen.flatten().argsort(), chosen.flatten().bincount(minlength=c.n_experts)
-        token = order // c.n_active
-        slices = flat.index_select(0, token).split(load.tolist())
+        slices = flat.index_select(0, order // c.n_active).split(load.tolist())
         out = torch.cat([expert(s)[0] for expert, s in zip(self.experts, slices)])
         out = out * weight.index_select(0, order)[:, None]
-        y = torch.zeros_like(flat).index_add(0, token, out).view(x.shape)
+        y = torch.zeros_like(flat).index_add(0, order // c.n_active, out).view(x.shape)
         if self.shared_experts: y = y + self.shared_experts(x)[0]
         loss = c.balance * c.n_experts * (load / len(order) * p.mean(0)).sum()
         # Squared logsumexp keeps logits small (2202.08906).
@@ -467,9 +465,7 @@ class MoE(nn.Module):
         idle = self.cfg.n_experts - self.cfg.n_active
         return {"ffn": 2 * T * (weights(self) - idle * weights(self.experts[0]))}
 
-def relu2(x):
-    return F.relu(x).square()
-
+relu2 = lambda x: F.relu(x).square()
 gelu = partial(F.gelu, approximate="tanh")  # the form that GPT-2 was trained with
 FFNS = {"r": partial(FFN, act=F.relu), "u": partial(FFN, act=relu2), "e": partial(FFN, act=gelu),
         "g": partial(FFN, act=gelu, gated=True), "s": partial(FFN, act=F.silu, gated=True)}
@@ -492,7 +488,8 @@ class Block(nn.Module):
         super().__init__()
         self.names = [None if i is None else self.NAMES[i] for i in PLACES[cfg.norm_place]]
         for name in filter(None, self.names): self.add_module(name, make_norm(cfg))
-        self.self_attn, self.mlp, self.drop = MIXERS[mixer](cfg), FFNS[ffn](cfg), nn.Dropout(cfg.dropout)
+        self.self_attn, self.mlp = MIXERS[mixer](cfg), FFNS[ffn](cfg)
+        self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, ctx, cache=None):
         a, b, c, d, e, f = (getattr(self, n) if n else nn.Identity() for n in self.names)
@@ -676,39 +673,35 @@ def load_model(directory, device="cpu", dtype=torch.float32):
 # n_layers, d_model, n_heads of GPT-2 (Radford et al. 2019, table 2); d_ff is 4 d_model
 SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20),
          "XL": (48, 1600, 25), "175B": (96, 12288, 96)}  # the last is GPT-3 (2005.14165, table 2.1)
-LENGTHS = (1024, 4096, 16384)
 
 def sized(name, size, **more):
-    n_layers, d_model, n_heads = SIZES[size]
-    return meta_model(preset(name, n_layers=n_layers, d_model=d_model, n_heads=n_heads,
-                             d_ff=4 * d_model, **{"vocab_size": 50257, "seq_len": 1024, **more}))
+    sizes = dict(zip(("n_layers", "d_model", "n_heads"), SIZES[size]), d_ff=4 * SIZES[size][1])
+    return meta_model(preset(name, **{**sizes, "vocab_size": 50257, "seq_len": 1024, **more}))
 
-def lesson():
-    parts, T = ("qkv", "scores", "values", "out", "ffn", "head"), 2048
-    print(f"a forward pass at T = {T}{'parameters':>18s}{'FLOPs':>12s}", *(f"{p:>7s}" for p in parts))
-    for name, model in [*((name, meta_model(preset(name))) for name in PRESETS),
-                        *((f"GPT-2 {s}", sized("gpt2", s, seq_len=T)) for s in SIZES)]:
+def lesson(T=2048):
+    parts = ("qkv", "scores", "values", "out", "ffn", "head")
+    print(f"forward, T = {T}{'parameters':>23s}{'FLOPs':>12s}", *(f"{p:>7s}" for p in parts))
+    models = {**{name: meta_model(preset(name)) for name in PRESETS},
+              **{f"GPT-2 {s}": sized("gpt2", s, seq_len=T) for s in SIZES}}
+    for name, model in models.items():
         flops, n = model.flops(T), sum(model.n_params().values())
-        share = {p: 100 * flops.get(p, 0) / sum(flops.values()) for p in parts}
-        print(f"{name:20s}{n:22,d}{sum(flops.values()):12.4e}",
-              *(f"{share[p]:6.2f}%" for p in parts))
-    print("The matrices of a layer grow with d_model^2, scores and values with d_model: at a length,"
-          f"\nattention's share falls with size. At T = {T} scores and values take "
-          f"{share['scores'] + share['values']:.1f} % of the FLOPs at 175B")
+        share = [100 * flops.get(p, 0) / sum(flops.values()) for p in parts]
+        print(f"{name:18s}{n:20,d}{sum(flops.values()):12.4e}", *(f"{x:6.2f}%" for x in share))
+    print("The matrices of a layer grow with d_model^2, scores and values with d_model: attention's\n"
+          f"share falls with size. Scores and values take {sum(share[1:3]):.1f} % of the FLOPs at 175B")
 
-def bench():
+def bench(lengths=(1024, 4096, 16384)):
     """tokens/s, forward and backward, of a layer of d_model 256 in float32."""
     def rate(layer, T, *ctx):
         x = torch.randn(1, T, 256, requires_grad=True)
-        run = lambda: layer(x, *ctx)
-        loss = lambda: (run() if ctx else run()[0]).sum()  # an FFN returns aux, too
-        return T / seconds(lambda: loss().backward(), x.device, 3)
+        y = lambda: layer(x, *ctx) if ctx else layer(x)[0]  # an FFN returns aux, too
+        return T / seconds(lambda: y().sum().backward(), x.device, 3)
 
     keep_freed_memory()
-    print("tokens/s at T =", *(f"{T:9,d}" for T in LENGTHS))
+    print("tokens/s at T =", *(f"{T:9,d}" for T in lengths))
     for letter, kind in MIXERS.items():
-        cfg = ModelConfig(mixers=letter, seq_len=LENGTHS[-1])
-        rates = (rate(kind(cfg), T, Context(cfg, torch.zeros(1, T))) for T in LENGTHS)
+        cfg = ModelConfig(mixers=letter, seq_len=lengths[-1])
+        rates = (rate(kind(cfg), T, Context(cfg, torch.zeros(1, T))) for T in lengths)
         print(f"{letter:14s}", *(f"{r:9,.0f}" for r in rates))
     dense, experts = (rate(FFNS[f](ModelConfig(ffns=f)), 4096) for f in "sx")
     print(f"experts, 2 of 8, reach {experts / dense:.2f} of a dense FFN's {dense:,.0f} at 4,096")
