@@ -422,9 +422,9 @@ class FFN(nn.Module):
         self.gate_proj = project(cfg, self.d_ff) if gated else None
         self.up_proj, self.down_proj = project(cfg, self.d_ff), writer(cfg, self.d_ff)
 
-    def forward(self, x):
-        h = self.up_proj(x)  # (B, T, D) -> (B, T, F)
-        h = self.act(h) if self.gate_proj is None else self.act(self.gate_proj(x)) * h
+    def forward(self, x):  # (B, T, D) -> (B, T, F) -> (B, T, D)
+        h = self.up_proj(x)
+        h = self.act(self.gate_proj(x)) * h if self.gate_proj else self.act(h)
         return self.down_proj(h), {}
 
     def flops(self, T):
@@ -452,10 +452,11 @@ class MoE(nn.Module):
         weight = p.gather(1, chosen)
         weight = (weight / weight.sum(1, keepdim=True)).to(x.dtype).flatten()
         order, load = chosen.flatten().argsort(), chosen.flatten().bincount(minlength=c.n_experts)
-        slices = flat.index_select(0, order // c.n_active).split(load.tolist())
+        row = order // c.n_active  # rows of x, those of an expert side by side
+        slices = flat.index_select(0, row).split(load.tolist())
         out = torch.cat([expert(s)[0] for expert, s in zip(self.experts, slices)])
         out = out * weight.index_select(0, order)[:, None]
-        y = torch.zeros_like(flat).index_add(0, order // c.n_active, out).view(x.shape)
+        y = torch.zeros_like(flat).index_add(0, row, out).view(x.shape)
         if self.shared_experts: y = y + self.shared_experts(x)[0]
         loss = c.balance * c.n_experts * (load / len(order) * p.mean(0)).sum()
         # Squared logsumexp keeps logits small (2202.08906).
@@ -477,6 +478,8 @@ FFNS["x"] = partial(MoE, ffn=FFNS["s"])
 PLACES = {"pre": (0, None, None, 1, None, None), "post": (None, None, 0, None, None, 1),
           "sandwich": (0, 1, None, 2, 3, None)}  # which norms are a, b, c of mixer and FFN
 
+def norm(cfg): return NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
+
 class Block(nn.Module):
     """One layer: twice x = c(x + b(f(a(x)))), with norms a (pre), a and b (sandwich) or c (post).
     With pre-norm the stream itself is never touched, so gradients arrive whole; post-norm (2017)
@@ -487,7 +490,7 @@ class Block(nn.Module):
     def __init__(self, cfg, mixer, ffn):
         super().__init__()
         self.names = [None if i is None else self.NAMES[i] for i in PLACES[cfg.norm_place]]
-        for name in filter(None, self.names): self.add_module(name, make_norm(cfg))
+        for name in filter(None, self.names): self.add_module(name, norm(cfg))
         self.self_attn, self.mlp = MIXERS[mixer](cfg), FFNS[ffn](cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
@@ -496,9 +499,6 @@ class Block(nn.Module):
         x = c(x + self.drop(b(self.self_attn(a(x), ctx, cache))))
         y, aux = self.mlp(d(x))
         return f(x + self.drop(e(y))), aux
-
-def make_norm(cfg):
-    return NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
 
 class LM(nn.Module):
     """The model. `compute_dtype` is the dtype of the stream; None means that of the weights."""
@@ -511,7 +511,7 @@ class LM(nn.Module):
         if cfg.pos == "learned": self.embed_positions = Embedding(cfg.seq_len, cfg.d_model, std)
         mixers, ffns = (p * (cfg.n_layers // len(p)) for p in (cfg.mixers, cfg.ffns))
         self.layers = nn.ModuleList(Block(cfg, m, f) for m, f in zip(mixers, ffns))
-        self.norm = nn.Identity() if cfg.norm_place == "post" else make_norm(cfg)
+        self.norm = nn.Identity() if cfg.norm_place == "post" else norm(cfg)
         head_std = 0.0 if cfg.zero_init else cfg.init_std
         self.lm_head = None if cfg.tie else Linear(cfg.d_model, cfg.vocab_size, std=head_std)
         self.drop = nn.Dropout(cfg.dropout)
@@ -575,24 +575,20 @@ def meta_model(cfg):
     with torch.device("meta"): return LM(cfg)
 
 # -----------------------------------------------------------------------------
-# Presets: architectures of the field as rows; sizes are given beside them. Only n_kv_heads, the
-# sharing of keys, stands for theirs. A row's field that the given letters leave without a reader (a
-# window, when mixers is given without W) falls back to its default.
+# Presets: architectures of the field as rows; sizes are given beside them (n_kv_heads stands for
+# theirs). What a row sets for a mechanism that other letters replace falls back to its default.
 
 PRESETS = {
-    # 1706.03762: its decoder, without the encoder
     "vaswani": dict(ffns="r", norm="layer", norm_place="post", pos="sinusoidal", bias=True,
-                    tie=True, embed_scale=True, dropout=0.1),
-    # Radford et al. 2019
-    "gpt2": dict(ffns="e", norm="layer", pos="learned", bias=True, tie=True, init_std=0.02),
+                    tie=True, embed_scale=True, dropout=0.1),  # 1706.03762: its decoder, alone
+    "gpt2": dict(ffns="e", norm="layer", pos="learned", bias=True, tie=True, init_std=0.02),  # 2019
     "llama": dict(),  # 2302.13971
     "mistral": dict(mixers="W", n_kv_heads=2),  # 2310.06825; there the window is 4096
     "mixtral": dict(ffns="x", rope_theta=1e6, n_kv_heads=2, balance=0.02),  # 2401.04088
     # 2407.10671, 2505.09388: their small sizes are tied
     "qwen2": dict(qkv_bias=True, n_kv_heads=2, rope_theta=1e6, norm_eps=1e-6, tie=True),
     "qwen3": dict(qk_norm=True, n_kv_heads=2, rope_theta=1e6, norm_eps=1e-6, tie=True),
-    # 2503.19786, Gemma 3: five local layers to a global one. There global ones have a rope_theta of
-    # their own; here all share one.
+    # 2503.19786, Gemma 3: five local layers to a global one, which there has its own rope_theta
     "gemma": dict(mixers="WWWWWA", ffns="g", window=512, norm_place="sandwich", norm_eps=1e-6,
                   qk_norm=True, tie=True, embed_scale=True, n_layers=6, n_kv_heads=1),
     # 2405.04434 and, for the biases, 2412.19437: a dense layer first, then many small experts
@@ -613,8 +609,7 @@ def fields_of(name, given):
         raise UserError(f"preset: got {name!r}, wanted {' or '.join(PRESETS)}; set --preset")
     both = {"mixers": ModelConfig.mixers, "ffns": ModelConfig.ffns, **PRESETS[name], **given}
     letters = set(both["mixers"] + both["ffns"])
-    unread = {k for k, of in OF.items() if of and not set(of) & letters}
-    return {k: v for k, v in both.items() if k in given or k not in unread}
+    return {k: v for k, v in both.items() if k in given or not OF[k] or set(OF[k]) & letters}
 
 def preset(name, **sizes):
     """ModelConfig of a named architecture; sizes, and any other field, override its row."""
@@ -687,8 +682,9 @@ def lesson(T=2048):
         flops, n = model.flops(T), sum(model.n_params().values())
         share = [100 * flops.get(p, 0) / sum(flops.values()) for p in parts]
         print(f"{name:18s}{n:20,d}{sum(flops.values()):12.4e}", *(f"{x:6.2f}%" for x in share))
-    print("The matrices of a layer grow with d_model^2, scores and values with d_model: attention's\n"
-          f"share falls with size. Scores and values take {sum(share[1:3]):.1f} % of the FLOPs at 175B")
+    print("The matrices of a layer grow with d_model^2, scores and values with d_model: attention's"
+          "\nshare falls with size. Scores and values take "
+          f"{share[1] + share[2]:.1f} % of the FLOPs at 175B")
 
 def bench(lengths=(1024, 4096, 16384)):
     """tokens/s, forward and backward, of a layer of d_model 256 in float32."""
