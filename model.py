@@ -18,8 +18,7 @@ THE MATHS
 THE COSTS (a product of (m, k) and (k, n) takes 2mkn FLOPs; backward costs twice the forward)
     a token forward     2 per weight that it meets, and 4 S H Dh a layer to attend to S places
     a token in training three times that: 6 N for N weights, and 12 S H Dh a layer
-    a cache             2 Hkv Dh numbers per token and layer (R + d_rope if latent); a recurrence
-                        keeps H N Dv per layer, however long the text
+    a cache, per layer  2 Hkv Dh numbers a token (R + Dh/2 if latent); of a recurrence H N Dv in all
     Each mechanism counts its own (`flops`), and a test holds the sum against torch's counter.
 
 SHAPES
@@ -193,8 +192,7 @@ def load_tensors(path):
 # Contract: __init__(cfg), forward(x, ctx, cache=None) -> y, new_cache(batch, size, device, dtype),
 # flops(T, S) -> {part: FLOPs}. A cache has n, update, next_pos and truncate.
 
-def project(cfg, d_out, bias=False):
-    return Linear(cfg.d_model, d_out, cfg.bias or bias, cfg.init_std)
+def project(cfg, d, bias=False): return Linear(cfg.d_model, d, cfg.bias or bias, cfg.init_std)
 
 def writer(cfg, d_in):
     """The matrix that adds to the stream. It starts at zero; or with GPT-2's std, smaller by
@@ -203,18 +201,16 @@ def writer(cfg, d_in):
     return Linear(d_in, cfg.d_model, cfg.bias, 0.0 if cfg.zero_init else std)
 
 class Mixer(nn.Module):
-    """What mixers of keys share: `cache`, its heads and widths, and the sum of `flops`. Attention
-    counts all pairs, though a kernel may skip those that causality or a window hide; FFTs and
-    triangular solves are not counted, as torch's counter does not."""
+    """What mixers of keys and values share: a cache of some heads and widths, and the sum of FLOPs:
+    all pairs, though a kernel may skip masked ones; like torch's counter, no FFTs and solves."""
     window = None
 
     def new_cache(self, batch, size, device, dtype):
         return KVCache(batch, size, *self.cache, self.window, device, dtype)
 
     def flops(self, T, S):
-        out, (scores, values) = weights(self.o_proj), self.products(T, S)
-        return {"qkv": 2 * T * (weights(self) - out), "scores": scores, "values": values,
-                "out": 2 * T * out}
+        out, pairs = 2 * T * weights(self.o_proj), dict(zip(("scores", "values"), self.pairs(T, S)))
+        return {"qkv": 2 * T * weights(self) - out, **pairs, "out": out}
 
 class Attention(Mixer):
     """MHA, MQA (1911.02150) or GQA (2305.13245) by n_kv_heads; over the whole past or, if local,
@@ -223,9 +219,8 @@ class Attention(Mixer):
         super().__init__()
         self.cfg, self.window, self.turned = cfg, cfg.window if local else None, turned
         self.cache = cfg.n_kv_heads, cfg.d_head, cfg.d_head
-        self.q_proj, self.k_proj, self.v_proj = (
-            project(cfg, heads * cfg.d_head, cfg.qkv_bias)
-            for heads in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads))
+        self.q_proj, self.k_proj, self.v_proj = (project(cfg, h * cfg.d_head, cfg.qkv_bias)
+                                                 for h in (cfg.n_heads, *2 * (cfg.n_kv_heads,)))
         self.o_proj = writer(cfg, cfg.n_heads * cfg.d_head)
         norm = partial(RMSNorm, cfg.d_head, cfg.norm_eps) if cfg.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()  # gains bound the scores (2010.04245)
@@ -239,7 +234,7 @@ class Attention(Mixer):
         else: k, v, mask = cache.update(k, v, ctx.pos)
         return self.o_proj(merge(attention(q, k, v, mask, c.dropout if self.training else 0.0)))
 
-    def products(self, T, S):
+    def pairs(self, T, S):
         return (2 * T * S * self.cfg.n_heads * self.cfg.d_head,) * 2
 
 class LatentAttention(Mixer):
@@ -273,7 +268,7 @@ class LatentAttention(Mixer):
             y = attention(q, c, c[..., :R], mask, drop) @ W.mT  # @ (H,R,Dh) -> (B,H,T,Dh)
         return self.o_proj(merge(y))
 
-    def products(self, T, S):  # of the expanded form, training's
+    def pairs(self, T, S):  # of the expanded form, training's
         H, Dh, R, r = self.sizes
         return 2 * T * S * H * (Dh + r), 2 * T * S * H * Dh
 
@@ -318,7 +313,7 @@ class Recurrent(Mixer):
         shape = (batch, self.heads, self.d_k, self.d_v + self.extra)
         return StateCache(tail, up(torch.zeros(shape, device=device, dtype=dtype)))
 
-    def products(self, T, S):
+    def pairs(self, T, S):
         C, H, N = min(CHUNK, T), self.heads, self.d_k
         P = -(-T // C) * C  # whole chunks
         return (2 * P * C * N * self.k_heads * (1 + self.delta),
@@ -329,7 +324,6 @@ class LinearAttention(Recurrent):
     sum_s f(q) . f(k_s) v_s = S^T f(q) with S the sum of f(k_s) v_s^T. A column of ones beside v
     adds up the weights, by which y is divided. Nothing decays."""
     extra = 1
-
     def mix(self, x, q, k, v, pos, S):
         v, log_a = F.pad(v, (0, 1), value=1.0), x.new_zeros(len(x), 1, x.shape[1])
         y, S = scan(F.elu(q) + 1, F.elu(k) + 1, v, log_a, None, pos, S)
@@ -340,7 +334,6 @@ class StateSpace(Recurrent):
     that a token chooses: a_t = exp(-dt A), written is dt x_t. Heads share k and q, the paper's B
     and C; D x_t is added. (Mamba-2 has its norm behind the gate.)"""
     gates = 1
-
     def __init__(self, cfg):
         super().__init__(cfg, k_heads=1, d_k=cfg.d_state, d_v=2 * cfg.d_head)
         self.D = nn.Parameter(torch.ones(cfg.n_heads, 1, 1))
@@ -355,7 +348,6 @@ class GatedDelta(Recurrent):
     the memory already answers to k_t), a step of gradient descent on |S^T k_t - v_t|^2 / 2: a new
     value for a key replaces the old one, and is not added to it."""
     gates, delta = 2, 1
-
     def mix(self, x, q, k, v, pos, S):
         a, b = up(self.gate_proj(x)).mT.chunk(2, 1)  # (B, H, T) each
         log_a, b = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None]), b.sigmoid()
@@ -368,19 +360,18 @@ class Hyena(Recurrent):
     filter h is as long as the text but implicit, a small network of the distance under a window
     that decays. No state sums up the past: a cache keeps all k * v, and a token costs S D."""
     gates = 0
-
     def __init__(self, cfg):
         super().__init__(cfg, 1, 1, cfg.d_model, cfg.d_model)
         self.skip, widths = nn.Parameter(torch.ones(cfg.d_model)), (17, 32, 32, cfg.d_model)
         self.filter = nn.ModuleList(Linear(*pair, bias=True) for pair in zip(widths, widths[1:]))
 
     def impulse(self, S, device):
-        """h (S, D): what a token adds to those 0..S-1 places later; eight waves tell the distance.
-        The slowest window falls to 1 % at seq_len, the fastest at a tenth of it [our choice]."""
+        """h (S, D): what a token adds to those 0..S-1 places later, which eight waves tell."""
         t = torch.arange(S, device=device)[:, None] / self.cfg.seq_len
         angle = 2 * math.pi * t * torch.arange(1, 9, device=device)
         h = self.filter[0](torch.cat((t, angle.cos(), angle.sin()), -1).to(self.skip.dtype))
         for layer in self.filter[1:]: h = layer(h.sin())
+        # The slowest window falls to 1 % at seq_len, the fastest at a tenth of it [our choice].
         return h * torch.exp(-4.6 * t * torch.linspace(1, 10, h.shape[1], device=device))
 
     def mix(self, x, q, k, v, pos, *past):
@@ -397,8 +388,7 @@ class Hyena(Recurrent):
         pos = torch.zeros(none, device=device, dtype=torch.long)
         return StateCache(tail, up(tail.new_zeros(*none, self.d_v)), pos, pos)
 
-    def flops(self, T, S):
-        """All rows of a batch share the filter, of S places."""
+    def flops(self, T, S):  # all rows of a batch share the filter
         filters = weights(self.filter)
         return {"qkv": 2 * T * (weights(self) - filters), "filter": 2 * S * filters}
 
@@ -427,8 +417,7 @@ class FFN(nn.Module):
         h = self.act(self.gate_proj(x)) * h if self.gate_proj else self.act(h)
         return self.down_proj(h), {}
 
-    def flops(self, T):
-        return {"ffn": 2 * T * weights(self)}
+    def flops(self, T): return {"ffn": 2 * T * weights(self)}
 
 class MoE(nn.Module):
     """A router sends each token to n_active of n_experts FFNs, whose outputs add up, weighted by
@@ -463,8 +452,7 @@ class MoE(nn.Module):
         return y, {"loss": loss + c.router_z * z.logsumexp(1).square().mean(), "load": load}
 
     def flops(self, T):
-        idle = self.cfg.n_experts - self.cfg.n_active
-        return {"ffn": 2 * T * (weights(self) - idle * weights(self.experts[0]))}
+        return {"ffn": 2 * T * (weights(self) - weights(*self.experts[self.cfg.n_active:]))}
 
 relu2 = lambda x: F.relu(x).square()
 gelu = partial(F.gelu, approximate="tanh")  # the form that GPT-2 was trained with
@@ -665,26 +653,22 @@ def load_model(directory, device="cpu", dtype=torch.float32):
 # -----------------------------------------------------------------------------
 # The lesson: where parameters and FLOPs are. The bench: what a token costs as the text gets longer.
 
-# n_layers, d_model, n_heads of GPT-2 (Radford et al. 2019, table 2); d_ff is 4 d_model
-SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20),
-         "XL": (48, 1600, 25), "175B": (96, 12288, 96)}  # the last is GPT-3 (2005.14165, table 2.1)
-
-def sized(name, size, **more):
-    sizes = dict(zip(("n_layers", "d_model", "n_heads"), SIZES[size]), d_ff=4 * SIZES[size][1])
-    return meta_model(preset(name, **{**sizes, "vocab_size": 50257, "seq_len": 1024, **more}))
+# n_layers and d_model of GPT-2 (Radford et al. 2019, table 2), of GPT-3 (2005.14165, table 2.1)
+SIZES = {"small": (12, 768), "medium": (24, 1024), "large": (36, 1280), "XL": (48, 1600),
+         "175B": (96, 12288)}
 
 def lesson(T=2048):
     parts = ("qkv", "scores", "values", "out", "ffn", "head")
     print(f"forward, T = {T}{'parameters':>23s}{'FLOPs':>12s}", *(f"{p:>7s}" for p in parts))
-    models = {**{name: meta_model(preset(name)) for name in PRESETS},
-              **{f"GPT-2 {s}": sized("gpt2", s, seq_len=T) for s in SIZES}}
-    for name, model in models.items():
+    gpt = partial(preset, "gpt2", vocab_size=50257, seq_len=T)
+    for name, cfg in (*((name, preset(name)) for name in PRESETS),
+                      *((f"GPT-2 {s}", gpt(n_layers=n, d_model=d)) for s, (n, d) in SIZES.items())):
+        model = meta_model(cfg)
         flops, n = model.flops(T), sum(model.n_params().values())
         share = [100 * flops.get(p, 0) / sum(flops.values()) for p in parts]
         print(f"{name:18s}{n:20,d}{sum(flops.values()):12.4e}", *(f"{x:6.2f}%" for x in share))
-    print("The matrices of a layer grow with d_model^2, scores and values with d_model: attention's"
-          "\nshare falls with size. Scores and values take "
-          f"{share[1] + share[2]:.1f} % of the FLOPs at 175B")
+    print("A layer's matrices grow with d_model^2, scores and values with d_model: their share\nfalls "
+          f"with size. Scores and values take {share[1] + share[2]:.1f} % of the FLOPs at 175B")
 
 def bench(lengths=(1024, 4096, 16384)):
     """tokens/s, forward and backward, of a layer of d_model 256 in float32."""
