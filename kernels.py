@@ -6,7 +6,8 @@ THE IDEA
     arithmetic at the peak rate, or its bytes at the road's. Which one binds is told by the
     arithmetic intensity, FLOPs per byte moved. Large matrix products reuse each number often and
     are bound by arithmetic; all that is element by element is bound by memory, and gets faster
-    only by moving less.
+    only by moving less. The operations of a model stand here too, each twice: as its definition
+    says (`x_reference`), which moves much, and as what moves less.
 
 THE MATHS
     time >= max(FLOPs / peak, bytes / bandwidth)                        the roofline
@@ -19,12 +20,15 @@ THE COSTS
     On an H100 the ridge lies at 989e12 / 3.35e12 = 295 FLOPs per byte; DEVICES holds the numbers of
     the others. On a device that is not in the table the peak is measured with a large product.
 
-CONTENTS  DEVICES / peak_flops_per_s / fastest_dtype, keep_freed_memory / the lesson
+CONTENTS  DEVICES / peak_flops_per_s / fastest_dtype, keep_freed_memory / softmax, loss, Linear,
+          norms, attention / positions, masks, context, caches / scan / convolutions / the lesson
 NOT HERE  fused kernels; what torch calls (cuBLAS, cuDNN, oneDNN) is measured, not rewritten
 RUN       python kernels.py   # last line: "... bound by arithmetic from n = 886 on"
 REFERENCES
     Williams et al. 2009 (the roofline model); NVIDIA's datasheets (V100, T4, A10, A100, L4, H100,
-    H200, B200); Chowdhery et al. 2022 (2204.02311) for MFU
+    H200, B200); Chowdhery et al. 2022 (2204.02311) for MFU; Su et al. 2021 (2104.09864) RoPE;
+    Zhang, Sennrich 2019 (1910.07467) RMSNorm; Glorot, Bengio 2010 initial scale; Yang et al. 2024
+    (2406.06484) the delta rule in chunks
 EXERCISE  Empty `roofline_s` and fill it until `pytest test_all.py -k roofline` is green again.
 """
 import argparse, ctypes, math, platform, sys, time

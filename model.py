@@ -667,8 +667,8 @@ def lesson(T=2048):
         flops, n = model.flops(T), sum(model.n_params().values())
         share = [100 * flops.get(p, 0) / sum(flops.values()) for p in parts]
         print(f"{name:18s}{n:20,d}{sum(flops.values()):12.4e}", *(f"{x:6.2f}%" for x in share))
-    print("A layer's matrices grow with d_model^2, scores and values with d_model: their share\nfalls "
-          f"with size. Scores and values take {share[1] + share[2]:.1f} % of the FLOPs at 175B")
+    print("A layer's matrices grow with d_model^2, scores and values with d_model, so that their\n"
+          f"share falls. Scores and values take {sum(share[1:3]):.1f} % of the FLOPs at 175B")
 
 def bench(lengths=(1024, 4096, 16384)):
     """tokens/s, forward and backward, of a layer of d_model 256 in float32."""

@@ -640,8 +640,8 @@ def test_delta_rule_replaces_the_value_of_a_key():
 def test_long_convolution_equals_its_definition():
     u, h, pos = torch.randn(2, 9, 3).double(), torch.randn(9, 3).double(), torch.arange(9)
     want = sum(F.pad(u[:, :9 - g] * h[g], (0, 0, g, 0)) for g in range(9))
-    row = pos.expand(2, 1, 9)
-    for y in (kernels.long_conv(u, h), kernels.long_conv_reference(u, h, row, row * 0, row, row * 0)):
+    row, doc = pos.expand(2, 1, 9), torch.zeros(2, 1, 9)
+    for y in (kernels.long_conv(u, h), kernels.long_conv_reference(u, h, row, doc, row, doc)):
         assert torch.allclose(y, want, atol=1e-12)
 
 def test_one_expert_that_is_always_active_is_a_dense_ffn():
@@ -688,8 +688,8 @@ def test_attention_equals_its_reference(kv):
     for m in (None, mask):
         pairs = [torch.autograd.grad(f(q, k, v, m).square().sum(), (q, k, v))
                  for f in (kernels.attention, kernels.attention_reference)]
-        assert torch.allclose(kernels.attention(q, k, v, m), kernels.attention_reference(q, k, v, m),
-                              atol=1e-12)
+        same = (f(q, k, v, m) for f in (kernels.attention, kernels.attention_reference))
+        assert torch.allclose(*same, atol=1e-12)
         assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*pairs))
 
 def test_attention_reference_equals_a_loop_over_definitions():
@@ -748,32 +748,27 @@ def test_gqa_equals_mha_with_repeated_heads():
     mha.load_state_dict(weights)
     assert torch.allclose(gqa(ids(2, 9))[0], mha(ids(2, 9))[0], atol=1e-12)
 
-def published_sizes():
-    """(preset, sizes of a published config.json, parameters), all but GPT-3 as its files hold."""
-    keys = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "vocab_size")
-    rows = [("gpt2", (12, 768, 12, 12, 64, 3072, 50257), {}, 124_439_808),
-            ("gpt2", (24, 1024, 16, 16, 64, 4096, 50257), {}, 354_823_168),
-            ("gpt2", (48, 1600, 25, 25, 64, 6400, 50257), {}, 1_557_611_200),
-            ("gpt2", (96, 12288, 96, 96, 128, 49152, 50257), dict(seq_len=2048), 174_604_259_328),
-            ("llama", (32, 4096, 32, 32, 128, 11008, 32000), {}, 6_738_415_616),  # Llama 2 7B
-            ("llama", (16, 2048, 32, 8, 64, 8192, 128256), dict(tie=True), 1_235_814_400),  # 3.2 1B
-            ("mistral", (32, 4096, 32, 8, 128, 14336, 32000), {}, 7_241_732_096),  # 7B v0.1
-            ("mixtral", (32, 4096, 32, 8, 128, 14336, 32000), dict(d_expert=14336), 46_702_792_704),
-            ("qwen2", (24, 896, 14, 2, 64, 4864, 151936), {}, 494_032_768),  # Qwen2.5 0.5B
-            ("qwen3", (28, 1024, 16, 8, 128, 3072, 151936), {}, 596_049_920),  # 0.6B
-            ("gemma", (26, 1152, 4, 1, 256, 6912, 262144),
-             dict(mixers=("WWWWWA" * 5)[:26]), 999_885_952),  # Gemma 3 1B
-            ("gemma", (18, 2048, 8, 1, 256, 16384, 256000), dict(  # Gemma 2B
-                mixers="A", qk_norm=False, norm_place="pre"), 2_506_172_416),
-            ("deepseek", (27, 2048, 16, None, 128, 10944, 102400), dict(  # V2-Lite
-                ffns="s" + 26 * "x", n_experts=64, n_active=6, n_shared=2, d_expert=1408,
-                d_latent=512), 15_706_484_224)]
-    return [(name, {**dict(zip(keys, sizes)), "seq_len": 1024, **more}, n)
-            for name, sizes, more, n in rows]
+PUBLISHED = [  # L, D, H, Hkv, Dh, F, V as their config.json says; parameters as their files hold
+    ("gpt2", (12, 768, 12, 12, 64, 3072, 50257), {}, 124_439_808),
+    ("gpt2", (48, 1600, 25, 25, 64, 6400, 50257), {}, 1_557_611_200),
+    ("gpt2", (96, 12288, 96, 96, 128, 49152, 50257), dict(seq_len=2048), 174_604_259_328),  # GPT-3
+    ("llama", (32, 4096, 32, 32, 128, 11008, 32000), {}, 6_738_415_616),  # Llama 2 7B
+    ("llama", (16, 2048, 32, 8, 64, 8192, 128256), dict(tie=True), 1_235_814_400),  # Llama 3.2 1B
+    ("mistral", (32, 4096, 32, 8, 128, 14336, 32000), {}, 7_241_732_096),  # 7B v0.1
+    ("mixtral", (32, 4096, 32, 8, 128, 14336, 32000), dict(d_expert=14336), 46_702_792_704),
+    ("qwen2", (24, 896, 14, 2, 64, 4864, 151936), {}, 494_032_768),  # Qwen2.5 0.5B
+    ("qwen3", (28, 1024, 16, 8, 128, 3072, 151936), {}, 596_049_920),  # 0.6B
+    ("gemma", (26, 1152, 4, 1, 256, 6912, 262144), dict(mixers=("WWWWWA" * 5)[:26]), 999_885_952),
+    ("gemma", (18, 2048, 8, 1, 256, 16384, 256000),  # Gemma 2B, the first
+     dict(mixers="A", qk_norm=False, norm_place="pre"), 2_506_172_416),
+    ("deepseek", (27, 2048, 16, None, 128, 10944, 102400), dict(  # V2-Lite
+        ffns="s" + 26 * "x", n_experts=64, n_active=6, n_shared=2, d_expert=1408), 15_706_484_224)]
 
-@pytest.mark.parametrize("name, sizes, n", published_sizes())
-def test_parameter_counts_equal_the_published_ones(name, sizes, n):
-    assert sum(model.meta_model(model.preset(name, **sizes)).n_params().values()) == n
+@pytest.mark.parametrize("name, sizes, more, n", PUBLISHED)
+def test_parameter_counts_equal_the_published_ones(name, sizes, more, n):
+    keys = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "vocab_size")
+    cfg = model.preset(name, **{"seq_len": 1024, **dict(zip(keys, sizes)), **more})
+    assert sum(model.meta_model(cfg).n_params().values()) == n
 
 @pytest.mark.parametrize("size, n, flops, head", [("small", 190_460_160, 3.4963e11, 22.61),
                                                   ("XL", 2_127_057_600, 4.5133e12, 3.65)])
