@@ -286,6 +286,7 @@ class Context:
             pos = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             if start is not None: pos = pos + start  # (B, T) + (B, 1)
         self.pos, self.rows = pos, pos[:1] if self.plain else pos
+        self.order = None if self.plain else (pos < 0).sort(dim=1, stable=True).indices
 
     def turn(self, x):
         """RoPE on (B, H, T, Dh), if the model has it."""
@@ -305,9 +306,8 @@ class Context:
     def packed(self, x, back=False):
         """(B, T, ...) with each row's padding moved behind its tokens, or back: what convolves or
         carries a state finds the token before next to it."""
-        if self.plain: return x
-        order = (self.pos < 0).sort(dim=1, stable=True).indices
-        return take(x, order.argsort(1) if back else order)
+        if self.order is None: return x
+        return take(x, self.order.argsort(1) if back else self.order)
 
 class KVCache:
     """Keys and values of a layer, token i in column i; with a window in column i modulo `size`, a

@@ -572,7 +572,7 @@ PRESETS = {
     "gpt2": dict(ffns="e", norm="layer", pos="learned", bias=True, tie=True, init_std=0.02),  # 2019
     "llama": dict(),  # 2302.13971
     "mistral": dict(mixers="W", n_kv_heads=2),  # 2310.06825; there the window is 4096
-    "mixtral": dict(ffns="x", rope_theta=1e6, n_kv_heads=2, balance=0.02),  # 2401.04088
+    "mixtral": dict(ffns="x", rope_theta=1e6, n_kv_heads=2, balance=0.02, router_z=0),  # 2401.04088
     # 2407.10671, 2505.09388: their small sizes are tied
     "qwen2": dict(qkv_bias=True, n_kv_heads=2, rope_theta=1e6, norm_eps=1e-6, tie=True),
     "qwen3": dict(qk_norm=True, n_kv_heads=2, rope_theta=1e6, norm_eps=1e-6, tie=True),
@@ -581,7 +581,7 @@ PRESETS = {
                   qk_norm=True, tie=True, embed_scale=True, n_layers=6, n_kv_heads=1),
     # 2405.04434 and, for the biases, 2412.19437: a dense layer first, then many small experts
     "deepseek": dict(mixers="M", ffns="sxxx", n_layers=4, n_experts=16, n_active=4, n_shared=1,
-                     balance=1e-4, balance_bias=1e-3, norm_eps=1e-6),
+                     balance=1e-4, balance_bias=1e-3, router_z=0.0, norm_eps=1e-6),
     # 2403.19887: attention in one layer of eight, experts in every other; its Mamba is the first
     "jamba": dict(mixers="SSSSASSS", ffns="sx", n_layers=8, pos="none", n_kv_heads=2, n_experts=16),
     # Qwen3-Next (2025): three delta layers to one of attention; there all FFNs are experts
