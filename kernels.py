@@ -246,9 +246,12 @@ def sinusoid(pos, d):
     angle = pos[..., None] * 1e4 ** (-torch.arange(0, d, 2, device=pos.device) / d)  # (B, T, d/2)
     return torch.cat((angle.sin(), angle.cos()), -1)
 
-def rope_tables(pos, d_head, theta):
+def rope_tables(pos, d_head, theta, factor=None, context=None):
     """(B, T) -> cos, sin (B, 1, T, Dh/2) in float32: bf16 cannot tell position 256 from 257."""
-    freq = theta ** (-torch.arange(0, d_head, 2, device=pos.device) / d_head)
+    freq = 1 / theta ** (torch.arange(0, d_head, 2, device=pos.device) / d_head)
+    if factor:  # Llama 3.1: pairs that turn 4 times in the context stay, those that turn once slow
+        keep = ((context / (2 * math.pi / freq) - 1) / (4 - 1)).clamp(0, 1)
+        freq = (1 - keep) * freq / factor + keep * freq
     angle = pos[:, None, :, None] * freq
     return angle.cos(), angle.sin()
 
@@ -280,7 +283,7 @@ class Context:
     tables, masks by window. If every row counts from 0 (`plain`), one row's serve all."""
     def __init__(self, cfg, tokens, pos=None, start=None):
         self.tokens, self.masks, self.tables = tokens, {}, {}
-        self.theta = cfg.rope_theta if cfg.pos == "rope" else None
+        self.rope = cfg.pos == "rope" and (cfg.rope_theta, cfg.rope_factor, cfg.rope_context)
         self.plain = pos is None and start is None
         if pos is None:
             pos = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -290,9 +293,9 @@ class Context:
 
     def turn(self, x):
         """RoPE on (B, H, T, Dh), if the model has it."""
-        if self.theta is None: return x
+        if not self.rope: return x
         d = x.shape[-1]
-        if d not in self.tables: self.tables[d] = rope_tables(self.rows, d, self.theta)
+        if d not in self.tables: self.tables[d] = rope_tables(self.rows, d, *self.rope)
         return rotate(x, *self.tables[d])
 
     def mask(self, window=None):

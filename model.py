@@ -37,7 +37,7 @@ REFERENCES (others stand at their class or preset)
 EXERCISE  Empty `LatentAttention.forward` and `MoE.forward`; fill them until
           `pytest test_all.py -k "decode or padded or experts"` is green again.
 """
-import argparse, dataclasses, json, math, struct, zlib
+import argparse, dataclasses, json, math, mmap, re, struct, zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,8 @@ class ModelConfig:
     norm_eps: float = flag(1e-5, "added to the mean square or variance")
     pos: str = flag("rope", "positions: rope, learned, sinusoidal or none")
     rope_theta: float = flag(1e4, "base of RoPE's wavelengths", "AWM")
+    rope_factor: float | None = flag(None, "stretch of long wavelengths, as in Llama 3.1", "AWM")
+    rope_context: int | None = flag(None, "context before that stretch", "AWM")
     qk_norm: bool = flag(False, "RMSNorm on each query and key, before RoPE", "AWN")
     softcap: float | None = flag(None, "logits become c tanh(logits / c); none: as they are")
     tie: bool = flag(False, "the output head is the embedding")
@@ -128,10 +130,13 @@ class ModelConfig:
                 ("d_head", "M" not in letters or self.d_head % 4 == 0, "a multiple of 4"),
                 ("d_model", self.pos != "sinusoidal" or even(self.d_model), "an even number"),
                 ("rope_theta", rope or self.rope_theta == 1e4, "its default without rope"),
+                ("rope_factor", rope or self.rope_factor is None, "none without rope"),
+                ("rope_context", (self.rope_factor is None) == (self.rope_context is None),
+                 "a number if rope_factor is one, else none"),
                 ("n_active", self.n_active <= self.n_experts, "at most n_experts"),
                 ("dropout", self.dropout < 1, "a probability below 1"),
                 *((name, getattr(self, name) != 0, "a positive number")
-                  for name in ("softcap", "init_std", "norm_eps", "rope_theta"))):
+                  for name in ("softcap", "init_std", "norm_eps", "rope_theta", "rope_factor"))):
             need(ok, name, wanted)
 
 OF = {f.name: f.metadata["of"] for f in dataclasses.fields(ModelConfig)}
@@ -166,17 +171,19 @@ def checksum(metadata, header, blobs):
     for blob in blobs: crc = zlib.crc32(blob, crc)
     return crc
 
-def load_tensors(path):
-    """Reads a safetensors file -> ({name: tensor}, metadata); UserError says what is wrong."""
+def load_tensors(path, copy=True):
+    """Reads a safetensors file -> ({name: tensor}, metadata), or views of it while it is there."""
     try:
-        data, out, end = bytearray(Path(path).read_bytes()), {}, 0
+        with open(path, "rb") as f: data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        whole, out, end = torch.frombuffer(data, dtype=torch.uint8), {}, 0
         n = 8 + struct.unpack("<Q", data[:8])[0]
         header = dict(json.loads(data[8:n]))
         metadata = header.pop("__metadata__", {})
         for name, h in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (a, b), dtype = h["data_offsets"], DTYPES[h["dtype"]]
             if a != end: raise ValueError(f"{name} begins at {a}, not at {end}")
-            raw = torch.frombuffer(data, dtype=torch.uint8)[n + a:n + b].clone()  # clone: aligned
+            raw = whole[n + a:n + b]
+            if copy or (n + a) % dtype.itemsize: raw = raw.clone()  # aligned to its numbers' size
             out[name], end = raw.view(dtype).reshape(h["shape"]), b
         if len(data) != n + end: raise ValueError(f"{len(data):,} bytes, not {n + end:,}")
         crc = metadata.pop("crc32", None)  # only our own files have it
@@ -489,10 +496,10 @@ class Block(nn.Module):
         return f(x + self.drop(e(y))), aux
 
 class LM(nn.Module):
-    """The model. `compute_dtype` is the dtype of the stream; None means that of the weights."""
+    """The model. compute_dtype: of the stream (None: of the weights); eos: ids that end a text."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.compute_dtype = cfg, None
+        self.cfg, self.compute_dtype, self.eos = cfg, None, None
         # A norm likes rows of std 1, but as a head they would give logits a std of sqrt(D).
         std = cfg.init_std or (cfg.d_model ** -0.5 if cfg.tie else 1.0)
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.d_model, std)
@@ -604,50 +611,118 @@ def preset(name, **sizes):
     return ModelConfig(**fields_of(name, sizes))
 
 # -----------------------------------------------------------------------------
-# A run directory has the layout of a Hugging Face directory: config.json in the published spelling,
-# tensors under the published names (model.layers.0.self_attn.q_proj.weight). One key more holds the
-# ModelConfig.
+# Run directories, and other people's models
+# A run directory is a Hugging Face directory: config.json and safetensors files. A model of a known
+# family is written as that family, which transformers loads; one key more has the ModelConfig. The
+# table says, for both directions, how a family calls our fields and, unlike Llama, our tensors.
+
+LLAMA = dict(vocab_size="vocab_size", seq_len="max_position_embeddings", d_model="hidden_size",
+             n_layers="num_hidden_layers", n_heads="num_attention_heads", tie="tie_word_embeddings",
+             n_kv_heads="num_key_value_heads", d_head="head_dim", d_ff="intermediate_size",
+             norm_eps="rms_norm_eps", rope_theta="rope_theta", rope_factor="factor",
+             rope_context="original_max_position_embeddings")
+GPT = dict(vocab_size="vocab_size", norm_eps="layer_norm_epsilon", d_model="n_embd", d_ff="n_inner",
+           seq_len="n_positions", n_layers="n_layer", n_heads="n_head", tie="tie_word_embeddings")
+WORDS = dict(embed_tokens="wte", embed_positions="wpe", layers="h", norm="ln_f", q_proj="c_attn",
+             input_layernorm="ln_1", post_attention_layernorm="ln_2", self_attn="attn",
+             k_proj="c_attn", v_proj="c_attn", o_proj="c_proj", up_proj="c_fc", down_proj="c_proj")
+FAMILIES = {  # architecture: (preset and model_type, our field: its key, our word: its word)
+    "GPT2LMHeadModel": ("gpt2", GPT, WORDS),
+    "LlamaForCausalLM": ("llama", LLAMA, {}),
+    "MistralForCausalLM": ("mistral", {**LLAMA, "window": "sliding_window"}, {}),
+    "Qwen2ForCausalLM": ("qwen2", LLAMA, {}),
+    "Qwen3ForCausalLM": ("qwen3", LLAMA, {}),
+    "MixtralForCausalLM": ("mixtral", {
+        **LLAMA, "window": "sliding_window", "n_experts": "num_local_experts",
+        "n_active": "num_experts_per_tok", "d_expert": "intermediate_size"}, dict(
+        mlp="block_sparse_moe", gate_proj="w1", up_proj="w3", down_proj="w2"))}
+ROPE = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)  # as in rope_tables
+KNOWN = dict(ROPE, type="llama3", hidden_act="silu", activation_function="gelu_new", mlp_bias=False,
+             attention_bias=False, use_sliding_window=False, scale_attn_by_inverse_layer_idx=False)
+
+def family(c):
+    """(architecture, preset, keys, words) of a ModelConfig; what only training sees is free."""
+    plain = {f.name: f.default for f in dataclasses.fields(c)}
+    plain.update(n_kv_heads=c.n_heads, d_head=c.d_model // c.n_heads)  # as None is resolved
+    for architecture, row in FAMILIES.items():
+        unlike = {f for f, v in {**plain, **PRESETS[row[0]]}.items() if getattr(c, f) != v}
+        if unlike <= {*row[1], "dropout", "init_std", "zero_init", "balance", "router_z"}:
+            return architecture, *row
+    return "LM", None, {}, {}
+
+def views(model):
+    """{published name: [views of parameters, side by side]}: to fill a view fills its parameter.
+    GPT-2 keeps Q, K and V in one matrix, and matrices as (in, out)."""
+    (_, name, _, words), out = family(model.cfg), {}
+    for own, p in (*model.named_parameters(), *model.named_buffers()):
+        theirs = ".".join(words.get(word, word) for word in own.split("."))
+        if name != "gpt2" and not own.startswith("lm_head"): theirs = "model." + theirs
+        turn = name == "gpt2" and p.ndim == 2 and own.startswith("layers")
+        out.setdefault(theirs, []).append(p.detach().T if turn else p.detach())
+    return out
 
 def published(model):
-    """{published name: parameter, or bias of a router}."""
-    own = [*model.named_parameters(), *model.named_buffers()]
-    return {n if n.startswith("lm_head") else "model." + n: p for n, p in own}
+    """{published name: tensor}."""
+    return {n: v[0] if len(v) == 1 else torch.cat(v, -1) for n, v in views(model).items()}
 
 def save_model(model, directory):
     """Writes config.json and model.safetensors, each whole or not at all."""
-    c = model.cfg
-    config = {"architectures": ["LM"], "vocab_size": c.vocab_size, "hidden_size": c.d_model,
-              "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
-              "num_key_value_heads": c.n_kv_heads, "head_dim": c.d_head, "rope_theta": c.rope_theta,
-              "intermediate_size": model.layers[0].mlp.d_ff, "max_position_embeddings": c.seq_len,
-              "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tie,
-              "model_config": dataclasses.asdict(c)}
+    (architecture, name, keys, _), own = family(model.cfg), dataclasses.asdict(model.cfg)
+    values = {**own, **dict.fromkeys(("d_ff", "d_expert"), model.layers[0].mlp.d_ff)}
+    config = {"architectures": [architecture], "model_type": name, "eos_token_id": model.eos,
+              "bos_token_id": None, "tokenizer_class": "PreTrainedTokenizerFast",
+              "model_config": own, **{k: values[f] for f, k in keys.items()}}
+    scaling = {k: config.pop(k, None) for k in ("factor", "original_max_position_embeddings")}
+    if scaling["factor"]: config["rope_scaling"] = {**ROPE, **scaling}
     with atomic_write(Path(directory) / "config.json", "w") as f: json.dump(config, f, indent=1)
     save_tensors(Path(directory) / "model.safetensors", published(model), {"format": "pt"})
 
 def load_state(model, tensors, where):
     """Copies {published name: tensor} into a model; names a missing, surplus or mis-shaped one."""
-    own = published(model)
-    odd = sorted(own.keys() ^ tensors.keys()) + [n for n in own.keys() & tensors.keys()
-                                                 if own[n].shape != tensors[n].shape]
-    if odd: raise UserError(f"{where}: got {odd[:4]} missing, surplus or of another shape; wanted "
-                            "what config.json describes; check that the two belong together")
-    with torch.no_grad():
-        for name, p in own.items(): p.copy_(tensors[name])
+    got, wanted = ({n: list(t.shape) for n, t in x.items()} for x in (tensors, published(model)))
+    odd = [f"{n} {got.get(n, 'missing')} (wanted {wanted.get(n, 'no such tensor')})"
+           for n in sorted(got | wanted) if got.get(n) != wanted.get(n)]
+    if odd: raise UserError(f"{where}: got {', '.join(odd[:4])}, {len(odd)} in all; wanted what "
+                            "config.json describes; check that the two belong together")
+    for name, parts in views(model).items():
+        for p, t in zip(parts, tensors[name].split([p.shape[-1] for p in parts], -1)): p.copy_(t)
+
+def read_config(config):
+    """The ModelConfig that a config.json, ours or a published one, describes."""
+    if "model_config" in config: return ModelConfig(**config["model_config"])
+    architecture = (config.get("architectures") or [None])[0]
+    if architecture not in FAMILIES:
+        raise UserError(f"architecture: got {architecture}, wanted {' or '.join(FAMILIES)}; choose "
+                        "another model")
+    name, keys, _ = FAMILIES[architecture]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # new, old spelling
+    c = {"tie_word_embeddings": name == "gpt2", **config, **rope}  # without that key only GPT-2 is
+    for key, wanted in KNOWN.items():  # to ignore what we do not have would give other logits
+        if c.get(key, wanted) not in (wanted, "default"):  # the default rope_type has no stretch
+            raise UserError(f"{key}: got {c[key]!r}, wanted {wanted!r}; use another model")
+    sizes = {f.name for f in dataclasses.fields(ModelConfig) if f.type is int}  # must be there
+    fields = {f: c[k] if f in sizes else c.get(k, getattr(ModelConfig, f)) for f, k in keys.items()}
+    if "window" in keys: fields["mixers"] = "W" if fields["window"] else "A"  # null: no window
+    return preset(name, **fields)
 
 def load_model(directory, device="cpu", dtype=torch.float32):
-    """LM of a run directory, in eval mode."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise UserError(f"run: got {directory}, wanted a directory with a config.json; "
-                        "train one: python train.py")
-    try: config = ModelConfig(**json.loads(path.read_text())["model_config"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: got {type(e).__name__} {e}, wanted the key model_config of "
-                        "save_model; use a directory that train.py made")
-    model = meta_model(config).to_empty(device=device).to(dtype)  # no time spent on initial values
-    weights = Path(directory) / "model.safetensors"
-    load_state(model, load_tensors(weights)[0], weights)
+    """LM of a run directory or a published model, in eval mode; needs no second copy in memory."""
+    read = lambda name: json.loads(p.read_text()) if (p := Path(directory, name)).is_file() else {}
+    try:
+        config, index = read("config.json"), read("model.safetensors.index.json")
+        if not config: raise UserError(f"run: got {directory}, wanted a directory with a "
+                                       "config.json; train one: python train.py")
+        files = sorted(set(index.get("weight_map", {"": "model.safetensors"}).values()))
+        model = meta_model(read_config(config)).to(dtype)
+        model.eos = {**config, **read("generation_config.json")}.get("eos_token_id")
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{directory}: got {type(e).__name__} {e} in its json files, wanted what "
+                        "save_model or Hugging Face write; restore them from a copy")
+    tensors = {n.removeprefix("transformer."): t for f in files
+               for n, t in load_tensors(Path(directory, f), copy=False)[0].items()
+               if not re.search(r"\.attn\.(masked_)?bias$|\.inv_freq$", n)}  # old files: buffers
+    if model.cfg.tie: tensors.pop("lm_head.weight", None)  # some have the table twice
+    load_state(model.to_empty(device=device), tensors, directory)  # no time for initial values
     return model.eval()
 
 # -----------------------------------------------------------------------------

@@ -847,6 +847,179 @@ def test_llama_tensors_have_their_published_names():
     assert sorted(names) == sorted(layer + [
         "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
 
+class Weights(dict):
+    """Random tensors under published names, made when a forward written by hand asks for them."""
+    def __call__(self, name, *shape):
+        fresh = torch.randn(shape, generator=torch.Generator().manual_seed(len(self))) * 0.3
+        return self.setdefault(name, fresh + (len(shape) == 1)).double()
+
+def gpt2_by_hand(w, c, tokens):
+    norm = lambda x, n: F.layer_norm(x, (32,), w(n + ".weight", 32), w(n + ".bias", 32))
+    conv = lambda x, n, d: x @ w(n + ".weight", x.shape[-1], d) + w(n + ".bias", d)
+    x = w("wte.weight", 61, 32)[tokens] + w("wpe.weight", 24, 32)[:20]
+    for h in ("h.0.", "h.1."):
+        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2)
+                   for y in conv(norm(x, h + "ln_1"), h + "attn.c_attn", 96).split(32, -1))
+        p = (q @ k.mT / 8 ** 0.5 + torch.full((20, 20), -math.inf).triu(1)).softmax(-1)
+        x = x + conv((p @ v).transpose(1, 2).flatten(2), h + "attn.c_proj", 32)
+        y = F.gelu(conv(norm(x, h + "ln_2"), h + "mlp.c_fc", 128), approximate="tanh")
+        x = x + conv(y, h + "mlp.c_proj", 32)
+    return norm(x, "ln_f") @ w("wte.weight", 61, 32).T
+
+STRETCH = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+               original_max_position_embeddings=16)
+
+def llama_by_hand(w, c, tokens):
+    kind, Dh, freqs = c["architectures"][0][:5], c.get("head_dim", 8), []
+    rms = lambda x, n: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w(n, x.shape[-1])
+    lin = lambda x, n, d: x @ w(n + "_proj.weight", d, x.shape[-1]).T
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    for i in range(Dh // 2):
+        f = {**c, **rope}.get("rope_theta", 1e4) ** (-2 * i / Dh)
+        s = (16 * f / (2 * math.pi) - 1) / (4 - 1) if "factor" in rope else 1
+        freqs.append(f if s >= 1 else f / 8 if s <= 0 else (1 - s) * f / 8 + s * f)
+    angle = torch.arange(20)[:, None] * torch.tensor(freqs, dtype=torch.float64)
+    def turned(y):  # a pair of features is a complex number
+        z = torch.complex(*y.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((z.real, z.imag), -1)
+    gap = torch.arange(20)[:, None] - torch.arange(20)
+    hidden = (gap < 0) | (gap >= (kind == "Mistr" and c["sliding_window"] or 20))
+    x = w("model.embed_tokens.weight", 61, 32)[tokens]
+    for m in ("model.layers.0.", "model.layers.1."):
+        qkv, y = [], rms(x, m + "input_layernorm.weight")
+        for n, heads in (("q", 4), ("k", 2), ("v", 2)):
+            one = lin(y, m + f"self_attn.{n}", heads * Dh)
+            if kind == "Qwen2": one = one + w(m + f"self_attn.{n}_proj.bias", heads * Dh)
+            one = one.unflatten(-1, (heads, Dh)).transpose(1, 2)
+            if kind == "Qwen3" and n != "v": one = rms(one, m + f"self_attn.{n}_norm.weight")
+            if n != "v": one = turned(one)
+            qkv.append(one.repeat_interleave(4 // heads, 1))
+        p = (qkv[0] @ qkv[1].mT / Dh ** 0.5).masked_fill(hidden, -math.inf).softmax(-1)
+        x = x + lin((p @ qkv[2]).transpose(1, 2).flatten(2), m + "self_attn.o", 32)
+        y = rms(x, m + "post_attention_layernorm.weight")
+        ffn = lambda y, a, b, c: (F.silu(y @ w(a, 40, 32).T) * (y @ w(b, 40, 32).T)) @ w(c, 32, 40).T
+        if kind == "Mixtr":
+            e = m + "block_sparse_moe."
+            p = (y @ w(e + "gate.weight", 4, 32).T).softmax(-1)
+            p = p * (p >= p.topk(2).values[..., 1:])  # the two likeliest experts
+            p = p / p.sum(-1, keepdim=True)
+            x = x + sum(p[..., j, None] * ffn(y, *(f"{e}experts.{j}.w{i}.weight" for i in (1, 3, 2)))
+                        for j in range(4))
+        else: x = x + ffn(y, *(m + f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")))
+    head = "model.embed_tokens" if c.get("tie_word_embeddings") else "lm_head"
+    return rms(x, "model.norm.weight") @ w(head + ".weight", 61, 32).T
+
+def foreign(path, kind, more={}, dtype="F32", files=1, harm=None, prefix=""):
+    """Writes a directory as others publish theirs -> the right logits of ids(2, 20)."""
+    gpt2, to = "GPT2" in kind, model.DTYPES[dtype]
+    c = dict(n_positions=24, n_embd=32, n_layer=2, n_head=4, n_inner=None, layer_norm_epsilon=1e-5,
+             activation_function="gelu_new") if gpt2 else dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=40, max_position_embeddings=24, rms_norm_eps=1e-6, hidden_act="silu")
+    c, w = dict(c, vocab_size=61, architectures=[kind], eos_token_id=9, **more), Weights()
+    by_hand = gpt2_by_hand if gpt2 else llama_by_hand
+    by_hand(w, c, ids(2, 20))  # makes the weights
+    for n in w: w[n] = w[n].to(to)
+    logits = by_hand(w, c, ids(2, 20))
+    if gpt2: w["h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()  # old files have their masks
+    if files == 4: w["lm_head.weight"] = w["model.embed_tokens.weight"]  # tied, yet there twice
+    if harm: harm(c, w)
+    names, index = sorted(w), {}
+    for i in range(files):
+        file = f"model-{i + 1:05}-of-{files:05}.safetensors" if files > 1 else "model.safetensors"
+        header, blob = {}, b""
+        for n in names[i::files]:
+            raw, index[prefix + n] = w[n].to(to).view(torch.uint8).numpy().tobytes(), file
+            where = [len(blob), len(blob) + len(raw)]
+            header[prefix + n] = dict(dtype=dtype, shape=list(w[n].shape), data_offsets=where)
+            blob += raw
+        text = json.dumps(header).encode()  # not padded: numbers may begin anywhere
+        (path / file).write_bytes(len(text).to_bytes(8, "little") + text + blob)
+    if files > 1:
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (path / "config.json").write_text(json.dumps(c))
+    (path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')  # it has precedence
+    return logits
+
+@pytest.mark.parametrize("kind, more, options", [
+    ("GPT2LMHeadModel", {}, {}),
+    ("GPT2LMHeadModel", {}, dict(dtype="F16", files=2, prefix="transformer.")),
+    ("LlamaForCausalLM", dict(tie_word_embeddings=False, dtype="bfloat16"), dict(dtype="BF16")),
+    ("LlamaForCausalLM", dict(rope_theta=100, head_dim=12, rope_scaling=STRETCH), dict(files=3)),
+    ("LlamaForCausalLM", dict(rope_parameters=dict(STRETCH, rope_theta=100.0), dtype="float32",
+                              tie_word_embeddings=True), dict(files=4)),
+    ("MistralForCausalLM", dict(sliding_window=5), {}),
+    ("MistralForCausalLM", dict(sliding_window=None), {}),
+    ("Qwen2ForCausalLM", dict(tie_word_embeddings=True, use_sliding_window=False,
+                              sliding_window=5), {}),
+    ("MixtralForCausalLM", dict(num_local_experts=4, num_experts_per_tok=2), dict(files=2)),
+    ("Qwen3ForCausalLM", dict(head_dim=12, rope_scaling=None), dict(dtype="BF16", files=2))])
+def test_published_models_give_the_logits_of_their_definition_and_come_out_as_they_went_in(
+        tmp_path, kind, more, options):
+    logits = foreign(tmp_path, kind, more, **options)
+    m = model.load_model(tmp_path, dtype=torch.float64)
+    # rope's tables are float32, so angles are right to 1e-6
+    assert torch.allclose(m(ids(2, 20))[0], logits, atol=1e-5) and m.eos == [3, 5]
+    model.save_model(m.float(), tmp_path / "a")
+    model.save_model(model.load_model(tmp_path / "a"), tmp_path / "b")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    assert config.pop("model_config") and config["architectures"][0] in (kind, "LlamaForCausalLM")
+    assert config["eos_token_id"] == [3, 5] and config.get("rope_scaling") in (None, STRETCH)
+    assert config.get("n_inner", 128) == 128 and config.get("intermediate_size", 40) == 40
+    assert dataclasses.replace(model.read_config(config), d_ff=m.cfg.d_ff) == m.cfg  # null: 4 d
+
+@pytest.mark.parametrize("harm, says", [
+    (lambda c, w: c.update(architectures=["Bert"]), "Bert.*GPT2LMHeadModel.*LlamaForCausalLM"),
+    (lambda c, w: c.update(rope_scaling=dict(type="yarn", factor=4.0)), "type.*yarn"),
+    (lambda c, w: c.update(attention_bias=True), "attention_bias.*True"),
+    (lambda c, w: c.pop("num_attention_heads"), "num_attention_heads"),
+    (lambda c, w: c.update(hidden_size="wide"), "d_model.*wide"),
+    (lambda c, w: w.pop("model.norm.weight"), r"model.norm.weight missing .*\[32\]"),
+    (lambda c, w: w.update({"model.odd": torch.ones(3)}), r"model.odd \[3\]"),
+    (lambda c, w: w.update({"lm_head.weight": torch.ones(61, 8)}), r"lm_head.*61, 8.*61, 32")])
+def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path, harm, says):
+    foreign(tmp_path, "LlamaForCausalLM", harm=harm)
+    with pytest.raises(UserError, match=says): model.load_model(tmp_path)
+
+def test_a_shard_that_is_cut_or_absent_is_named(tmp_path):
+    foreign(tmp_path, "LlamaForCausalLM", files=3)
+    shard = tmp_path / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(UserError, match=shard.name): model.load_model(tmp_path)
+    shard.unlink()
+    with pytest.raises(UserError, match=shard.name): model.load_model(tmp_path)
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral"])
+def test_transformers_agrees_both_ways(tmp_path, trained, family):
+    tf = pytest.importorskip("transformers")
+    sizes = dict(n_positions=64, n_embd=32, n_layer=2, n_head=4) if family == "gpt2" else dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=40, max_position_embeddings=64)
+    if family == "llama": sizes["rope_parameters"] = dict(STRETCH, rope_theta=1e4)
+    if family == "mixtral": sizes |= dict(num_local_experts=4, num_experts_per_tok=2)
+    if family == "mistral": sizes["sliding_window"] = 5
+    torch.manual_seed(0)
+    theirs = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(
+        family, vocab_size=61, bos_token_id=1, eos_token_id=2, initializer_range=0.2, **sizes))
+    theirs.eval().save_pretrained(tmp_path, max_shard_size="20KB")
+    ours = model.load_model(tmp_path)
+    model.save_model(ours, tmp_path / "ours")
+    back = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    trained[1].save(tmp_path / "ours")
+    text = "def read(self):  # it's" + EOT + "na\u00efve\n\n"  # no digits: Qwen2 cuts them its way
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert tokenizer.encode(text) == trained[1].encode(text)
+    with torch.no_grad():
+        want = theirs(ids(2, 20)).logits
+        assert (ours(ids(2, 20))[0] - want).abs().max() <= 1e-5
+        assert (back(ids(2, 20)).logits - want).abs().max() <= 1e-5
+    prompt = ids(1, 10)
+    greedy = theirs.generate(prompt, max_new_tokens=50, do_sample=False, eos_token_id=None)
+    assert sample.generate(ours, prompt.tolist(), sample.Sampling(50, temperature=0.0)) == \
+        greedy[:, 10:].tolist()
+
 def test_positions_go_on_from_a_padded_cache():
     m = make(tiny())
     tokens, pos = sample.pad_left([ids(1, 4)[0].tolist(), ids(1, 9, seed=3)[0].tolist()])
@@ -1200,7 +1373,7 @@ def test_the_main_command_trains_samples_and_ranks(desk, capsys):
     train.main(train.build_parser().parse_args(["--board"]))
     ranks = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
     assert ranks == ["two", "one", "three"]
-    assert json.loads((desk / "runs/one/config.json").read_text())["hidden_size"] == 16
+    assert json.loads((desk / "runs/one/config.json").read_text())["model_config"]["d_model"] == 16
 
 def test_owt_from_a_mirror_goes_from_download_to_sample(desk, capsys):
     text = (EOT + "\n").join(TEXT.splitlines())
