@@ -47,7 +47,6 @@ from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
-from dataclasses import field
 from functools import cached_property
 from operator import add
 from pathlib import Path
@@ -76,16 +75,6 @@ class UserError(SystemExit):
 
     def __reduce__(self):   # how one that was raised, and printed, in a worker reaches its parent
         return UserError, (str(self), True)
-
-def flag(default, help, of=""):
-    """A dataclass field that knows what --help says of it, and which letters read it (any: "")."""
-    return field(default=default, metadata={"help": help, "of": of})
-
-def need_field(config, ok, name, wanted):
-    """The error message for a field that is not ok."""
-    if not ok:
-        got = getattr(config, name)
-        raise UserError(f"{name}: got {got!r}, wanted {wanted}; set --{name}")
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
                errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}

@@ -31,7 +31,7 @@ REFERENCES
     (2406.06484) the delta rule in chunks
 EXERCISE  Empty `roofline_s` and fill it until `pytest test_all.py -k roofline` is green again.
 """
-import argparse, ctypes, math, platform, sys, time
+import argparse, ctypes, dataclasses, json, math, mmap, os, platform, struct, sys, time, zlib
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +133,56 @@ def keep_freed_memory():
     if not hasattr(libc, "gnu_get_libc_version"): return False
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1))
+
+# -----------------------------------------------------------------------------
+# Settings, and files of tensors: safetensors
+# Eight bytes with the length of a JSON header, the header (name -> dtype, shape, byte range), then
+# the raw numbers. Nothing in it can be executed, unlike in a pickle, so a stranger's file is safe
+# to open. Our files carry a checksum: a damaged checkpoint is found before it is trained on.
+
+def flag(default, help, of=""):
+    """A dataclass field that knows what --help says of it, and which letters read it (any: "")."""
+    return dataclasses.field(default=default, metadata={"help": help, "of": of})
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+def pack(tensors, metadata):
+    """{name: tensor}, {str: str} -> the parts of a file, one behind the other."""
+    names, header, blobs, start = {v: k for k, v in DTYPES.items()}, {}, [], 0
+    for name, t in tensors.items():
+        flat = t.detach().cpu().contiguous().reshape(-1)
+        blobs.append(memoryview(flat.view(torch.uint8).numpy()))  # its bytes, whatever the dtype
+        end = start + len(blobs[-1])
+        header[name] = dict(dtype=names[t.dtype], shape=list(t.shape), data_offsets=[start, end])
+        start = end
+    crc = zlib.crc32(json.dumps([metadata, header]).encode())
+    for blob in blobs: crc = zlib.crc32(blob, crc)
+    text = json.dumps({"__metadata__": {**metadata, "crc32": str(crc)}, **header}).encode()
+    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of eight bytes
+    return [struct.pack("<Q", len(text)), text, *blobs]
+
+def unpack(file):
+    """Yields the metadata of an open file, then its (name, tensor)s. Each is a map of its own, so
+    that its memory is free when it is let go; ValueError and others where the file is damaged."""
+    size = os.fstat(file.fileno()).st_size
+    end = begin = 8 + struct.unpack("<Q", file.read(8))[0]
+    header = json.loads(file.read(min(begin, size) - 8))
+    metadata = header.pop("__metadata__", {})
+    wanted, crc = metadata.pop("crc32", None), zlib.crc32(json.dumps([metadata, header]).encode())
+    yield metadata
+    for name, h in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        a, b = (begin + i for i in h["data_offsets"])
+        if not a == end <= b <= size: raise ValueError(f"{name} at {a:,} to {b:,}, not {end:,} on")
+        skip, dtype, end = a % mmap.ALLOCATIONGRANULARITY, DTYPES[h["dtype"]], b
+        raw = torch.empty(0, dtype=torch.uint8) if a == b else torch.frombuffer(mmap.mmap(
+            file.fileno(), skip + b - a, access=mmap.ACCESS_COPY, offset=a - skip),
+            dtype=torch.uint8)[skip:]
+        if wanted: crc = zlib.crc32(raw.numpy(), crc)  # only our own files have it
+        if skip % dtype.itemsize: raw = raw.clone()  # numbers must be aligned to their size
+        yield name, raw.view(dtype).reshape(h["shape"])
+    if end != size: raise ValueError(f"{size:,} bytes, not {end:,}")
+    if wanted and int(wanted) != crc: raise ValueError("its checksum does not match")
 
 # -----------------------------------------------------------------------------
 # Operations of a model: each as its definition says (`x_reference`), then as it is fast

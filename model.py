@@ -46,16 +46,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bpe import UserError, atomic_write, flag, need_field
-from kernels import (CHUNK, NORMS, Context, Embedding, KVCache, Linear, RMSNorm, StateCache,
-                     attention, cross_entropy, documents, fresh, keep_freed_memory, long_conv,
-                     long_conv_reference, merge, scan, seconds, short_conv, sinusoid, softmax,
-                     split, up, weights)
+from bpe import UserError, atomic_write
+from kernels import (CHUNK, DTYPES, NORMS, Context, Embedding, KVCache, Linear, RMSNorm,
+                     StateCache, attention, cross_entropy, documents, flag, fresh,
+                     keep_freed_memory, long_conv, long_conv_reference, merge, pack, scan, seconds,
+                     short_conv, sinusoid, softmax, split, unpack, up, weights)
 
 # -----------------------------------------------------------------------------
 # Configuration
 # One frozen dataclass is the vocabulary of this file, and its only validator. train.py makes a flag
 # of each field, so flag, attribute and README are spelled alike.
+
+def need_field(config, ok, name, wanted):
+    """The error message for a field that is not ok."""
+    if not ok:
+        got = getattr(config, name)
+        raise UserError(f"{name}: got {got!r}, wanted {wanted}; set --{name}")
 
 POSITIONS = ("rope", "learned", "sinusoidal", "none")
 
@@ -142,57 +148,26 @@ class ModelConfig:
 OF = {f.name: f.metadata["of"] for f in dataclasses.fields(ModelConfig)}
 
 # -----------------------------------------------------------------------------
-# Files of tensors: safetensors
-# Eight bytes with the length of a JSON header, the header (name -> dtype, shape, byte range), then
-# the raw numbers. Nothing in it can be executed, unlike in a pickle, so a stranger's file is safe
-# to open. Our files carry a checksum: a damaged checkpoint is found before it is trained on.
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+# Files of tensors, in the safetensors format
 
 def save_tensors(path, tensors, metadata=None):
-    """Writes {name: tensor} and {str: str} as one safetensors file, whole or not at all."""
-    names, header, blobs, start = {v: k for k, v in DTYPES.items()}, {}, [], 0
-    for name, t in tensors.items():
-        flat = t.detach().cpu().contiguous().reshape(-1)
-        blobs.append(memoryview(flat.view(torch.uint8).numpy()))  # its bytes, whatever the dtype
-        end = start + len(blobs[-1])
-        header[name] = dict(dtype=names[t.dtype], shape=list(t.shape), data_offsets=[start, end])
-        start = end
-    metadata = dict(metadata or {})
-    metadata["crc32"] = str(checksum(metadata, header, blobs))
-    text = json.dumps({"__metadata__": metadata, **header}).encode()
-    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of eight bytes
-    with atomic_write(path) as f:
-        for part in (struct.pack("<Q", len(text)), text, *blobs): f.write(part)
+    """Writes {name: tensor} and {str: str} as one file, whole or not at all."""
+    with atomic_write(path) as file: file.writelines(pack(tensors, metadata or {}))
 
-def checksum(metadata, header, blobs):
-    crc = zlib.crc32(json.dumps([metadata, header]).encode())
-    for blob in blobs: crc = zlib.crc32(blob, crc)
-    return crc
-
-def load_tensors(path, copy=True):
-    """Reads a safetensors file -> ({name: tensor}, metadata), or views of it while it is there."""
+def read_tensors(path):
+    """Yields what `unpack` does; damage is an error that names the file."""
     try:
-        with open(path, "rb") as f: data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        whole, out, end = torch.frombuffer(data, dtype=torch.uint8), {}, 0
-        n = 8 + struct.unpack("<Q", data[:8])[0]
-        header = dict(json.loads(data[8:n]))
-        metadata = header.pop("__metadata__", {})
-        for name, h in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (a, b), dtype = h["data_offsets"], DTYPES[h["dtype"]]
-            if a != end: raise ValueError(f"{name} begins at {a}, not at {end}")
-            raw = whole[n + a:n + b]
-            if copy or (n + a) % dtype.itemsize: raw = raw.clone()  # aligned to its numbers' size
-            out[name], end = raw.view(dtype).reshape(h["shape"]), b
-        if len(data) != n + end: raise ValueError(f"{len(data):,} bytes, not {n + end:,}")
-        crc = metadata.pop("crc32", None)  # only our own files have it
-        if crc and int(crc) != checksum(metadata, header, [memoryview(data)[n:]]):
-            raise ValueError("its checksum does not match")
-        return {name: out[name] for name in header}, metadata
-    except (OSError, struct.error, ValueError, LookupError, TypeError, RuntimeError) as e:
+        with open(path, "rb") as file: yield from unpack(file)
+    except (OSError, struct.error, ValueError, LookupError, TypeError, RuntimeError,
+            AttributeError) as e:
         raise UserError(f"{path}: got {type(e).__name__}: {e}; wanted a whole safetensors file of "
                         f"{', '.join(DTYPES)}; check the path, or restore the file from a copy")
+
+def load_tensors(path):
+    """-> ({name: tensor}, metadata)."""
+    pairs = read_tensors(path)
+    metadata = next(pairs)
+    return {name: t.clone() for name, t in pairs}, metadata
 
 # -----------------------------------------------------------------------------
 # Mixers: how a token reads from other tokens
@@ -677,15 +652,18 @@ def save_model(model, directory):
     with atomic_write(Path(directory) / "config.json", "w") as f: json.dump(config, f, indent=1)
     save_tensors(Path(directory) / "model.safetensors", published(model), {"format": "pt"})
 
-def load_state(model, tensors, where):
-    """Copies {published name: tensor} into a model; names a missing, surplus or mis-shaped one."""
-    got, wanted = ({n: list(t.shape) for n, t in x.items()} for x in (tensors, published(model)))
-    odd = [f"{n} {got.get(n, 'missing')} (wanted {wanted.get(n, 'no such tensor')})"
-           for n in sorted(got | wanted) if got.get(n) != wanted.get(n)]
+def load_state(model, pairs, where):
+    """Copies (published name, tensor)s into a model; names a missing, surplus or odd-shaped one."""
+    parts, wanted, odd = views(model), {n: list(t.shape) for n, t in published(model).items()}, []
+    for name, t in pairs:
+        shape = wanted.pop(name, "no such tensor")
+        if shape != list(t.shape): odd.append(f"{name} {list(t.shape)} (wanted {shape})")
+        else:
+            for p, x in zip(parts[name], t.split([p.shape[-1] for p in parts[name]], -1)):
+                p.copy_(x)
+    odd += [f"{name} missing (wanted {shape})" for name, shape in wanted.items()]
     if odd: raise UserError(f"{where}: got {', '.join(odd[:4])}, {len(odd)} in all; wanted what "
                             "config.json describes; check that the two belong together")
-    for name, parts in views(model).items():
-        for p, t in zip(parts, tensors[name].split([p.shape[-1] for p in parts], -1)): p.copy_(t)
 
 def read_config(config):
     """The ModelConfig that a config.json, ours or a published one, describes."""
@@ -718,11 +696,14 @@ def load_model(directory, device="cpu", dtype=torch.float32):
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{directory}: got {type(e).__name__} {e} in its json files, wanted what "
                         "save_model or Hugging Face write; restore them from a copy")
-    tensors = {n.removeprefix("transformer."): t for f in files
-               for n, t in load_tensors(Path(directory, f), copy=False)[0].items()
-               if not re.search(r"\.attn\.(masked_)?bias$|\.inv_freq$", n)}  # old files: buffers
-    if model.cfg.tie: tensors.pop("lm_head.weight", None)  # some have the table twice
-    load_state(model.to_empty(device=device), tensors, directory)  # no time for initial values
+    def pairs():
+        for reader in (read_tensors(Path(directory, f)) for f in files):
+            next(reader)  # metadata
+            for name, t in reader:  # old files hold buffers, some tied ones their table twice
+                if not re.search(r"\.attn\.(masked_)?bias$|\.inv_freq$", name) \
+                        and not (model.cfg.tie and name == "lm_head.weight"):
+                    yield name.removeprefix("transformer."), t
+    load_state(model.to_empty(device=device), pairs(), directory)  # no time for initial values
     return model.eval()
 
 # -----------------------------------------------------------------------------

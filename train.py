@@ -33,7 +33,7 @@ REFERENCES
     Chowdhery et al. 2022 (2204.02311) MFU
 EXERCISE  Empty `local_step`; fill it until `pytest test_all.py -k accumulation` is green again.
 """
-import argparse, dataclasses, json, math, os, signal, sys, time
+import argparse, dataclasses, json, math, os, resource, signal, subprocess, sys, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,9 +43,9 @@ import torch
 
 from bpe import UserError, atomic_write
 from data import SOURCES, Loader, in_order, open_tokens, prepare, remove_leftovers
-from kernels import (device_name, fastest_dtype, keep_freed_memory, peak_flops_per_s,
+from kernels import (device_name, fastest_dtype, flag, keep_freed_memory, peak_flops_per_s,
                      synchronize)
-from model import (LM, PRESETS, ModelConfig, fields_of, flag, load_state, load_tensors, need_field,
+from model import (LM, PRESETS, ModelConfig, fields_of, load_state, load_tensors, need_field,
                    published, save_model, save_tensors)
 from optim import OPTIMIZERS, SCHEDULES, clip_grad_norm, param_groups, role
 from sample import Sampling, TextStream, evaluate, generate, pick_device, shannon
@@ -124,19 +124,21 @@ RECIPES = {
                      batch_size=512, micro_batch=32, minutes=90.0, save_minutes=5.0, log_steps=10),
 }
 
+def reader(f):
+    """(kind, function from text to a value) of a dataclass field; `none` spells None."""
+    kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
+    def read(text):
+        if "None" in str(f.type) and text.lower() == "none": return None
+        if kind is bool and text.lower() not in ("true", "false"): raise ValueError(text)
+        return text.lower() == "true" if kind is bool else kind(text)
+    return kind, read
+
 def add_fields(parser, config_class, recipes):
     """One flag per field of a dataclass. What is not given stays out of the namespace, so that it
-    can be told from a default; `none` spells None. The help shows the default of each recipe."""
-    def read(text, kind, optional):
-        if optional and text.lower() == "none": return None
-        if kind is not bool: return kind(text)
-        if text.lower() not in ("true", "false"): raise ValueError(text)
-        return text.lower() == "true"
-
+    can be told from a default. The help shows the default of each recipe."""
     group = parser.add_argument_group(config_class.__name__)
     for f in dataclasses.fields(config_class):
-        kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
-        parse = lambda text, k=kind, o="None" in str(f.type): read(text, k, o)
+        kind, parse = reader(f)
         parse.__name__ = kind.__name__  # what argparse calls it in an error
         bare = dict(nargs="?", const=True) if kind is bool else {}  # --tie is --tie true
         values = {name: row.get(f.name, f.default) for name, row in recipes.items()}
@@ -248,7 +250,7 @@ def load_checkpoint(run, model, optimizer):
             damaged.append(path)
             continue
         part = lambda kind: {k[len(kind):]: v for k, v in tensors.items() if k.startswith(kind)}
-        load_state(model, part("model/"), path)
+        load_state(model, part("model/").items(), path)
         optimizer.load_state_tensors(part("optimizer/"))
         if metadata["device"] == device_of(model): generator_of(model)[1](tensors["generator"])
         else: print(f"{path} is of another device: the random generator starts anew")
@@ -543,6 +545,10 @@ def resumed(run, given):
                             f"leave --{name} out, or begin a new run")
     return settings
 
+def free(path):
+    """The first of path-1, path-2, ... that does not exist."""
+    return next(p for p in (Path(f"{path}-{i}") for i in range(1, 10 ** 6)) if not p.exists())
+
 def run_directory(args):
     """Where the run lives: --run, or a free name; with --resume the newest unless named."""
     runs, given = Path("runs"), vars(args)
@@ -555,7 +561,7 @@ def run_directory(args):
     else:
         stem = "-".join([Path(given.get("dataset", TrainConfig.dataset)).stem,
                          given.get("preset", TrainConfig.preset)])
-        path = next(p for p in (runs / f"{stem}-{i}" for i in range(1, 10 ** 6)) if not p.exists())
+        path = free(runs / stem)
     if args.resume and not (path / "train.json").exists():
         raise UserError(f"resume: got {path}, wanted a run that train.py began; leave --resume out")
     if not args.resume and path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -599,6 +605,7 @@ def validation(corpus, limit):
 
 def main(args):
     if args.board: return board("runs")
+    if args.race: return race(args)
     look = args.walk or args.profile  # these leave no run
     run, given = run_directory(args), vars(args)
     settings = resumed(run, given) if args.resume else \
@@ -640,9 +647,12 @@ def main(args):
 def finish(run, model, tok, cfg, now, result, machine, text):
     """What a finished run leaves: result.json for --board, a picture, a sample."""
     flops = now.seen * model.cfg.seq_len * model.flops_per_token()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
+    if machine.device.type == "cuda": most = torch.cuda.max_memory_allocated(machine.device)
     row = {**result, "minutes": now.seconds / 60, "flops": flops, "dataset": cfg.dataset,
            "parameters": sum(model.n_params().values()), "hardware": device_name(machine.device),
-           "text": text}
+           "text": text, "memory_bytes": most,
+           "tokens_per_s": now.seen * model.cfg.seq_len / now.seconds}
     with atomic_write(run / "result.json", "w") as f: json.dump(row, f, indent=1)
     plot(run)
     print("sample:")
@@ -654,6 +664,40 @@ def finish(run, model, tok, cfg, now, result, machine, text):
           f"{result['bits_per_byte']:.4f}, loss {result['loss']:.4f} nats a token at context "
           f"{model.cfg.seq_len}, {now.seconds / 60:.2f} minutes, {now.step} steps")
 
+def race(args):
+    """Trains a run for each value of a field and each seed, all on the same budget, and compares
+    them. Each is a process of its own, so that none inherits another's memory, warm or in use."""
+    given = {name: value for name, value in vars(args).items() if name in FIELDS}
+    name, _, values = args.race.partition("=")
+    values = values.split(",")
+    if name not in FIELDS or args.run or args.resume or args.seeds < 1:
+        raise UserError(f"race: got {args.race!r}, {args.seeds} seeds, wanted FIELD=VALUE,VALUE,... "
+                        "of a field that --help lists, a seed or more, no --run and no --resume")
+    runs = [{**given, "seed": given.get("seed", 0) + i, name: value}
+            for value in values for i in range(args.seeds)]
+    for run in runs:  # a mistake is found before anything is trained
+        kind, read = reader(FIELDS[name])
+        try: settle({**run, name: read(run[name])}, pick_device(given.get("device", "auto")))
+        except ValueError: raise UserError(f"race: got {name}={run[name]}, wanted {kind.__name__}s")
+    rows = {value: [] for value in values}
+    for run in runs:
+        path = free(Path("runs") / f"race-{name}-{Path(run[name]).name}")
+        flags = [f"--{key}={value}" for key, value in run.items()]
+        code = subprocess.run([sys.executable, __file__, f"--run={path}", *flags],
+                              stdout=subprocess.DEVNULL).returncode
+        if code: raise UserError(f"race: {path} ended with status {code}; what it said stands above")
+        rows[run[name]].append(json.loads((path / "result.json").read_text()))
+        print(f"{path}, seed {run['seed']}: bits_per_byte {rows[run[name]][-1]['bits_per_byte']:.4f}",
+              flush=True)
+    print(f"{name:12s}  parameters  bits_per_byte     std  tokens/s  peak MB")
+    for value, of in rows.items():
+        mean = lambda key: sum(row[key] for row in of) / len(of)
+        std = np.std([row["bits_per_byte"] for row in of], ddof=1) if len(of) > 1 else math.nan
+        print(f"{value:12s}{mean('parameters'):12,.0f}{mean('bits_per_byte'):15.4f}{std:8.4f}"
+              f"{mean('tokens_per_s'):10,.0f}{mean('memory_bytes') / 1e6:9,.0f}")
+
+FIELDS = {f.name: f for c in (TrainConfig, ModelConfig) for f in dataclasses.fields(c)}
+
 def build_parser():
     parser = argparse.ArgumentParser(description="Trains a language model for a budget of minutes.")
     add = parser.add_argument
@@ -662,6 +706,8 @@ def build_parser():
     add("--walk", action="store_true", help="one batch, stage by stage, and stop (default: off)")
     add("--profile", action="store_true", help="profile ten steps and stop (default: off)")
     add("--board", action="store_true", help="rank the runs under runs/ and stop (default: off)")
+    add("--race", help="FIELD=VALUE,VALUE: a run of each, and a table (default: none)")
+    add("--seeds", type=int, default=1, help="runs of each value of --race (default: 1)")
     recipes = {name: {**row, **PRESETS[TrainConfig.preset]} for name, row in RECIPES.items()}
     add_fields(parser, TrainConfig, recipes)
     add_fields(parser, ModelConfig, recipes)
