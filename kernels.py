@@ -163,14 +163,14 @@ def pack(tensors, metadata):
     return [struct.pack("<Q", len(text)), text, *blobs]
 
 def unpack(file):
-    """Yields the metadata of an open file, then its (name, tensor)s. Each is a map of its own, so
-    that its memory is free when it is let go; ValueError and others where the file is damaged."""
+    """Yields the (name, tensor)s of an open file, the first its metadata. Each is a map of its own,
+    so that its memory is free when it is let go. ValueError and others if the file is damaged."""
     size = os.fstat(file.fileno()).st_size
     end = begin = 8 + struct.unpack("<Q", file.read(8))[0]
-    header = json.loads(file.read(min(begin, size) - 8))
-    metadata = header.pop("__metadata__", {})
+    header = dict(json.loads(file.read(min(begin, size) - 8)))
+    metadata = dict(header.pop("__metadata__", {}))
     wanted, crc = metadata.pop("crc32", None), zlib.crc32(json.dumps([metadata, header]).encode())
-    yield metadata
+    yield "__metadata__", metadata
     for name, h in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         a, b = (begin + i for i in h["data_offsets"])
         if not a == end <= b <= size: raise ValueError(f"{name} at {a:,} to {b:,}, not {end:,} on")
@@ -224,6 +224,14 @@ class Linear(nn.Module):
     def forward(self, x):  # (..., in) @ (in, out) -> (..., out)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+def project(cfg, d, bias=False): return Linear(cfg.d_model, d, cfg.bias or bias, cfg.init_std)
+
+def writer(cfg, d_in):
+    """The matrix that adds to the stream. It starts at zero; or with GPT-2's std, smaller by
+    sqrt(2L), so that 2L additions together are as large as one would be; or with Linear's own."""
+    std = cfg.init_std and cfg.init_std / math.sqrt(2 * cfg.n_layers)
+    return Linear(d_in, cfg.d_model, cfg.bias, 0.0 if cfg.zero_init else std)
 
 class Embedding(nn.Module):
     """One row per token: a product with one-hot vectors, done by looking up."""
@@ -489,6 +497,23 @@ def short_conv(x, weight, pos, tail):
             for i in range(W))
     last = (pos >= 0).sum(1, keepdim=True) + torch.arange(W - 1, device=x.device)
     return F.silu(y), take(past, last)
+
+class ImplicitFilter(nn.Module):
+    """Hyena's h (S, D), what a token adds to those 0..S-1 places later: a small network of eight
+    waves that tell the distance, under a window that decays. The slowest window falls to 1 % at
+    seq_len, the fastest at a tenth of it [our choice]."""
+    def __init__(self, d, seq_len):
+        super().__init__()
+        widths, self.seq_len = (17, 32, 32, d), seq_len
+        self.layers = nn.ModuleList(Linear(*pair, bias=True) for pair in zip(widths, widths[1:]))
+
+    def forward(self, S):
+        w = self.layers[0].weight
+        t = torch.arange(S, device=w.device)[:, None] / self.seq_len
+        angle = 2 * math.pi * t * torch.arange(1, 9, device=w.device)
+        h = self.layers[0](torch.cat((t, angle.cos(), angle.sin()), -1).to(w.dtype))
+        for layer in self.layers[1:]: h = layer(h.sin())
+        return h * torch.exp(-4.6 * t * torch.linspace(1, 10, h.shape[1], device=w.device))
 
 def long_conv_reference(u, h, pos, doc, u_pos, u_doc):
     """y_t = sum_s h[t - s] u_s over the places s that t may see (as for `visible`): u (B, S, D),

@@ -9,35 +9,32 @@ THE IDEA
     repeated until every layer has its letter, mixers="WWWWWA" and ffns="s", and a few sizes.
 
 THE MATHS
-    attention   y = softmax(Q K^T / sqrt(Dh) + M) V        M = 0 where a token may look, else -inf
+    attention   y = softmax(Q K^T / sqrt(Dh) + M) V        M = 0 where it may look, else -inf
     recurrence  S_t = a_t S_{t-1} + k_t w_t^T, y_t = S_t^T q_t    linear attention, SSM, delta rule
     RMSNorm     y = g x / sqrt(mean(x^2) + eps)            g a learned gain; LayerNorm: less mean
     SwiGLU      y = W_down (silu(W_gate x) * (W_up x))     experts: sum of p_e FFN_e(x), K of E
     RoPE        (a, b) -> (a cos - b sin, b cos + a sin)   at angle pos theta^(-2i/Dh), i < Dh/2
 
 THE COSTS (a product of (m, k) and (k, n) takes 2mkn FLOPs; backward costs twice the forward)
-    a token forward     2 per weight that it meets, and 4 S H Dh a layer to attend to S places
-    a token in training three times that: 6 N for N weights, and 12 S H Dh a layer
+    a token             2 per weight that it meets, and 4 S H Dh a layer to attend to S places
     a cache, per layer  2 Hkv Dh numbers a token (R + Dh/2 if latent); of a recurrence H N Dv in all
-    Each mechanism counts its own (`flops`), and a test holds the sum against torch's counter.
 
 SHAPES
     B batch, T new positions, S positions attended, D d_model, H n_heads, Hkv n_kv_heads, Dh d_head,
     R d_latent, N d_state, F d_ff, E n_experts, K n_active, V vocab_size, L n_layers. Heads stand
     before time: (B, H, T, Dh). Weights are (out, in). Masks are bool, True = may look.
 
-CONTENTS  ModelConfig / files of tensors / MIXERS / FFNS / Block, LM / PRESETS / save_model,
-          load_model / the lesson, the bench
+CONTENTS  ModelConfig / files of tensors / MIXERS / FFNS / Block, LM / PRESETS / runs / the lesson
 NOT HERE  operations and caches beneath (kernels.py), sharding (parallel.py), sampling (sample.py)
 RUN       python model.py          # parameters and FLOPs; last line "... of the FLOPs at 175B"
           python model.py bench    # tokens/s of each mixer at three lengths, and of experts
-REFERENCES (others stand at their class or preset)
-    Vaswani et al. 2017 (1706.03762) attention; Xiong et al. 2020 (2002.04745) pre-norm; Shazeer
-    2020 (2002.05202) GLU; So et al. 2021 (2109.08668) ReLU^2; Gemma Team 2024 (2408.00118) soft-cap
+REFERENCES  at each class and preset; So et al. 2021 (2109.08668) ReLU^2; Gemma Team 2024
+    (2408.00118) soft-cap
 EXERCISE  Empty `LatentAttention.forward` and `MoE.forward`; fill them until
           `pytest test_all.py -k "decode or padded or experts"` is green again.
 """
-import argparse, dataclasses, json, math, mmap, re, struct, zlib
+import argparse, dataclasses, json, math, re, struct
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,23 +44,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from bpe import UserError, atomic_write
-from kernels import (CHUNK, DTYPES, NORMS, Context, Embedding, KVCache, Linear, RMSNorm,
-                     StateCache, attention, cross_entropy, documents, flag, fresh,
-                     keep_freed_memory, long_conv, long_conv_reference, merge, pack, scan, seconds,
-                     short_conv, sinusoid, softmax, split, unpack, up, weights)
+from kernels import (CHUNK, DTYPES, NORMS, Context, Embedding, ImplicitFilter, KVCache, Linear,
+                     RMSNorm, StateCache, attention, cross_entropy, documents, flag, fresh,
+                     keep_freed_memory, long_conv, long_conv_reference, merge, pack, project, scan,
+                     seconds, short_conv, sinusoid, softmax, split, unpack, up, weights, writer)
 
 # -----------------------------------------------------------------------------
 # Configuration
 # One frozen dataclass is the vocabulary of this file, and its only validator. train.py makes a flag
 # of each field, so flag, attribute and README are spelled alike.
 
-def need_field(config, ok, name, wanted):
-    """The error message for a field that is not ok."""
-    if not ok:
-        got = getattr(config, name)
-        raise UserError(f"{name}: got {got!r}, wanted {wanted}; set --{name}")
-
-POSITIONS = ("rope", "learned", "sinusoidal", "none")
+def need_field(c, ok, name, wanted):
+    """The error message for a field of a configuration that is not ok."""
+    if not ok: raise UserError(f"{name}: got {getattr(c, name)!r}, wanted {wanted}; set --{name}")
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -115,7 +108,8 @@ class ModelConfig:
             # No silent knobs: a field of a mechanism that is absent must hold its default.
             need(not of or set(of) & letters or value == f.default, f.name,
                  f"its default, as no layer is {' or '.join(of)}")
-        for name, known in (("norm", NORMS), ("norm_place", PLACES), ("pos", POSITIONS)):
+        positions = ("rope", "learned", "sinusoidal", "none")
+        for name, known in (("norm", NORMS), ("norm_place", PLACES), ("pos", positions)):
             need(getattr(self, name) in known, name, " or ".join(known))
         for name, known in (("mixers", MIXERS), ("ffns", FFNS)):
             own = getattr(self, name)
@@ -158,15 +152,14 @@ def read_tensors(path):
     """Yields what `unpack` does; damage is an error that names the file."""
     try:
         with open(path, "rb") as file: yield from unpack(file)
-    except (OSError, struct.error, ValueError, LookupError, TypeError, RuntimeError,
-            AttributeError) as e:
+    except (OSError, struct.error, ValueError, LookupError, TypeError, RuntimeError) as e:
         raise UserError(f"{path}: got {type(e).__name__}: {e}; wanted a whole safetensors file of "
                         f"{', '.join(DTYPES)}; check the path, or restore the file from a copy")
 
 def load_tensors(path):
     """-> ({name: tensor}, metadata)."""
     pairs = read_tensors(path)
-    metadata = next(pairs)
+    _, metadata = next(pairs)
     return {name: t.clone() for name, t in pairs}, metadata
 
 # -----------------------------------------------------------------------------
@@ -174,25 +167,19 @@ def load_tensors(path):
 # Contract: __init__(cfg), forward(x, ctx, cache=None) -> y, new_cache(batch, size, device, dtype),
 # flops(T, S) -> {part: FLOPs}. A cache has n, update, next_pos and truncate.
 
-def project(cfg, d, bias=False): return Linear(cfg.d_model, d, cfg.bias or bias, cfg.init_std)
-
-def writer(cfg, d_in):
-    """The matrix that adds to the stream. It starts at zero; or with GPT-2's std, smaller by
-    sqrt(2L), so that 2L additions together are as large as one would be; or with Linear's own."""
-    std = cfg.init_std and cfg.init_std / math.sqrt(2 * cfg.n_layers)
-    return Linear(d_in, cfg.d_model, cfg.bias, 0.0 if cfg.zero_init else std)
-
 class Mixer(nn.Module):
-    """What mixers of keys and values share: a cache of some heads and widths, and the sum of FLOPs:
-    all pairs, though a kernel may skip masked ones; like torch's counter, no FFTs and solves."""
+    """What mixers share: a cache (heads, widths) and the sum of FLOPs, of all pairs of a query and
+    a key (of what widths), though a kernel may skip masked ones; like torch's counter, no FFTs."""
     window = None
 
     def new_cache(self, batch, size, device, dtype):
         return KVCache(batch, size, *self.cache, self.window, device, dtype)
 
+    def pairs(self, T, S): return (2 * T * S * self.cfg.n_heads * d for d in self.pair)
+
     def flops(self, T, S):
-        out, pairs = 2 * T * weights(self.o_proj), dict(zip(("scores", "values"), self.pairs(T, S)))
-        return {"qkv": 2 * T * weights(self) - out, **pairs, "out": out}
+        (scores, values), out = self.pairs(T, S), 2 * T * weights(self.o_proj)
+        return dict(qkv=2 * T * weights(self) - out, scores=scores, values=values, out=out)
 
 class Attention(Mixer):
     """MHA, MQA (1911.02150) or GQA (2305.13245) by n_kv_heads; over the whole past or, if local,
@@ -200,7 +187,7 @@ class Attention(Mixer):
     def __init__(self, cfg, local=False, turned=True):
         super().__init__()
         self.cfg, self.window, self.turned = cfg, cfg.window if local else None, turned
-        self.cache = cfg.n_kv_heads, cfg.d_head, cfg.d_head
+        self.cache, self.pair = (cfg.n_kv_heads, cfg.d_head, cfg.d_head), (cfg.d_head, cfg.d_head)
         self.q_proj, self.k_proj, self.v_proj = (project(cfg, h * cfg.d_head, cfg.qkv_bias)
                                                  for h in (cfg.n_heads, *2 * (cfg.n_kv_heads,)))
         self.o_proj = writer(cfg, cfg.n_heads * cfg.d_head)
@@ -216,9 +203,6 @@ class Attention(Mixer):
         else: k, v, mask = cache.update(k, v, ctx.pos)
         return self.o_proj(merge(attention(q, k, v, mask, c.dropout if self.training else 0.0)))
 
-    def pairs(self, T, S):
-        return (2 * T * S * self.cfg.n_heads * self.cfg.d_head,) * 2
-
 class LatentAttention(Mixer):
     """MLA, DeepSeek-V2 (2405.04434): keys and values of all heads are projections of one latent c
     of R numbers, k = U c and v = W c, and RoPE turns a key of r = Dh/2 numbers that heads share.
@@ -231,7 +215,7 @@ class LatentAttention(Mixer):
         self.q_proj, self.kv_a_proj_with_mqa = project(cfg, H * (Dh + r)), project(cfg, R + r)
         self.kv_a_layernorm = RMSNorm(R, cfg.norm_eps)
         self.kv_b_proj = Linear(R, 2 * H * Dh, std=cfg.init_std)  # U and W, by head
-        self.o_proj, self.cache = writer(cfg, H * Dh), (1, R + r, 0)
+        self.o_proj, self.cache, self.pair = writer(cfg, H * Dh), (1, R + r, 0), (Dh + r, Dh)
 
     def forward(self, x, ctx, cache=None):
         (H, Dh, R, r), drop = self.sizes, self.cfg.dropout if self.training else 0.0
@@ -250,10 +234,6 @@ class LatentAttention(Mixer):
             y = attention(q, c, c[..., :R], mask, drop) @ W.mT  # @ (H,R,Dh) -> (B,H,T,Dh)
         return self.o_proj(merge(y))
 
-    def pairs(self, T, S):  # of the expanded form, training's
-        H, Dh, R, r = self.sizes
-        return 2 * T * S * H * (Dh + r), 2 * T * S * H * Dh
-
 class Recurrent(Mixer):
     """Attention whose past has a fixed size: a head keeps a matrix S (N, Dv) that decays and is
     written to, S_t = a_t S_{t-1} + k_t w_t^T, and read, y_t = S_t^T q_t (`scan`). Training is
@@ -261,19 +241,19 @@ class Recurrent(Mixer):
     Unless `gates` is None, q, k and v first go through a short convolution; with one or two gates a
     head, y goes through a norm and a gate: both as in Mamba-2 and Gated DeltaNet."""
     TAPS = 4  # of the short convolution [2405.21060]
-    gates, delta, extra = None, 0, 0  # for FLOPs: is there a delta rule, columns beside v
+    gates, delta, extra = None, 0, 0  # delta: is there a delta rule, extra: columns beside v
 
     def __init__(self, cfg, heads=None, k_heads=None, d_k=None, d_v=None):
         super().__init__()
         self.cfg, self.heads, self.k_heads = cfg, heads or cfg.n_heads, k_heads or cfg.n_heads
-        self.d_k, self.d_v = d_k or cfg.d_head, d_v or cfg.d_head
+        self.d_k, self.d_v, self.rows = d_k or cfg.d_head, d_v or cfg.d_head, d_k or cfg.d_head
         self.widths = (self.k_heads * self.d_k,) * 2 + (self.heads * self.d_v,)
         self.q_proj, self.k_proj, self.v_proj = (project(cfg, d) for d in self.widths)
         self.o_proj = writer(cfg, self.widths[2])
         if self.gates is not None: self.conv = fresh(self.TAPS, sum(self.widths), std=0.5)
         if self.gates:
-            self.z_proj, self.gate_proj = (
-                project(cfg, self.heads * d) for d in (self.d_v, self.gates))
+            self.z_proj = project(cfg, self.widths[2])
+            self.gate_proj = project(cfg, self.heads * self.gates)
             # Steps dt from 1e-3 to 1e-1 and rates A from 1 to 16: memories of many lengths.
             self.o_norm, dt = RMSNorm(self.d_v, cfg.norm_eps), torch.logspace(-3, -1, self.heads)
             self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus gives dt
@@ -281,18 +261,18 @@ class Recurrent(Mixer):
 
     def forward(self, x, ctx, cache=None):
         x, pos = ctx.packed(x), ctx.packed(ctx.pos)
-        tail, *state = (cache or self.new_cache(len(x), 0, x.device, x.dtype)).slot
-        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
+        tail, S = (cache or self.new_cache(len(x), 0, x.device, x.dtype)).slot
+        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)  # (B, T, widths)
         if self.gates is not None: qkv, tail = short_conv(qkv, self.conv, pos, tail)
         q, k, v = map(split, qkv.split(self.widths, -1), (self.k_heads, self.k_heads, self.heads))
-        y, *state = self.mix(x, q, k, v, pos, *state)
+        y, S = self.mix(x, q, k, v, pos, S)
         if self.gates: y = self.o_norm(y) * F.silu(split(self.z_proj(x), self.heads))
-        if cache is not None: cache.update(ctx.pos, tail, *state)
+        if cache is not None: cache.update(ctx.pos, tail, S)
         return ctx.packed(self.o_proj(merge(y)), back=True)
 
     def new_cache(self, batch, size, device, dtype):
         tail = torch.zeros(batch, self.TAPS - 1, sum(self.widths), device=device, dtype=dtype)
-        shape = (batch, self.heads, self.d_k, self.d_v + self.extra)
+        shape = (batch, self.heads, self.rows, self.d_v + self.extra)
         return StateCache(tail, up(torch.zeros(shape, device=device, dtype=dtype)))
 
     def pairs(self, T, S):
@@ -339,40 +319,27 @@ class GatedDelta(Recurrent):
 
 class Hyena(Recurrent):
     """Poli et al. 2023 (2302.10866), order 2: y = q * (h conv (k * v)), by FFT in T log T. The
-    filter h is as long as the text but implicit, a small network of the distance under a window
-    that decays. No state sums up the past: a cache keeps all k * v, and a token costs S D."""
-    gates = 0
+    filter h is as long as the text but implicit, a function of the distance. No state sums up the
+    past: a cache keeps all k * v, and a token costs S D."""
+    gates, extra = 0, 2
     def __init__(self, cfg):
         super().__init__(cfg, 1, 1, cfg.d_model, cfg.d_model)
-        self.skip, widths = nn.Parameter(torch.ones(cfg.d_model)), (17, 32, 32, cfg.d_model)
-        self.filter = nn.ModuleList(Linear(*pair, bias=True) for pair in zip(widths, widths[1:]))
+        self.skip = nn.Parameter(torch.ones(cfg.d_model))
+        self.filter = ImplicitFilter(cfg.d_model, cfg.seq_len)
+        self.rows = 0  # of the state at first; each token adds its k * v, position and document
 
-    def impulse(self, S, device):
-        """h (S, D): what a token adds to those 0..S-1 places later, which eight waves tell."""
-        t = torch.arange(S, device=device)[:, None] / self.cfg.seq_len
-        angle = 2 * math.pi * t * torch.arange(1, 9, device=device)
-        h = self.filter[0](torch.cat((t, angle.cos(), angle.sin()), -1).to(self.skip.dtype))
-        for layer in self.filter[1:]: h = layer(h.sin())
-        # The slowest window falls to 1 % at seq_len, the fastest at a tenth of it [our choice].
-        return h * torch.exp(-4.6 * t * torch.linspace(1, 10, h.shape[1], device=device))
-
-    def mix(self, x, q, k, v, pos, *past):
-        new = (up(k * v)[:, 0], pos, documents(pos) + (past[2][:, -1:] if past[2].numel() else 0))
-        u, u_pos, u_doc = all = [torch.cat(pair, 1) for pair in zip(past, new)]
-        h, at = self.impulse(u.shape[1], x.device), torch.arange(pos.shape[1], device=x.device)
+    def mix(self, x, q, k, v, pos, S):  # S (B, 1, n, D + 2)
+        pos, new, at = pos[:, None], up(k * v), torch.arange(pos.shape[1], device=x.device)
+        doc = documents(pos) + (S[:, :, -1:, -1] if S.shape[2] else 0)
+        S = torch.cat((S, torch.cat((new, torch.stack((pos, doc), -1).to(new.dtype)), -1)), 2)
+        u, h = S[:, 0, :, :-2], self.filter(S.shape[2])
         # Rows of one document from its start are what an FFT convolves.
-        if u.shape[1] == len(at) and bool(((pos == at) | (pos < 0)).all()): y = long_conv(u, h)
-        else: y = long_conv_reference(u, h, *(t[:, None] for t in (*new[1:], u_pos, u_doc)))
-        return q * (y + self.skip * new[0]).to(x.dtype)[:, None], *all
+        if len(h) == len(at) and bool(((pos == at) | (pos < 0)).all()): y = long_conv(u, h)
+        else: y = long_conv_reference(u, h, pos, doc, *S[..., -2:].long().unbind(-1))
+        return q * (y[:, None] + self.skip * new).to(x.dtype), S
 
-    def new_cache(self, batch, size, device, dtype):
-        tail, none = super().new_cache(batch, size, device, dtype).slot[0], (batch, 0)
-        pos = torch.zeros(none, device=device, dtype=torch.long)
-        return StateCache(tail, up(tail.new_zeros(*none, self.d_v)), pos, pos)
-
-    def flops(self, T, S):  # all rows of a batch share the filter
-        filters = weights(self.filter)
-        return {"qkv": 2 * T * (weights(self) - filters), "filter": 2 * S * filters}
+    def pairs(self, T, S):  # a batch shares the filter of S places; T of them are in qkv
+        return 2 * (S - T) * weights(self.filter), 0
 
 MIXERS = {"A": Attention, "W": partial(Attention, local=True),
           "N": partial(Attention, turned=False), "M": LatentAttention,
@@ -436,36 +403,35 @@ class MoE(nn.Module):
     def flops(self, T):
         return {"ffn": 2 * T * (weights(self) - weights(*self.experts[self.cfg.n_active:]))}
 
-relu2 = lambda x: F.relu(x).square()
 gelu = partial(F.gelu, approximate="tanh")  # the form that GPT-2 was trained with
-FFNS = {"r": partial(FFN, act=F.relu), "u": partial(FFN, act=relu2), "e": partial(FFN, act=gelu),
-        "g": partial(FFN, act=gelu, gated=True), "s": partial(FFN, act=F.silu, gated=True)}
+FFNS = {"r": partial(FFN, act=F.relu), "u": partial(FFN, act=lambda x: F.relu(x).square()),
+        "e": partial(FFN, act=gelu), "g": partial(FFN, act=gelu, gated=True),
+        "s": partial(FFN, act=F.silu, gated=True)}
 FFNS["x"] = partial(MoE, ffn=FFNS["s"])
 
 # -----------------------------------------------------------------------------
 # Block and LM
 
-PLACES = {"pre": (0, None, None, 1, None, None), "post": (None, None, 0, None, None, 1),
-          "sandwich": (0, 1, None, 2, 3, None)}  # which norms are a, b, c of mixer and FFN
+ONE, TWO = "input_layernorm", "post_attention_layernorm"  # Llama's names; Gemma has two more
+PLACES = {"pre": (ONE, None, None, TWO, None, None), "post": (None, None, ONE, None, None, TWO),
+          "sandwich": (ONE, TWO, None, "pre_feedforward_layernorm", "post_feedforward_layernorm",
+                       None)}  # the norms a, b, c of the mixer, then of the FFN
 
 def norm(cfg): return NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
 
 class Block(nn.Module):
     """One layer: twice x = c(x + b(f(a(x)))), with norms a (pre), a and b (sandwich) or c (post).
     With pre-norm the stream itself is never touched, so gradients arrive whole; post-norm (2017)
-    needs a warm-up. The norms have Llama's names, and Gemma's where there are four."""
-    NAMES = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-             "post_feedforward_layernorm")
-
+    needs a warm-up (2002.04745)."""
     def __init__(self, cfg, mixer, ffn):
         super().__init__()
-        self.names = [None if i is None else self.NAMES[i] for i in PLACES[cfg.norm_place]]
-        for name in filter(None, self.names): self.add_module(name, norm(cfg))
+        self.norms = PLACES[cfg.norm_place]
+        for name in filter(None, self.norms): self.add_module(name, norm(cfg))
         self.self_attn, self.mlp = MIXERS[mixer](cfg), FFNS[ffn](cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, ctx, cache=None):
-        a, b, c, d, e, f = (getattr(self, n) if n else nn.Identity() for n in self.names)
+        a, b, c, d, e, f = (getattr(self, n) if n else nn.Identity() for n in self.norms)
         x = c(x + self.drop(b(self.self_attn(a(x), ctx, cache))))
         y, aux = self.mlp(d(x))
         return f(x + self.drop(e(y))), aux
@@ -506,39 +472,28 @@ class LM(nn.Module):
         if cap: z = cap * torch.tanh(z / cap)
         return (z if targets is None else cross_entropy(z, targets)), aux
 
-    @torch.no_grad()
-    def rebalance(self, loads):
-        """After a step, moves routers' biases against their loads in the batch, [(E,) a layer]."""
-        with_experts = (b.mlp for b in self.layers if isinstance(b.mlp, MoE))
-        for moe, load in zip(with_experts, loads) if self.cfg.balance_bias else ():
-            moe.bias += self.cfg.balance_bias * torch.sign(load.sum() / len(load) - load)
-
     def new_cache(self, batch, size):
         """Room for `size` positions in each of `batch` rows: one cache a layer."""
         w = self.embed_tokens.weight
-        return [layer.self_attn.new_cache(batch, size, w.device, self.compute_dtype or w.dtype)
-                for layer in self.layers]
+        like = w.device, self.compute_dtype or w.dtype
+        return [layer.self_attn.new_cache(batch, size, *like) for layer in self.layers]
 
     def flops(self, T, S=None):
-        """{part: FLOPs} of a forward pass of T new tokens of one sequence over S places (default
-        T). Looking up an embedding is free."""
-        total = {}
+        """{part: FLOPs} of a forward pass of T new tokens of one sequence over S places (or T)."""
+        total = Counter(head=2 * T * self.cfg.d_model * self.cfg.vocab_size)
         for layer in self.layers:
-            for flops in (layer.self_attn.flops(T, S or T), layer.mlp.flops(T)):
-                for part, n in flops.items(): total[part] = total.get(part, 0) + n
-        return {**total, "head": 2 * T * self.cfg.d_model * self.cfg.vocab_size}
+            total.update(layer.self_attn.flops(T, S or T) | layer.mlp.flops(T))
+        return dict(total)
 
     def flops_per_token(self):
         """FLOPs to train on a token at the full context: three forward passes (backward is two)."""
         return 3 * sum(self.flops(self.cfg.seq_len).values()) / self.cfg.seq_len
 
     def n_params(self):
-        """{part: parameters}; a tied head costs nothing."""
-        count = lambda *modules: sum(p.numel() for m in modules if m for p in m.parameters())
-        parts = {"embed": count(self.embed_tokens, getattr(self, "embed_positions", None)),
-                 "mixer": count(*(layer.self_attn for layer in self.layers)),
-                 "ffn": count(*(layer.mlp for layer in self.layers)), "head": count(self.lm_head)}
-        return {**parts, "norm": count(self) - sum(parts.values())}
+        """{part: parameters}, a layer's parts summed over layers; a tied head costs nothing."""
+        total, sizes = Counter(), ((n.split("."), p.numel()) for n, p in self.named_parameters())
+        for words, n in sizes: total[words[2] if words[0] == "layers" else words[0]] += n
+        return dict(total)
 
 def meta_model(cfg):
     """A model of shapes without numbers: GPT-3 fits in a laptop."""
@@ -570,11 +525,10 @@ PRESETS = {
     "next": dict(mixers="DDDA", n_layers=4, qk_norm=True, n_kv_heads=2),
     "hyena": dict(mixers="H", ffns="e", norm="layer", pos="none", bias=True),  # 2302.10866
     # what modded-nanogpt's records 5 to 8 share: QK-norm, ReLU^2, blocks that start as the identity
-    "modern": dict(ffns="u", qk_norm=True, zero_init=True),
-}
+    "modern": dict(ffns="u", qk_norm=True, zero_init=True)}
 
 def fields_of(name, given):
-    """The given fields over those of a preset's row that some layer reads."""
+    """{field: value}: what is given, over what some layer reads of a preset's row."""
     if name not in PRESETS:
         raise UserError(f"preset: got {name!r}, wanted {' or '.join(PRESETS)}; set --preset")
     both = {"mixers": ModelConfig.mixers, "ffns": ModelConfig.ffns, **PRESETS[name], **given}
@@ -596,20 +550,18 @@ LLAMA = dict(vocab_size="vocab_size", seq_len="max_position_embeddings", d_model
              n_kv_heads="num_key_value_heads", d_head="head_dim", d_ff="intermediate_size",
              norm_eps="rms_norm_eps", rope_theta="rope_theta", rope_factor="factor",
              rope_context="original_max_position_embeddings")
+MISTRAL = dict(LLAMA, window="sliding_window")
+MIXTRAL = dict(MISTRAL, d_expert="intermediate_size", n_experts="num_local_experts",
+               n_active="num_experts_per_tok")
 GPT = dict(vocab_size="vocab_size", norm_eps="layer_norm_epsilon", d_model="n_embd", d_ff="n_inner",
            seq_len="n_positions", n_layers="n_layer", n_heads="n_head", tie="tie_word_embeddings")
 WORDS = dict(embed_tokens="wte", embed_positions="wpe", layers="h", norm="ln_f", q_proj="c_attn",
              input_layernorm="ln_1", post_attention_layernorm="ln_2", self_attn="attn",
              k_proj="c_attn", v_proj="c_attn", o_proj="c_proj", up_proj="c_fc", down_proj="c_proj")
 FAMILIES = {  # architecture: (preset and model_type, our field: its key, our word: its word)
-    "GPT2LMHeadModel": ("gpt2", GPT, WORDS),
-    "LlamaForCausalLM": ("llama", LLAMA, {}),
-    "MistralForCausalLM": ("mistral", {**LLAMA, "window": "sliding_window"}, {}),
-    "Qwen2ForCausalLM": ("qwen2", LLAMA, {}),
-    "Qwen3ForCausalLM": ("qwen3", LLAMA, {}),
-    "MixtralForCausalLM": ("mixtral", {
-        **LLAMA, "window": "sliding_window", "n_experts": "num_local_experts",
-        "n_active": "num_experts_per_tok", "d_expert": "intermediate_size"}, dict(
+    "GPT2LMHeadModel": ("gpt2", GPT, WORDS), "LlamaForCausalLM": ("llama", LLAMA, {}),
+    "Qwen2ForCausalLM": ("qwen2", LLAMA, {}), "Qwen3ForCausalLM": ("qwen3", LLAMA, {}),
+    "MistralForCausalLM": ("mistral", MISTRAL, {}), "MixtralForCausalLM": ("mixtral", MIXTRAL, dict(
         mlp="block_sparse_moe", gate_proj="w1", up_proj="w3", down_proj="w2"))}
 ROPE = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)  # as in rope_tables
 KNOWN = dict(ROPE, type="llama3", hidden_act="silu", activation_function="gelu_new", mlp_bias=False,
@@ -629,11 +581,11 @@ def views(model):
     """{published name: [views of parameters, side by side]}: to fill a view fills its parameter.
     GPT-2 keeps Q, K and V in one matrix, and matrices as (in, out)."""
     (_, name, _, words), out = family(model.cfg), {}
-    for own, p in (*model.named_parameters(), *model.named_buffers()):
+    for own, p in model.state_dict().items():
         theirs = ".".join(words.get(word, word) for word in own.split("."))
         if name != "gpt2" and not own.startswith("lm_head"): theirs = "model." + theirs
         turn = name == "gpt2" and p.ndim == 2 and own.startswith("layers")
-        out.setdefault(theirs, []).append(p.detach().T if turn else p.detach())
+        out.setdefault(theirs, []).append(p.T if turn else p)
     return out
 
 def published(model):
@@ -654,14 +606,15 @@ def save_model(model, directory):
 
 def load_state(model, pairs, where):
     """Copies (published name, tensor)s into a model; names a missing, surplus or odd-shaped one."""
-    parts, wanted, odd = views(model), {n: list(t.shape) for n, t in published(model).items()}, []
+    left, odd = views(model), []
+    shape = lambda parts: [*parts[0].shape[:-1], sum(p.shape[-1] for p in parts)]
     for name, t in pairs:
-        shape = wanted.pop(name, "no such tensor")
-        if shape != list(t.shape): odd.append(f"{name} {list(t.shape)} (wanted {shape})")
+        parts = left.pop(name, ())
+        wanted = shape(parts) if parts else "no such tensor"
+        if list(t.shape) != wanted: odd.append(f"{name} {list(t.shape)} (wanted {wanted})")
         else:
-            for p, x in zip(parts[name], t.split([p.shape[-1] for p in parts[name]], -1)):
-                p.copy_(x)
-    odd += [f"{name} missing (wanted {shape})" for name, shape in wanted.items()]
+            for p, x in zip(parts, t.split([p.shape[-1] for p in parts], -1)): p.copy_(x)
+    odd += [f"{name} missing (wanted {shape(parts)})" for name, parts in left.items()]
     if odd: raise UserError(f"{where}: got {', '.join(odd[:4])}, {len(odd)} in all; wanted what "
                             "config.json describes; check that the two belong together")
 
@@ -670,8 +623,7 @@ def read_config(config):
     if "model_config" in config: return ModelConfig(**config["model_config"])
     architecture = (config.get("architectures") or [None])[0]
     if architecture not in FAMILIES:
-        raise UserError(f"architecture: got {architecture}, wanted {' or '.join(FAMILIES)}; choose "
-                        "another model")
+        raise UserError(f"architecture: got {architecture}, wanted {' or '.join(FAMILIES)}")
     name, keys, _ = FAMILIES[architecture]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # new, old spelling
     c = {"tie_word_embeddings": name == "gpt2", **config, **rope}  # without that key only GPT-2 is
@@ -688,37 +640,33 @@ def load_model(directory, device="cpu", dtype=torch.float32):
     read = lambda name: json.loads(p.read_text()) if (p := Path(directory, name)).is_file() else {}
     try:
         config, index = read("config.json"), read("model.safetensors.index.json")
-        if not config: raise UserError(f"run: got {directory}, wanted a directory with a "
-                                       "config.json; train one: python train.py")
+        if not config: raise ValueError("nothing")
         files = sorted(set(index.get("weight_map", {"": "model.safetensors"}).values()))
         model = meta_model(read_config(config)).to(dtype)
         model.eos = {**config, **read("generation_config.json")}.get("eos_token_id")
     except (ValueError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"{directory}: got {type(e).__name__} {e} in its json files, wanted what "
-                        "save_model or Hugging Face write; restore them from a copy")
-    def pairs():
-        for reader in (read_tensors(Path(directory, f)) for f in files):
-            next(reader)  # metadata
-            for name, t in reader:  # old files hold buffers, some tied ones their table twice
-                if not re.search(r"\.attn\.(masked_)?bias$|\.inv_freq$", name) \
-                        and not (model.cfg.tie and name == "lm_head.weight"):
-                    yield name.removeprefix("transformer."), t
-    load_state(model.to_empty(device=device), pairs(), directory)  # no time for initial values
+        raise UserError(f"{directory}: got {type(e).__name__} {e} in its config.json, wanted what "
+                        "save_model or Hugging Face write; check the path, or restore the files")
+    # Left out: metadata, the buffers of old files, and a tied table that is there twice.
+    other = r"__metadata__|\.attn\.(masked_)?bias$|\.inv_freq$" + "|lm_head" * model.cfg.tie
+    pairs = ((name.removeprefix("transformer."), t) for f in files
+             for name, t in read_tensors(Path(directory, f)) if not re.search(other, name))
+    load_state(model.to_empty(device=device), pairs, directory)  # no time for initial values
     return model.eval()
 
 # -----------------------------------------------------------------------------
 # The lesson: where parameters and FLOPs are. The bench: what a token costs as the text gets longer.
 
-# n_layers and d_model of GPT-2 (Radford et al. 2019, table 2), of GPT-3 (2005.14165, table 2.1)
-SIZES = {"small": (12, 768), "medium": (24, 1024), "large": (36, 1280), "XL": (48, 1600),
-         "175B": (96, 12288)}
+# Layers and widths of GPT-2 (Radford et al. 2019, table 2), last of GPT-3 (2005.14165, table 2.1).
+SIZES = (12, 768), (24, 1024), (36, 1280), (48, 1600), (96, 12288)
 
 def lesson(T=2048):
     parts = ("qkv", "scores", "values", "out", "ffn", "head")
     print(f"forward, T = {T}{'parameters':>23s}{'FLOPs':>12s}", *(f"{p:>7s}" for p in parts))
-    gpt = partial(preset, "gpt2", vocab_size=50257, seq_len=T)
-    for name, cfg in (*((name, preset(name)) for name in PRESETS),
-                      *((f"GPT-2 {s}", gpt(n_layers=n, d_model=d)) for s, (n, d) in SIZES.items())):
+    rows = [(name, preset(name)) for name in PRESETS] + [
+        (f"GPT of {n} x {d}", preset("gpt2", vocab_size=50257, seq_len=T, n_layers=n, d_model=d))
+        for n, d in SIZES]
+    for name, cfg in rows:
         model = meta_model(cfg)
         flops, n = model.flops(T), sum(model.n_params().values())
         share = [100 * flops.get(p, 0) / sum(flops.values()) for p in parts]
@@ -728,10 +676,10 @@ def lesson(T=2048):
 
 def bench(lengths=(1024, 4096, 16384)):
     """tokens/s, forward and backward, of a layer of d_model 256 in float32."""
-    def rate(layer, T, *ctx):
+    def rate(layer, T, *ctx):  # an FFN returns aux, too
         x = torch.randn(1, T, 256, requires_grad=True)
-        y = lambda: layer(x, *ctx) if ctx else layer(x)[0]  # an FFN returns aux, too
-        return T / seconds(lambda: y().sum().backward(), x.device, 3)
+        run = lambda: (layer(x, *ctx) if ctx else layer(x)[0]).sum().backward()
+        return T / seconds(run, x.device, 3)
 
     keep_freed_memory()
     print("tokens/s at T =", *(f"{T:9,d}" for T in lengths))
@@ -742,13 +690,12 @@ def bench(lengths=(1024, 4096, 16384)):
     dense, experts = (rate(FFNS[f](ModelConfig(ffns=f)), 4096) for f in "sx")
     print(f"experts, 2 of 8, reach {experts / dense:.2f} of a dense FFN's {dense:,.0f} at 4,096")
 
-def main(args):
-    bench() if args.what == "bench" else lesson()
+def main(args): bench() if args.what == "bench" else lesson()
 
 def build_parser():
     parser = argparse.ArgumentParser(description="Parameters and FLOPs of presets, by part.")
     parser.add_argument("what", nargs="?", choices=["lesson", "bench"], default="lesson",
-                        help="bench: tokens/s of mixers and experts here (default: %(default)s)")
+                        help="bench: tokens/s of mixers and experts (default: lesson)")
     return parser
 
 if __name__ == "__main__":

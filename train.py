@@ -4,9 +4,8 @@ THE IDEA
     Show the model text, ask for every next token, move the weights so that what came would have
     been likelier; a few thousand times. All skill goes into spending the budget well: a model
     neither too large to see enough text nor too small to use it, a step size that falls to zero
-    exactly when time is up, and no second lost. So the budget is a flag, --minutes, the schedule is
-    tied to it, and the result is one number that compares across tokenizers: bits per byte of text
-    the model has never seen.
+    exactly when time is up. So the budget is a flag, --minutes, the schedule is tied to it, and the
+    result is one number that compares across tokenizers: bits per byte of text never seen.
 
 THE MATHS
     loss = mean of -log p(next token), in nats          perplexity = exp(loss)
@@ -18,16 +17,15 @@ THE MATHS
 
 THE COSTS
     Memory in float32: 16 bytes a parameter for weight, gradient and AdamW's two averages; and
-    activations, which grow with micro_batch, not with batch_size: gradients of micro-batches add up
-    to that of the batch.
+    activations, which grow with micro_batch: gradients of micro-batches add up to the batch's.
 
-CONTENTS  TrainConfig / setting up a machine / one step / checkpoints / fit, the loop / tools that
-          look: walk, profile, board, plot / command line
+CONTENTS  TrainConfig / setting up / one step / checkpoints / fit / walk, profile, board, race
 NOT HERE  many devices (parallel.py passes its own step, save and load to the same `fit`)
 RUN       python train.py                   # 3 minutes on a laptop; last line: bits_per_byte, steps
           python train.py --dataset owt     # OpenWebText; 90 minutes on one GPU
           python train.py --walk            # one batch through all stages, value by value
           python train.py --resume          # goes on with the newest run
+          python train.py --race mixers=A,S --minutes 1 --seeds 2    # compares values of any field
 REFERENCES
     Micikevicius et al. 2018 (1710.03740) mixed precision; Kaplan et al. 2020 (2001.08361) 6ND;
     Chowdhery et al. 2022 (2204.02311) MFU
@@ -200,7 +198,8 @@ def local_step(model, batches):
         (loss + aux["loss"] / len(batches)).backward()
         total = total + loss.detach()
         loads = [a + b for a, b in zip(loads, aux["load"])] or aux["load"]
-    if loads: model.rebalance(loads)  # routers' biases, if the model has them
+    for bias, load in zip(model.buffers(), loads):  # routers', if they have one: against the load
+        bias += model.cfg.balance_bias * torch.sign(load.sum() / len(load) - load)
     return total
 
 # -----------------------------------------------------------------------------
@@ -222,8 +221,7 @@ def checkpoints(run):
     """Paths, newest first."""
     return sorted(Path(run).glob("checkpoint-*.safetensors"), reverse=True)
 
-def device_of(model):
-    return next(model.parameters()).device.type
+def device_of(model): return next(model.parameters()).device.type
 
 def generator_of(model):
     """(get, set) for the state of the random generator of the model's device."""
@@ -499,11 +497,10 @@ def plot(run):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     rows = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-    steps, valid = ([r for r in rows if key in r] for key in ("tokens_per_s", "valid"))
+    points = {"training": [(r["minutes"], r["loss"]) for r in rows if "loss" in r],
+              "validation": [(r["minutes"], r["valid"]["loss"]) for r in rows if "valid" in r]}
     plt.figure(figsize=(7, 4))
-    plt.plot([r["minutes"] for r in steps], [r["loss"] for r in steps], label="training")
-    plt.plot([r["minutes"] for r in valid], [r["valid"]["loss"] for r in valid], "o",
-             label="validation")
+    for label, of in points.items(): plt.plot(*zip(*of), ".-", label=label)
     plt.gca().set(xlabel="minutes", ylabel="loss (nats per token)")
     plt.legend()
     plt.savefig(Path(run) / "loss.png", dpi=120)
@@ -664,39 +661,35 @@ def finish(run, model, tok, cfg, now, result, machine, text):
           f"{result['bits_per_byte']:.4f}, loss {result['loss']:.4f} nats a token at context "
           f"{model.cfg.seq_len}, {now.seconds / 60:.2f} minutes, {now.step} steps")
 
+FIELDS = {f.name: f for c in (TrainConfig, ModelConfig) for f in dataclasses.fields(c)}
+
 def race(args):
-    """Trains a run for each value of a field and each seed, all on the same budget, and compares
-    them. Each is a process of its own, so that none inherits another's memory, warm or in use."""
+    """A run for each value of a field and each seed, all on the same budget, and a table. Each is a
+    process of its own: none inherits another's memory, or a processor that it has warmed up."""
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
     name, _, values = args.race.partition("=")
-    values = values.split(",")
     if name not in FIELDS or args.run or args.resume or args.seeds < 1:
-        raise UserError(f"race: got {args.race!r}, {args.seeds} seeds, wanted FIELD=VALUE,VALUE,... "
-                        "of a field that --help lists, a seed or more, no --run and no --resume")
-    runs = [{**given, "seed": given.get("seed", 0) + i, name: value}
-            for value in values for i in range(args.seeds)]
-    for run in runs:  # a mistake is found before anything is trained
+        raise UserError(f"race: got {args.race!r} and {args.seeds} seeds, wanted FIELD=VALUE,VALUE "
+                        "of a field in --help, a seed or more; leave --run and --resume out")
+    for value in values.split(","):  # a mistake is found before anything is trained
         kind, read = reader(FIELDS[name])
-        try: settle({**run, name: read(run[name])}, pick_device(given.get("device", "auto")))
-        except ValueError: raise UserError(f"race: got {name}={run[name]}, wanted {kind.__name__}s")
-    rows = {value: [] for value in values}
-    for run in runs:
-        path = free(Path("runs") / f"race-{name}-{Path(run[name]).name}")
-        flags = [f"--{key}={value}" for key, value in run.items()]
-        code = subprocess.run([sys.executable, __file__, f"--run={path}", *flags],
-                              stdout=subprocess.DEVNULL).returncode
-        if code: raise UserError(f"race: {path} ended with status {code}; what it said stands above")
-        rows[run[name]].append(json.loads((path / "result.json").read_text()))
-        print(f"{path}, seed {run['seed']}: bits_per_byte {rows[run[name]][-1]['bits_per_byte']:.4f}",
-              flush=True)
-    print(f"{name:12s}  parameters  bits_per_byte     std  tokens/s  peak MB")
-    for value, of in rows.items():
-        mean = lambda key: sum(row[key] for row in of) / len(of)
-        std = np.std([row["bits_per_byte"] for row in of], ddof=1) if len(of) > 1 else math.nan
-        print(f"{value:12s}{mean('parameters'):12,.0f}{mean('bits_per_byte'):15.4f}{std:8.4f}"
-              f"{mean('tokens_per_s'):10,.0f}{mean('memory_bytes') / 1e6:9,.0f}")
-
-FIELDS = {f.name: f for c in (TrainConfig, ModelConfig) for f in dataclasses.fields(c)}
+        try: settle({**given, name: read(value)}, pick_device(given.get("device", "auto")))
+        except ValueError: raise UserError(f"race: got {name}={value}, wanted {kind.__name__}")
+    print(f"{name:14s}  parameters  bits_per_byte     std  tokens/s  peak MB  runs")
+    for value in values.split(","):
+        rows, stem = [], f"race-{name}-{Path(value).name}"
+        for seed in range(args.seeds):
+            path = free(Path("runs") / stem)
+            flags = {**given, "run": path, "seed": given.get("seed", 0) + seed, name: value}
+            if subprocess.run([sys.executable, __file__, *(f"--{k}={v}" for k, v in flags.items())],
+                              stdout=subprocess.DEVNULL).returncode:
+                raise UserError(f"race: got no result from {path}, for what is said above")
+            rows.append(json.loads((path / "result.json").read_text()))
+        n, bits, rate, most = np.array([[r[key] for key in (
+            "parameters", "bits_per_byte", "tokens_per_s", "memory_bytes")] for r in rows]).T
+        std = f"{bits.std(ddof=1):8.4f}" if len(bits) > 1 else f"{'-':>8s}"
+        print(f"{value:14s}{n.mean():12,.0f}{bits.mean():15.4f}{std}{rate.mean():10,.0f}"
+              f"{most.mean() / 1e6:9,.0f}  {stem}", flush=True)
 
 def build_parser():
     parser = argparse.ArgumentParser(description="Trains a language model for a budget of minutes.")
