@@ -123,28 +123,28 @@ RECIPES = {
 }
 
 def reader(f):
-    """(kind, function from text to a value) of a dataclass field; `none` spells None."""
+    """A function from text to a value of a dataclass field; `none` spells None."""
     kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
     def read(text):
         if "None" in str(f.type) and text.lower() == "none": return None
         if kind is bool and text.lower() not in ("true", "false"): raise ValueError(text)
         return text.lower() == "true" if kind is bool else kind(text)
-    return kind, read
+    read.__name__ = kind.__name__  # what argparse calls it in an error
+    return read
 
 def add_fields(parser, config_class, recipes):
     """One flag per field of a dataclass. What is not given stays out of the namespace, so that it
     can be told from a default. The help shows the default of each recipe."""
     group = parser.add_argument_group(config_class.__name__)
     for f in dataclasses.fields(config_class):
-        kind, parse = reader(f)
-        parse.__name__ = kind.__name__  # what argparse calls it in an error
-        bare = dict(nargs="?", const=True) if kind is bool else {}  # --tie is --tie true
+        parse = reader(f)
+        bare = dict(nargs="?", const=True) if parse.__name__ == "bool" else {}  # --tie: --tie true
         values = {name: row.get(f.name, f.default) for name, row in recipes.items()}
         default = ", ".join(f"{value} on {name}" for name, value in values.items())
         if len(set(values.values())) == 1: default = next(iter(values.values()))
         group.add_argument(f"--{f.name}", type=parse, default=argparse.SUPPRESS, **bare,
                            help=f"{f.metadata['help']} (default: {default})",
-                           metavar=kind.__name__)
+                           metavar=parse.__name__)
 
 # -----------------------------------------------------------------------------
 # Setting up a machine
@@ -380,9 +380,8 @@ def warm_up(model, forward, loader, micro, machine, step):
     loader.seek(seen)
 
 def give_up(run):
-    last = next(iter(checkpoints(run)), None) if run else None
-    raise SystemExit("three steps in a row without a finite loss; the last good checkpoint is "
-                     f"{last}; begin a new run with a smaller --lr, or other data")
+    raise SystemExit("three steps in a row without a finite loss; the last good checkpoint is in "
+                     f"{run}; begin a new run with a smaller --lr, or other data")
 
 def log_step(log, now, mark, x, norm, lr, model, loader, machine):
     tokens = now.seen * loader.seq_len
@@ -395,10 +394,9 @@ def log_step(log, now, mark, x, norm, lr, model, loader, machine):
               .format(x=100 * min(x, 1), percent=100 * row["mfu"], **row), **row)
 
 def report(log, now, result):
-    row = dict(step=now.step, minutes=now.seconds / 60, valid=result)
-    log.write("step {step:6d}  validation: bits_per_byte {valid[bits_per_byte]:.4f}, loss "
-              "{valid[loss]:.4f} nats a token at context {valid[context]}, {minutes:.2f} min"
-              .format(**row), **row)
+    log.write(f"step {now.step:6d}  validation: bits_per_byte {result['bits_per_byte']:.4f}, loss "
+              f"{result['loss']:.4f} nats a token at context {result['context']}, "
+              f"{now.seconds / 60:.2f} min", step=now.step, minutes=now.seconds / 60, valid=result)
 
 # -----------------------------------------------------------------------------
 # Tools that look at a run
@@ -455,8 +453,6 @@ def walk(model, optimizer, corpus, cfg, machine):
 
 def profile(model, optimizer, loader, cfg, machine, folder):
     """Ten steps under torch.profiler: the ten costliest operations, and a trace for a browser."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if machine.device.type == "cuda": kinds.append(torch.profiler.ProfilerActivity.CUDA)
     forward = torch.compile(model, dynamic=False) if machine.compile else model
 
     def step():
@@ -465,7 +461,7 @@ def profile(model, optimizer, loader, cfg, machine, folder):
         optimizer.step()
 
     for _ in range(3): step()  # the first ones compile, and allocate
-    with torch.profiler.profile(activities=kinds) as prof:
+    with torch.profiler.profile() as prof:
         for _ in range(10): step()
         synchronize(machine.device)
     key = "self_cuda_time_total" if machine.device.type == "cuda" else "self_cpu_time_total"
@@ -484,27 +480,23 @@ def board(runs):
                 "{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}{parameters:12,d}  "
                 "{dataset} {text:.8}, {hardware}").format(**r)))
         except (ValueError, KeyError, TypeError): print(f"{path}: damaged, left out")
-    if not lines:
-        raise UserError(f"board: got no finished run under {runs}/; wanted one; python train.py")
-    print(f"{'run':26s}{'bits_per_byte':>14s}{'context':>8s}{'minutes':>9s}{'FLOPs':>10s}"
-          f"{'parameters':>12s}")
+    if not lines: raise UserError(f"board: got no run under {runs}/; wanted one: python train.py")
+    print(f"{'run':26s} bits_per_byte context  minutes     FLOPs  parameters")
     for _, _, line in sorted(lines): print(line)
 
 def plot(run):
     """Draws runs/NAME/loss.png from the log if matplotlib is installed."""
-    try: import matplotlib
+    try: from matplotlib.figure import Figure
     except ImportError: return print("no picture: matplotlib is not installed")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     rows = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
     points = {"training": [(r["minutes"], r["loss"]) for r in rows if "loss" in r],
               "validation": [(r["minutes"], r["valid"]["loss"]) for r in rows if "valid" in r]}
-    plt.figure(figsize=(7, 4))
-    for label, of in points.items(): plt.plot(*zip(*of), ".-", label=label)
-    plt.gca().set(xlabel="minutes", ylabel="loss (nats per token)")
-    plt.legend()
-    plt.savefig(Path(run) / "loss.png", dpi=120)
-    plt.close()
+    picture = Figure(figsize=(7, 4))
+    axes = picture.subplots()
+    for label, of in points.items(): axes.plot(*zip(*of), ".-", label=label)
+    axes.set(xlabel="minutes", ylabel="loss (nats per token)")
+    axes.legend()
+    picture.savefig(Path(run) / "loss.png", dpi=120)
     print(f"picture: {run}/loss.png")
 
 # -----------------------------------------------------------------------------
@@ -514,10 +506,10 @@ def plot(run):
 
 FREE = ("device", "threads", "log_steps", "save_minutes", "data_dir", "mirror")  # may change later
 
-def settle(given, device):
+def settle(given):
     """Flags over the preset's row over the recipe over the dataclasses' defaults -> settings."""
-    recipe = "cpu" if device.type != "cuda" else \
-        "cuda owt" if given.get("dataset") == "owt" else "cuda"
+    cuda = pick_device(given.get("device", "auto")).type == "cuda"
+    recipe = "cpu" if not cuda else "cuda owt" if given.get("dataset") == "owt" else "cuda"
     name = given.get("preset", TrainConfig.preset)
     if given.get("tokenizer", "bpe") != "bpe" and "vocab_size" in given:
         raise UserError(f"vocab_size: got {given['vocab_size']}, wanted none, as the tokenizer "
@@ -533,8 +525,7 @@ def resumed(run, given):
     changes no result."""
     try: settings = json.loads((run / "train.json").read_text())
     except (OSError, ValueError) as e:
-        raise UserError(f"{run}/train.json: got {type(e).__name__}, wanted the settings of a run; "
-                        "resume a run that train.py began")
+        raise UserError(f"{run}/train.json: got {type(e).__name__}, wanted what train.py writes")
     for name, old in {**settings["train"], **settings["model"]}.items():
         if name in FREE: settings["train"][name] = given.get(name, old)
         elif given.get(name, old) != old:
@@ -566,20 +557,19 @@ def run_directory(args):
                         f"with it: --resume --run {path}")
     return path
 
-def get_corpus(cfg, model):
-    """(Corpus, Loader) for two dicts of settings."""
-    corpus = prepare(cfg.dataset, cfg.tokenizer, model["vocab_size"], cfg.data_dir, cfg.mirror)
-    return corpus, Loader(open_tokens(corpus.train), model["seq_len"], cfg.batch_size, cfg.seed)
-
-def get_corpus_of_run(run, cfg, settings, resume):
-    """The same for a run. Its settings are written before the work, so that a run that is killed
-    meanwhile can be resumed, and taken back if they are wrong."""
+def get_corpus(run, cfg, settings, resume):
+    """(Corpus, Loader). The settings of a run (None: of none) are written before the work, so that
+    one that is killed meanwhile can be resumed, and taken back if they are wrong."""
     def write():
-        with atomic_write(run / "train.json", "w") as f: json.dump(settings, f, indent=1)
+        if run:
+            with atomic_write(run / "train.json", "w") as f: json.dump(settings, f, indent=1)
     if not resume: write()
-    try: corpus, loader = get_corpus(cfg, settings["model"])
+    model = settings["model"]
+    try:
+        corpus = prepare(cfg.dataset, cfg.tokenizer, model["vocab_size"], cfg.data_dir, cfg.mirror)
+        loader = Loader(open_tokens(corpus.train), model["seq_len"], cfg.batch_size, cfg.seed)
     except UserError:
-        if not resume:
+        if run and not resume:
             (run / "train.json").unlink()
             run.rmdir()
         raise
@@ -605,15 +595,13 @@ def main(args):
     if args.race: return race(args)
     look = args.walk or args.profile  # these leave no run
     run, given = run_directory(args), vars(args)
-    settings = resumed(run, given) if args.resume else \
-        settle(given, pick_device(given.get("device", "auto")))
+    settings = resumed(run, given) if args.resume else settle(given)
     cfg = TrainConfig(**settings["train"])
     print(f"{run}: {cfg}")
     if cfg.dataset == "owt" and pick_device(cfg.device).type != "cuda":
         print("no CUDA device: a small model trains on the same data for "
               + (f"{cfg.minutes} minutes" if cfg.minutes else f"{cfg.steps} steps"))
-    corpus, loader = get_corpus(cfg, settings["model"]) if look else \
-        get_corpus_of_run(run, cfg, settings, args.resume)
+    corpus, loader = get_corpus(None if look else run, cfg, settings, args.resume)
     tok, valid = corpus.tokenizer, corpus.info["valid"]
     machine = set_up(cfg)  # after `prepare`: a process is forked more safely before threads start
     print(machine.line)
@@ -672,9 +660,9 @@ def race(args):
         raise UserError(f"race: got {args.race!r} and {args.seeds} seeds, wanted FIELD=VALUE,VALUE "
                         "of a field in --help, a seed or more; leave --run and --resume out")
     for value in values.split(","):  # a mistake is found before anything is trained
-        kind, read = reader(FIELDS[name])
-        try: settle({**given, name: read(value)}, pick_device(given.get("device", "auto")))
-        except ValueError: raise UserError(f"race: got {name}={value}, wanted {kind.__name__}")
+        read = reader(FIELDS[name])
+        try: settle({**given, name: read(value)})
+        except ValueError: raise UserError(f"race: got {name}={value}, wanted {read.__name__}")
     print(f"{name:14s}  parameters  bits_per_byte     std  tokens/s  peak MB  runs")
     for value in values.split(","):
         rows, stem = [], f"race-{name}-{Path(value).name}"
