@@ -711,13 +711,6 @@ def test_rope_scores_depend_on_distance_only():
     assert score(3, 1) == pytest.approx(score(10, 8), abs=1e-5)  # tables are float32
     assert abs(score(3, 1) - score(4, 1)) > 1e-3
 
-def test_rope_pairs_first_half_with_second():
-    cos, sin = kernels.rope_tables(torch.tensor([[1]]), 4, 10000.0)
-    out = kernels.rotate(torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]]), cos, sin).flatten()
-    c, s, c2, s2 = math.cos(1), math.sin(1), math.cos(0.01), math.sin(0.01)
-    assert torch.allclose(out, torch.tensor(
-        [c - 3 * s, 2 * c2 - 4 * s2, 3 * c + s, 4 * c2 + 2 * s2]))
-
 def test_sinusoid_is_the_formula_of_the_paper():
     out = kernels.sinusoid(torch.tensor([[3]]), 6)[0, 0]
     want = [f(3 / 10000 ** (2 * i / 6)) for f in (math.sin, math.cos) for i in range(3)]
@@ -738,15 +731,6 @@ def test_softmax_and_cross_entropy_survive_huge_logits():
         assert torch.allclose(f(z, y), want) and f(z, y)[0, 0] == 0
     assert (torch.allclose(model.softmax(z), z.softmax(-1))
             and torch.isfinite(model.softmax(z)).all())
-
-def test_gqa_equals_mha_with_repeated_heads():
-    gqa = make(tiny(n_kv_heads=2))
-    mha = make(tiny(n_kv_heads=4))
-    weights = gqa.state_dict()
-    for name in [n for n in weights if "k_proj" in n or "v_proj" in n]:
-        weights[name] = weights[name].view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
-    mha.load_state_dict(weights)
-    assert torch.allclose(gqa(ids(2, 9))[0], mha(ids(2, 9))[0], atol=1e-12)
 
 PUBLISHED = [  # L, D, H, Hkv, Dh, F, V as their config.json says; parameters as their files hold
     ("gpt2", (12, 768, 12, 12, 64, 3072, 50257), {}, 124_439_808),
@@ -837,15 +821,6 @@ def test_saved_model_loads_with_the_same_logits(cfg, tmp_path):
     loaded = model.load_model(tmp_path)
     assert loaded.cfg == cfg and torch.equal(loaded(ids(1, 9))[0], m(ids(1, 9))[0])
 
-def test_llama_tensors_have_their_published_names():
-    names = model.published(model.LM(tiny(n_layers=1)))
-    layer = [f"model.layers.0.{n}.weight" for n in (
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-        "input_layernorm", "post_attention_layernorm")]
-    assert sorted(names) == sorted(layer + [
-        "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
-
 class Weights(dict):
     """Random tensors under published names, made when a forward written by hand asks for them."""
     def __call__(self, name, *shape):
@@ -869,42 +844,28 @@ STRETCH = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fa
                original_max_position_embeddings=16)
 
 def llama_by_hand(w, c, tokens):
-    kind, Dh, freqs = c["architectures"][0][:5], c.get("head_dim", 8), []
+    Dh, rope, freqs = c.get("head_dim", 8), c.get("rope_scaling") or c.get("rope_parameters"), []
     rms = lambda x, n: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w(n, x.shape[-1])
     lin = lambda x, n, d: x @ w(n + "_proj.weight", d, x.shape[-1]).T
-    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     for i in range(Dh // 2):
-        f = {**c, **rope}.get("rope_theta", 1e4) ** (-2 * i / Dh)
-        s = (16 * f / (2 * math.pi) - 1) / (4 - 1) if "factor" in rope else 1
+        f = {**c, **(rope or {})}.get("rope_theta", 1e4) ** (-2 * i / Dh)
+        s = (16 * f / (2 * math.pi) - 1) / (4 - 1) if rope else 1
         freqs.append(f if s >= 1 else f / 8 if s <= 0 else (1 - s) * f / 8 + s * f)
     angle = torch.arange(20)[:, None] * torch.tensor(freqs, dtype=torch.float64)
     def turned(y):  # a pair of features is a complex number
         z = torch.complex(*y.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
         return torch.cat((z.real, z.imag), -1)
-    gap = torch.arange(20)[:, None] - torch.arange(20)
-    hidden = (gap < 0) | (gap >= (kind == "Mistr" and c["sliding_window"] or 20))
     x = w("model.embed_tokens.weight", 61, 32)[tokens]
     for m in ("model.layers.0.", "model.layers.1."):
-        qkv, y = [], rms(x, m + "input_layernorm.weight")
-        for n, heads in (("q", 4), ("k", 2), ("v", 2)):
-            one = lin(y, m + f"self_attn.{n}", heads * Dh)
-            if kind == "Qwen2": one = one + w(m + f"self_attn.{n}_proj.bias", heads * Dh)
-            one = one.unflatten(-1, (heads, Dh)).transpose(1, 2)
-            if kind == "Qwen3" and n != "v": one = rms(one, m + f"self_attn.{n}_norm.weight")
-            if n != "v": one = turned(one)
-            qkv.append(one.repeat_interleave(4 // heads, 1))
-        p = (qkv[0] @ qkv[1].mT / Dh ** 0.5).masked_fill(hidden, -math.inf).softmax(-1)
-        x = x + lin((p @ qkv[2]).transpose(1, 2).flatten(2), m + "self_attn.o", 32)
+        y = rms(x, m + "input_layernorm.weight")
+        q, k, v = (lin(y, m + f"self_attn.{n}", h * Dh).unflatten(-1, (h, Dh)).transpose(1, 2)
+                   .repeat_interleave(4 // h, 1) for n, h in (("q", 4), ("k", 2), ("v", 2)))
+        p = turned(q) @ turned(k).mT / Dh ** 0.5 + torch.full((20, 20), -math.inf).triu(1)
+        y = (p.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + lin(y, m + "self_attn.o", 32)
         y = rms(x, m + "post_attention_layernorm.weight")
-        ffn = lambda y, a, b, c: (F.silu(y @ w(a, 40, 32).T) * (y @ w(b, 40, 32).T)) @ w(c, 32, 40).T
-        if kind == "Mixtr":
-            e = m + "block_sparse_moe."
-            p = (y @ w(e + "gate.weight", 4, 32).T).softmax(-1)
-            p = p * (p >= p.topk(2).values[..., 1:])  # the two likeliest experts
-            p = p / p.sum(-1, keepdim=True)
-            x = x + sum(p[..., j, None] * ffn(y, *(f"{e}experts.{j}.w{i}.weight" for i in (1, 3, 2)))
-                        for j in range(4))
-        else: x = x + ffn(y, *(m + f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")))
+        y = F.silu(lin(y, m + "mlp.gate", 40)) * lin(y, m + "mlp.up", 40)
+        x = x + lin(y, m + "mlp.down", 32)
     head = "model.embed_tokens" if c.get("tie_word_embeddings") else "lm_head"
     return rms(x, "model.norm.weight") @ w(head + ".weight", 61, 32).T
 
@@ -943,31 +904,31 @@ def foreign(path, kind, more={}, dtype="F32", files=1, harm=None, prefix=""):
 @pytest.mark.parametrize("kind, more, options", [
     ("GPT2LMHeadModel", {}, {}),
     ("GPT2LMHeadModel", {}, dict(dtype="F16", files=2, prefix="transformer.")),
-    ("LlamaForCausalLM", dict(tie_word_embeddings=False, dtype="bfloat16"), dict(dtype="BF16")),
+    ("LlamaForCausalLM", {}, dict(dtype="BF16")),
     ("LlamaForCausalLM", dict(rope_theta=100, head_dim=12, rope_scaling=STRETCH), dict(files=3)),
-    ("LlamaForCausalLM", dict(rope_parameters=dict(STRETCH, rope_theta=100.0), dtype="float32",
-                              tie_word_embeddings=True), dict(files=4)),
-    ("MistralForCausalLM", dict(sliding_window=5), {}),
-    ("MistralForCausalLM", dict(sliding_window=None), {}),
-    ("Qwen2ForCausalLM", dict(tie_word_embeddings=True, use_sliding_window=False,
-                              sliding_window=5), {}),
-    ("MixtralForCausalLM", dict(num_local_experts=4, num_experts_per_tok=2), dict(files=2)),
-    ("Qwen3ForCausalLM", dict(head_dim=12, rope_scaling=None), dict(dtype="BF16", files=2))])
-def test_published_models_give_the_logits_of_their_definition_and_come_out_as_they_went_in(
-        tmp_path, kind, more, options):
+    ("LlamaForCausalLM", dict(rope_parameters=dict(STRETCH, rope_theta=100.0),
+                              tie_word_embeddings=True), dict(files=4))])
+def test_published_models_give_the_logits_of_their_definition(tmp_path, kind, more, options):
     logits = foreign(tmp_path, kind, more, **options)
     m = model.load_model(tmp_path, dtype=torch.float64)
     # rope's tables are float32, so angles are right to 1e-6
     assert torch.allclose(m(ids(2, 20))[0], logits, atol=1e-5) and m.eos == [3, 5]
-    model.save_model(m.float(), tmp_path / "a")
-    model.save_model(model.load_model(tmp_path / "a"), tmp_path / "b")
-    for file in ("config.json", "model.safetensors"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    config = json.loads((tmp_path / "a/config.json").read_text())
-    assert config.pop("model_config") and config["architectures"][0] in (kind, "LlamaForCausalLM")
+    model.save_model(m, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours/config.json").read_text())
     assert config["eos_token_id"] == [3, 5] and config.get("rope_scaling") in (None, STRETCH)
     assert config.get("n_inner", 128) == 128 and config.get("intermediate_size", 40) == 40
-    assert dataclasses.replace(model.read_config(config), d_ff=m.cfg.d_ff) == m.cfg  # null: 4 d
+
+@pytest.mark.parametrize("kind, row", model.FAMILIES.items())
+def test_presets_of_published_families_go_out_as_theirs_and_come_back(tmp_path, kind, row):
+    m = make(tiny(row[0]), torch.float32)
+    model.save_model(m, tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    assert config.pop("model_config") and config["architectures"] == [kind]
+    (tmp_path / "a/config.json").write_text(json.dumps(config))  # as if another had published it
+    loaded = model.load_model(tmp_path / "a")
+    model.save_model(loaded, tmp_path / "b")
+    same = [(tmp_path / d / "model.safetensors").read_bytes() for d in "ab"]
+    assert torch.equal(loaded(ids(2, 20))[0], m(ids(2, 20))[0]) and same[0] == same[1]
 
 @pytest.mark.parametrize("harm, says", [
     (lambda c, w: c.update(architectures=["Bert"]), "Bert.*GPT2LMHeadModel.*LlamaForCausalLM"),
@@ -1179,6 +1140,8 @@ def test_generate_stops_at_the_stop_token_and_streams_what_it_returns():
     m, told = make(tiny()), []
     full = sample.generate(m, [[1], [2]], sample.Sampling(30))
     stop = full[0][3]
+    several = sample.generate(m, [[1], [2]], sample.Sampling(30, stop=[full[0][1], stop]))
+    assert several[0] == full[0][:min(map(full[0].index, (full[0][1], stop)))]
     cut = sample.generate(m, [[1], [2]], sample.Sampling(30, stop=stop),
                           on_token=lambda i, t: told.append((i, t)))
     assert cut == [text[:text.index(stop)] if stop in text else text for text in full]
@@ -1374,6 +1337,20 @@ def test_the_main_command_trains_samples_and_ranks(desk, capsys):
     assert ranks == ["two", "one", "three"]
     assert json.loads((desk / "runs/one/config.json").read_text())["model_config"]["d_model"] == 16
 
+def test_a_race_trains_each_value_and_seed_and_prints_a_table(desk, capsys):
+    train_main(*TINY, "--steps", 3, "--race", "mixers=A,S", "--seeds", 2, "--threads", 1)
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    runs = {name: [json.loads((desk / f"runs/race-mixers-{name}-{i}/result.json").read_text())
+                   for i in (1, 2)] for name in "AS"}
+    assert [row[0] for row in table] == ["mixers", "A", "S"]
+    for row in table[1:]:
+        a, b = (r["bits_per_byte"] for r in runs[row[0]])
+        assert row[2:4] == [f"{(a + b) / 2:.4f}", f"{abs(a - b) / 2 ** 0.5:.4f}"]
+        assert all(r["tokens_per_s"] > 0 and r["memory_bytes"] > 1e8 for r in runs[row[0]])
+    configs = [train.resumed(desk / f"runs/race-mixers-{n}", {}) for n in ("A-1", "A-2", "S-2")]
+    assert [(c["model"]["mixers"], c["train"]["seed"]) for c in configs] == [
+        ("A", 0), ("A", 1), ("S", 1)]
+
 def test_owt_from_a_mirror_goes_from_download_to_sample(desk, capsys):
     text = (EOT + "\n").join(TEXT.splitlines())
     files = {"owt_train.txt.gz": gzip.compress(text.encode()),
@@ -1402,7 +1379,9 @@ def test_walk_and_profile_leave_no_run(desk, capsys):
     (["--minutes", "-1"], "minutes"), (["--batch_size", "6", "--micro_batch", "4"], "micro_batch"),
     (["--optimizer", "adamm"], "adamw"), (["--minutes", "1", "--steps", "5"], "steps"),
     (["--batch_size", "100000"], "batch_size"), (["--resume", "--run", "none"], "resume"),
-    (["--n_heads", "7"], "n_heads"), (["--device", "abacus"], "device")])
+    (["--n_heads", "7"], "n_heads"), (["--device", "abacus"], "device"),
+    (["--race", "mixers=A,Q"], "mixers"), (["--race", "lr=1e-3,fast"], "float"),
+    (["--race", "width=3,4"], "FIELD"), (["--race", "seed=1", "--run", "x"], "--run")])
 def test_bad_flags_give_one_message_and_status_two(desk, flags, word, capsys):
     with pytest.raises(SystemExit) as e: train_main(*TINY, *flags)
     err = capsys.readouterr().err

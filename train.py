@@ -380,8 +380,8 @@ def warm_up(model, forward, loader, micro, machine, step):
     loader.seek(seen)
 
 def give_up(run):
-    raise SystemExit("three steps in a row without a finite loss; the last good checkpoint is in "
-                     f"{run}; begin a new run with a smaller --lr, or other data")
+    raise SystemExit("three steps in a row without a finite loss; the last good checkpoint: "
+                     f"{run and checkpoints(run)[0]}; begin anew: smaller --lr, or other data")
 
 def log_step(log, now, mark, x, norm, lr, model, loader, machine):
     tokens = now.seen * loader.seq_len
@@ -604,12 +604,13 @@ def main(args):
     corpus, loader = get_corpus(None if look else run, cfg, settings, args.resume)
     tok, valid = corpus.tokenizer, corpus.info["valid"]
     machine = set_up(cfg)  # after `prepare`: a process is forked more safely before threads start
-    print(machine.line)
     model_cfg = ModelConfig(**{**settings["model"], "vocab_size": tok.vocab_size})
     model, optimizer = build(model_cfg, cfg, machine)
-    n, (valid_tokens, valid_bytes) = model.n_params(), validation(corpus, cfg.eval_tokens)
-    print(f"{model_cfg}\n{sum(n.values()):,} parameters {n}, {model.flops_per_token():.3g} FLOPs "
-          f"to train on a token; one epoch is {len(loader.tokens):,} tokens")
+    model.eos, n = tok.eot, model.n_params()
+    valid_tokens, valid_bytes = validation(corpus, cfg.eval_tokens)
+    print(f"{machine.line}\n{model_cfg}\n{sum(n.values()):,} parameters {n}, "
+          f"{model.flops_per_token():.3g} FLOPs to train on a token; one epoch is "
+          f"{len(loader.tokens):,} tokens")
     if look and args.resume: load_checkpoint(run, model, optimizer)
     if args.walk: return walk(model, optimizer, corpus, cfg, machine)
     if args.profile: return profile(model, optimizer, loader, cfg, machine, "runs")
