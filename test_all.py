@@ -249,8 +249,7 @@ def server(files, drop=0, ranges=True, claim=0):
         def do_GET(self):
             body, wanted = files.get(self.path.rpartition("/")[2]), self.headers["Range"]
             asked.append(wanted)
-            if body is None:
-                return self.send_error(404)
+            if body is None: return self.send_error(404)
             tag = f'"{sum(body)}"'
             part = wanted and ranges and self.headers["If-Range"] in (None, tag)
             body = body[int(wanted[6:-1]):] if part else body
@@ -286,8 +285,7 @@ def read(corpus):
 def test_a_download_ends_whole_and_asks_only_for_what_it_lacks(
         tmp_path, there, old, behaviour, asked_for):
     with server({"f": BODY}, **behaviour) as (url, asked):
-        if there:
-            (tmp_path / "f.part").write_bytes((old or b"?" * there)[:there])
+        if there: (tmp_path / "f.part").write_bytes((old or b"?" * there)[:there])
         if there and old:
             data.write_note(tmp_path / "f", {"url": f"{url}/f", "size": 300_000,
                                              "version": f'"{sum(old)}"'})
@@ -305,8 +303,7 @@ def test_a_failed_download_leaves_no_file_and_names_its_place(tmp_path, kind, sa
         if kind == "no network":
             with socket.create_server(("127.0.0.1", 0)) as s:   # nobody listens there afterwards
                 url = f"http://127.0.0.1:{s.getsockname()[1]}"
-        with pytest.raises(UserError, match=says) as error:
-            data.fetch(f"{url}/f", place)
+        with pytest.raises(UserError, match=says) as error: data.fetch(f"{url}/f", place)
     assert error.value.code == 2 and str(place) in str(error.value) and not place.exists()
     assert (f"{url}/f" in str(error.value)) == (kind != "no disk") and len(asked) < 3
 
@@ -338,8 +335,7 @@ def test_shakespeare_is_cut_as_nanogpt_cuts_it(tmp_path):
 def test_tokens_of_a_folder_give_its_texts_back_and_counts_are_exact(tmp_path, tokenizer):
     texts, found = ["Text: né 你好\r\n\n" * (i + 1) for i in range(9)], []
     (tmp_path / "in").mkdir()
-    for i, text in enumerate(texts):
-        (tmp_path / "in" / f"{i}.md").write_bytes(text.encode())
+    for i, text in enumerate(texts): (tmp_path / "in" / f"{i}.md").write_bytes(text.encode())
     corpus = data.prepare(tmp_path / "in", tokenizer, 300, tmp_path / "out", workers=1)
     for text, note in zip(read(corpus), corpus.info.values()):
         documents = text.split(EOT)[1:-1]
@@ -368,8 +364,7 @@ def test_a_killed_run_leaves_parts_and_the_next_run_gives_the_same_bytes(tmp_pat
     whole = data.prepare(text, "bpe", 300, tmp_path / "whole", workers=2).train.read_bytes()
 
     def watched(*job):
-        if len(made) == limit[0]:
-            raise KeyboardInterrupt
+        if len(made) == limit[0]: raise KeyboardInterrupt
         before = job[3].stat().st_ino if job[3].exists() else None
         size = encode(*job)
         made.append(job[3].stat().st_ino == before)         # it was there, and is the same file
@@ -391,8 +386,7 @@ def test_a_killed_run_leaves_parts_and_the_next_run_gives_the_same_bytes(tmp_pat
 def test_invalid_utf8_is_counted_and_replaced_and_what_is_no_text_left_out(tmp_path, capsys):
     files = {"a": b"good \xff bad \xe4\xbd" + b"." * 50, "b": "fine \ufffd".encode(),
              "c": b"MZ\0", "d": b"", ".hidden": b"x"}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
+    for name, content in files.items(): (tmp_path / name).write_bytes(content)
     os.mkfifo(tmp_path / "pipe")                # to open it would wait for ever
     for _ in range(2):                          # its own output, in the same folder, is no input
         corpus = data.prepare(tmp_path, "byte", data_dir=tmp_path, workers=1)
@@ -410,8 +404,7 @@ MISTAKES = [("openwebtxt", "stdlib, shakespeare, tinystories, owt"), ("owt", "to
 def test_a_mistake_is_a_user_error_that_leaves_nothing(tmp_path, monkeypatch, options, says):
     monkeypatch.chdir(tmp_path)
     texts = {"T": "text " * 99, "empty": "", "tiny": "tiny", "binary": "\x7fELF\0" * 99}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
+    for name, text in texts.items(): (tmp_path / name).write_text(text)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     with pytest.raises(UserError, match=says) as error:
         data.main(data.build_parser().parse_args(["get", *options.split()]))
@@ -463,8 +456,7 @@ def test_the_loader_seeks_restores_splits_by_rank_and_refuses_less_than_a_batch(
     ranks = [data.Loader(ids, 16, 12, seed=3, rank=r, world=3) for r in range(3)]
     for batch in batches:
         assert all(torch.equal(torch.cat(p), b) for *p, b in zip(*map(next, ranks), batch))
-    with pytest.raises(UserError, match="63 windows"):
-        data.Loader(ids, 16, 64)
+    with pytest.raises(UserError, match="63 windows"): data.Loader(ids, 16, 64)
 
 # -----------------------------------------------------------------------------
 # kernels.py
@@ -541,13 +533,6 @@ def test_cache_forgets_what_is_truncated(cfg):
     for c in cache: c.truncate(6)
     assert torch.allclose(m(x[:, 6:], cache=cache)[0], m(x)[0][:, 6:], atol=1e-10)
 
-def test_padded_row_equals_row_alone(cfg):
-    m, short, long = make(cfg), ids(1, 7), ids(1, 12, seed=3)
-    tokens, pos = sample.pad_left([short[0].tolist(), long[0].tolist()])
-    padded = m(tokens, pos=pos)[0]
-    assert torch.allclose(padded[0, 5:], m(short)[0][0], atol=1e-10)
-    assert torch.allclose(padded[1], m(long)[0][0], atol=1e-10)
-
 def test_documents_in_one_row_do_not_see_each_other(cfg):
     m, x = make(cfg), ids(1, 12)
     pos = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
@@ -591,16 +576,17 @@ def test_window_cache_is_a_ring_that_stays_small_and_refuses_what_it_lost():
     for c in cache: c.truncate(44)
     with pytest.raises(AssertionError, match="cannot keep 42"): cache[0].truncate(42)
 
-def test_padding_between_tokens_changes_nothing(cfg):
-    m, x = make(cfg), ids(1, 12)
-    pos = torch.tensor([[0, 1, -1, 2, -1, -1, 3, 4, 5, -1]])
-    tokens = torch.zeros_like(pos)
-    tokens[pos >= 0] = x[0, :6]
-    cache = m.new_cache(1, 20)
+def test_padded_tokens_change_nothing(cfg):
+    m, x, more = make(cfg), ids(2, 6), ids(2, 2, seed=5)
+    pos = torch.tensor([[0, 1, -1, 2, -1, -1, -1, 3, 4, 5], [-1, -1, -1, -1, 0, 1, 2, 3, 4, 5]])
+    tokens, cache = torch.zeros_like(pos), m.new_cache(2, 20)
+    tokens[pos >= 0] = x.flatten()
     through_cache = torch.cat([m(tokens[:, a:b], pos=pos[:, a:b], cache=cache)[0]
                                for a, b in ((0, 5), (5, 10))], 1)
+    want = torch.cat([m(torch.cat((x, more), 1)[i:i + 1])[0] for i in (0, 1)])  # each row alone
     for out in (m(tokens, pos=pos)[0], through_cache):
-        assert torch.allclose(out[pos >= 0], m(x[:, :6])[0][0], atol=1e-10)
+        assert torch.allclose(out[pos >= 0].view(2, 6, -1), want[:, :6], atol=1e-10)
+    assert torch.allclose(m(more, cache=cache)[0], want[:, 6:], atol=1e-10)  # positions go on
 
 def scan_inputs(delta, T=150):
     torch.manual_seed(0)
@@ -671,14 +657,6 @@ def test_router_bias_evens_the_load_without_a_loss():
         loads.append(m(ids(8, 24))[1]["load"][0].float())
         train.local_step(m, [(ids(8, 24), ids(8, 24))])
     assert loads[-1].std() < 0.5 * loads[0].std() and loads[-1].sum() == 8 * 24 * 2
-
-def test_window_of_the_whole_length_is_full_attention():
-    x, pos = ids(2, 12), torch.arange(12).expand(2, 12)  # with pos given, a mask is made
-    want = make(tiny())(x)[0]
-    for window, same in ((12, True), (11, False)):
-        local = make(tiny(mixers="W", window=window))
-        for out in (local(x)[0], local(x, pos=pos)[0]):
-            assert torch.allclose(want, out, atol=1e-12) == same
 
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_attention_equals_its_reference(kv):
@@ -830,7 +808,7 @@ class Weights(dict):
 def gpt2_by_hand(w, c, tokens):
     norm = lambda x, n: F.layer_norm(x, (32,), w(n + ".weight", 32), w(n + ".bias", 32))
     conv = lambda x, n, d: x @ w(n + ".weight", x.shape[-1], d) + w(n + ".bias", d)
-    x = w("wte.weight", 61, 32)[tokens] + w("wpe.weight", 24, 32)[:20]
+    x = w("wte.weight", 61, 32)[tokens] + w("wpe.weight", 64, 32)[:20]
     for h in ("h.0.", "h.1."):
         q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2)
                    for y in conv(norm(x, h + "ln_1"), h + "attn.c_attn", 96).split(32, -1))
@@ -869,14 +847,15 @@ def llama_by_hand(w, c, tokens):
     head = "model.embed_tokens" if c.get("tie_word_embeddings") else "lm_head"
     return rms(x, "model.norm.weight") @ w(head + ".weight", 61, 32).T
 
+def sizes_of(gpt2):
+    return dict(n_positions=64, n_embd=32, n_layer=2, n_head=4) if gpt2 else dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=40, max_position_embeddings=64, rms_norm_eps=1e-6)
+
 def foreign(path, kind, more={}, dtype="F32", files=1, harm=None, prefix=""):
     """Writes a directory as others publish theirs -> the right logits of ids(2, 20)."""
     gpt2, to = "GPT2" in kind, model.DTYPES[dtype]
-    c = dict(n_positions=24, n_embd=32, n_layer=2, n_head=4, n_inner=None, layer_norm_epsilon=1e-5,
-             activation_function="gelu_new") if gpt2 else dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=40, max_position_embeddings=24, rms_norm_eps=1e-6, hidden_act="silu")
-    c, w = dict(c, vocab_size=61, architectures=[kind], eos_token_id=9, **more), Weights()
+    c, w = dict(sizes_of(gpt2), vocab_size=61, architectures=[kind], eos_token_id=9, **more), Weights()
     by_hand = gpt2_by_hand if gpt2 else llama_by_hand
     by_hand(w, c, ids(2, 20))  # makes the weights
     for n in w: w[n] = w[n].to(to)
@@ -954,12 +933,10 @@ def test_a_shard_that_is_cut_or_absent_is_named(tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral"])
 def test_transformers_agrees_both_ways(tmp_path, trained, family):
     tf = pytest.importorskip("transformers")
-    sizes = dict(n_positions=64, n_embd=32, n_layer=2, n_head=4) if family == "gpt2" else dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=40, max_position_embeddings=64)
-    if family == "llama": sizes["rope_parameters"] = dict(STRETCH, rope_theta=1e4)
-    if family == "mixtral": sizes |= dict(num_local_experts=4, num_experts_per_tok=2)
-    if family == "mistral": sizes["sliding_window"] = 5
+    sizes = sizes_of(family == "gpt2") | {
+        "llama": dict(rope_parameters=dict(STRETCH, rope_theta=1e4)),
+        "mistral": dict(sliding_window=5),
+        "mixtral": dict(num_local_experts=4, num_experts_per_tok=2)}.get(family, {})
     torch.manual_seed(0)
     theirs = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(
         family, vocab_size=61, bos_token_id=1, eos_token_id=2, initializer_range=0.2, **sizes))
@@ -979,14 +956,6 @@ def test_transformers_agrees_both_ways(tmp_path, trained, family):
     greedy = theirs.generate(prompt, max_new_tokens=50, do_sample=False, eos_token_id=None)
     assert sample.generate(ours, prompt.tolist(), sample.Sampling(50, temperature=0.0)) == \
         greedy[:, 10:].tolist()
-
-def test_positions_go_on_from_a_padded_cache():
-    m = make(tiny())
-    tokens, pos = sample.pad_left([ids(1, 4)[0].tolist(), ids(1, 9, seed=3)[0].tolist()])
-    cache, more = m.new_cache(2, 12), ids(2, 3, seed=5)
-    m(tokens, pos=pos, cache=cache)
-    after = m(more, cache=cache)[0]  # no pos given
-    assert torch.allclose(after[:1], m(torch.cat((ids(1, 4), more[:1]), 1))[0][:, 4:], atol=1e-10)
 
 @pytest.mark.parametrize("bad, word", [
     (dict(mixers="AX"), "mixers"), (dict(softcap=math.inf), "softcap"),
