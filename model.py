@@ -507,10 +507,9 @@ PRESETS = {
     "vaswani": dict(ffns="r", norm="layer", norm_place="post", pos="sinusoidal", bias=True,
                     tie=True, embed_scale=True, dropout=0.1),  # 1706.03762: its decoder, alone
     "gpt2": dict(ffns="e", norm="layer", pos="learned", bias=True, tie=True, init_std=0.02),  # 2019
-    "llama": dict(),  # 2302.13971
+    "llama": dict(),  # 2302.13971; Qwen2: 2407.10671, Qwen3: 2505.09388, small sizes tied
     "mistral": dict(mixers="W", n_kv_heads=2),  # 2310.06825; there the window is 4096
     "mixtral": dict(ffns="x", rope_theta=1e6, n_kv_heads=2, balance=0.02, router_z=0),  # 2401.04088
-    # 2407.10671, 2505.09388: their small sizes are tied
     "qwen2": dict(qkv_bias=True, n_kv_heads=2, rope_theta=1e6, norm_eps=1e-6, tie=True),
     "qwen3": dict(qk_norm=True, n_kv_heads=2, rope_theta=1e6, norm_eps=1e-6, tie=True),
     # 2503.19786, Gemma 3: five local layers to a global one, which there has its own rope_theta
@@ -680,7 +679,6 @@ def bench(lengths=(1024, 4096, 16384)):
         x = torch.randn(1, T, 256, requires_grad=True)
         run = lambda: (layer(x, *ctx) if ctx else layer(x)[0]).sum().backward()
         return T / seconds(run, x.device, 3)
-
     keep_freed_memory()
     print("tokens/s at T =", *(f"{T:9,d}" for T in lengths))
     for letter, kind in MIXERS.items():

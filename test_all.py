@@ -855,7 +855,7 @@ def sizes_of(gpt2):
 def foreign(path, kind, more={}, dtype="F32", files=1, harm=None, prefix=""):
     """Writes a directory as others publish theirs -> the right logits of ids(2, 20)."""
     gpt2, to = "GPT2" in kind, model.DTYPES[dtype]
-    c, w = dict(sizes_of(gpt2), vocab_size=61, architectures=[kind], eos_token_id=9, **more), Weights()
+    c, w = dict(sizes_of(gpt2), vocab_size=61, architectures=[kind], **more), Weights()
     by_hand = gpt2_by_hand if gpt2 else llama_by_hand
     by_hand(w, c, ids(2, 20))  # makes the weights
     for n in w: w[n] = w[n].to(to)
