@@ -2,47 +2,40 @@
 
 THE IDEA
     A language model reads tokens t_1..t_T and says, at every place, how probable each possible next
-    token is. The transformer does it with a residual stream: one vector of d_model numbers per
-    token, to which each layer adds twice. A *mixer* (attention) lets a token fetch from earlier
-    tokens; an *FFN* works on each token alone. Positions tell the order; norms and initial scales
-    keep numbers near one. Architectures differ in which mixer, which FFN, which norm and where, so
-    a model here is two strings, repeated until every layer has its letter, mixers="WWWWWA" and
-    ffns="s", and a few sizes. A new mechanism is a class with the same contract and one new row.
+    token is. All of today's keep a residual stream, one vector of d_model numbers per token, to
+    which each layer adds twice: a *mixer* lets a token fetch from earlier tokens, an *FFN* works on
+    each token alone. Positions tell the order; norms and initial scales keep numbers near one.
+    Architectures differ in which mixer, which FFN, which norm and where; so a model is two strings,
+    repeated until every layer has its letter, mixers="WWWWWA" and ffns="s", and a few sizes.
 
 THE MATHS
-    attention   y = softmax(Q K^T / sqrt(Dh) + M) V        M = 0 where a token may look, else -inf
+    attention   y = softmax(Q K^T / sqrt(Dh) + M) V        M = 0 where it may look, else -inf
+    recurrence  S_t = a_t S_{t-1} + k_t w_t^T, y_t = S_t^T q_t    linear attention, SSM, delta rule
     RMSNorm     y = g x / sqrt(mean(x^2) + eps)            g a learned gain; LayerNorm: less mean
-    SwiGLU      y = W_down (silu(W_gate x) * (W_up x))
+    SwiGLU      y = W_down (silu(W_gate x) * (W_up x))     experts: sum of p_e FFN_e(x), K of E
     RoPE        (a, b) -> (a cos - b sin, b cos + a sin)   at angle pos theta^(-2i/Dh), i < Dh/2
-    loss        -log softmax(z)[target] = logsumexp(z) - z[target], in nats
 
 THE COSTS (a product of (m, k) and (k, n) takes 2mkn FLOPs; backward costs twice the forward)
-    a token forward     2 per weight in a matrix, and 4 S H Dh a layer to attend to S places
-    a token in training three times that: 6 N for N weights, and 12 S H Dh a layer
-    a cache             2 Hkv Dh numbers per token and layer
-    Each mechanism counts its own (`flops`), and a test holds the sum against torch's counter.
+    a token             2 per weight that it meets, and 4 S H Dh a layer to attend to S places
+    a cache, per layer  2 Hkv Dh numbers a token (R + Dh/2 if latent); of a recurrence H N Dv in all
 
 SHAPES
-    B batch, T new positions, S positions attended, D d_model, H n_heads, Hkv n_kv_heads,
-    Dh d_head, F d_ff, V vocab_size, L n_layers. Heads stand before time: (B, H, T, Dh). Weights
-    are (out, in). Masks are bool, True = may look.
+    B batch, T new positions, S positions attended, D d_model, H n_heads, Hkv n_kv_heads, Dh d_head,
+    R d_latent, N d_state, F d_ff, E n_experts, K n_active, V vocab_size, L n_layers. Heads stand
+    before time: (B, H, T, Dh). Weights are (out, in). Masks are bool, True = may look.
 
-CONTENTS  ModelConfig / files of tensors / linear, norms, loss / positions / Context, KVCache /
-          MIXERS / FFNS / Block, LM / PRESETS / save_model, load_model / the lesson
-NOT HERE  fused kernels (kernels.py), sharding (parallel.py), sampling (sample.py)
-RUN       python model.py    # parameters and FLOPs by part; last line "... of the FLOPs at 175B"
-REFERENCES
-    Vaswani et al. 2017 (1706.03762) attention, sinusoids; Xiong et al. 2020 (2002.04745) pre-norm;
-    Zhang, Sennrich 2019 (1910.07467) RMSNorm; Su et al. 2021 (2104.09864) RoPE; Shazeer 2019, 2020
-    (1911.02150, 2002.05202) MQA, GLU; Ainslie et al. 2023 (2305.13245) GQA; Beltagy et al. 2020
-    (2004.05150) windows; Henry et al. 2020 (2010.04245) QK-norm (ours is an RMSNorm); So et al.
-    2021 (2109.08668) ReLU^2; Gemma Team 2024, 2025 (2408.00118, 2503.19786) soft-cap, sandwich;
-    Glorot, Bengio 2010 initial scale; Press, Wolf 2017 (1608.05859) tying
-EXERCISE  Empty `attention_reference` and `KVCache.update`; fill them until
-          `pytest test_all.py -k "attention or decode or documents"` is green again.
+CONTENTS  ModelConfig / files of tensors / MIXERS / FFNS / Block, LM / PRESETS / runs / the lesson
+NOT HERE  operations and caches beneath (kernels.py), sharding (parallel.py), sampling (sample.py)
+RUN       python model.py          # parameters and FLOPs; last line "... of the FLOPs at 175B"
+          python model.py bench    # tokens/s of each mixer at three lengths, and of experts
+REFERENCES  at each class and preset; So et al. 2021 (2109.08668) ReLU^2; Gemma Team 2024
+    (2408.00118) soft-cap
+EXERCISE  Empty `LatentAttention.forward` and `MoE.forward`; fill them until
+          `pytest test_all.py -k "decode or padded or experts"` is green again.
 """
-import argparse, dataclasses, json, math, struct, zlib
-from dataclasses import dataclass, field
+import argparse, dataclasses, json, math, re, struct
+from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -51,21 +44,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from bpe import UserError, atomic_write
+from kernels import (CHUNK, DTYPES, NORMS, Context, Embedding, ImplicitFilter, KVCache, Linear,
+                     RMSNorm, StateCache, attention, cross_entropy, documents, flag, fresh,
+                     keep_freed_memory, long_conv, long_conv_reference, merge, pack, project, scan,
+                     seconds, short_conv, sinusoid, softmax, split, unpack, up, weights, writer)
 
 # -----------------------------------------------------------------------------
 # Configuration
 # One frozen dataclass is the vocabulary of this file, and its only validator. train.py makes a flag
 # of each field, so flag, attribute and README are spelled alike.
 
-def flag(default, help):
-    """A dataclass field that knows what --help says of it."""
-    return field(default=default, metadata={"help": help})
-
-def need_field(config, ok, name, wanted):
-    """The error message for a field that is not ok."""
-    if not ok:
-        got = getattr(config, name)
-        raise UserError(f"{name}: got {got!r}, wanted {wanted}; set --{name}")
+def need_field(c, ok, name, wanted):
+    """The error message for a field of a configuration that is not ok."""
+    if not ok: raise UserError(f"{name}: got {getattr(c, name)!r}, wanted {wanted}; set --{name}")
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -74,344 +65,285 @@ class ModelConfig:
     n_layers: int = flag(4, "blocks")
     d_model: int = flag(256, "width of the residual stream")
     n_heads: int = flag(4, "query heads")
-    n_kv_heads: int | None = flag(None, "key/value heads; none: n_heads (MHA), fewer: GQA, 1: MQA")
-    d_head: int | None = flag(None, "width of a head; none: d_model / n_heads")
+    n_kv_heads: int | None = flag(None, "key/value heads; fewer: GQA, 1: MQA; none: n_heads", "AWN")
+    d_head: int | None = flag(None, "width of a head; none: d_model / n_heads", "AWNMLDS")
     d_ff: int | None = flag(None, "hidden width of an FFN; none: 4 d_model, or 8/3 if gated")
-    mixers: str = flag("A", "letters tiled over the depth: A attention, W sliding window")
-    ffns: str = flag("s", "tiled letters: r ReLU, u ReLU^2, e GELU, g GeGLU, s SwiGLU")
-    window: int | None = flag(None, "keys that a W layer sees, the token itself included")
+    mixers: str = flag("A", "letters tiled over the depth: A attention, W sliding window, N without"
+                       " positions, M latent, L linear, D delta rule, S state space, H Hyena")
+    ffns: str = flag("s", "tiled letters: r ReLU, u ReLU^2, e GELU, g GeGLU, s SwiGLU, x experts")
+    window: int | None = flag(None, "keys that W sees, itself included; none: seq_len / 4", "W")
+    d_latent: int | None = flag(None, "width R of M's latent; none: 4 d_head", "M")
+    d_state: int = flag(128, "rows of S's state", "S")
+    n_experts: int = flag(8, "experts to choose from", "x")
+    n_active: int = flag(2, "experts chosen for a token", "x")
+    n_shared: int | None = flag(None, "experts that every token goes through besides", "x")
+    d_expert: int | None = flag(None, "hidden width of one; none: an FFN's / n_active", "x")
+    balance: float = flag(0.01, "weight of the loss that balances experts' load", "x")
+    balance_bias: float = flag(0.0, "step of biases that balance it without a loss", "x")
+    router_z: float = flag(1e-3, "weight of the loss on large router logits", "x")
     norm: str = flag("rms", "rms or layer")
     norm_place: str = flag("pre", "pre, post, or sandwich (before and after)")
     norm_eps: float = flag(1e-5, "added to the mean square or variance")
     pos: str = flag("rope", "positions: rope, learned, sinusoidal or none")
-    rope_theta: float = flag(1e4, "base of RoPE's wavelengths")
-    qk_norm: bool = flag(False, "RMSNorm on each query and key, before RoPE")
+    rope_theta: float = flag(1e4, "base of RoPE's wavelengths", "AWM")
+    rope_factor: float | None = flag(None, "stretch of long wavelengths, as in Llama 3.1", "AWM")
+    rope_context: int | None = flag(None, "context before that stretch", "AWM")
+    qk_norm: bool = flag(False, "RMSNorm on each query and key, before RoPE", "AWN")
     softcap: float | None = flag(None, "logits become c tanh(logits / c); none: as they are")
     tie: bool = flag(False, "the output head is the embedding")
     bias: bool = flag(False, "biases in linear layers (but the head) and in LayerNorm")
+    qkv_bias: bool = flag(False, "biases in the projections to q, k and v", "AWN")
     embed_scale: bool = flag(False, "multiply embeddings by sqrt(d_model)")
     zero_init: bool = flag(False, "what blocks add, and an untied head, start at zero")
     init_std: float | None = flag(None, "std of initial weights; none: sqrt(2/(in+out))")
     dropout: float = flag(0.0, "probability, in embeddings, attention and what blocks add")
 
     def __post_init__(self):
-        need = partial(need_field, self)
+        need, letters = partial(need_field, self), set(self.mixers + self.ffns)
         for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), str(f.type)  # such as "int | None"
+            value, kind, of = getattr(self, f.name), str(f.type), OF[f.name]
             if value is None: need("None" in kind, f.name, "a value")
-            elif "int" in kind:
-                need(type(value) is int and value >= 1, f.name, "a positive integer")
+            elif "int" in kind: need(type(value) is int and value > 0, f.name, "a positive integer")
             elif "float" in kind: need(0 <= value < math.inf, f.name, "a finite number, 0 or more")
-        need(self.norm in NORMS, "norm", " or ".join(NORMS))
-        need(self.norm_place in PLACES, "norm_place", " or ".join(PLACES))
-        need(self.pos in POSITIONS, "pos", " or ".join(POSITIONS))
+            # No silent knobs: a field of a mechanism that is absent must hold its default.
+            need(not of or set(of) & letters or value == f.default, f.name,
+                 f"its default, as no layer is {' or '.join(of)}")
+        positions = ("rope", "learned", "sinusoidal", "none")
+        for name, known in (("norm", NORMS), ("norm_place", PLACES), ("pos", positions)):
+            need(getattr(self, name) in known, name, " or ".join(known))
         for name, known in (("mixers", MIXERS), ("ffns", FFNS)):
-            letters = getattr(self, name)
-            need(letters and set(letters) <= set(known), name, f"letters of {''.join(known)}")
-            need(self.n_layers % len(letters) == 0, name,
-                 f"as many letters as divide {self.n_layers} layers")
-        divides = self.d_head or self.d_model % self.n_heads == 0
-        need(divides, "n_heads", f"a divisor of d_model {self.d_model}")
+            own = getattr(self, name)
+            need(own and set(own) <= set(known) and self.n_layers % len(own) == 0, name,
+                 f"letters of {''.join(known)}, as many as divide {self.n_layers} layers")
+        need(self.d_head or self.d_model % self.n_heads == 0, "n_heads", "a divisor of d_model")
         # Defaults that depend on other fields are resolved here, once, though the class is frozen:
         # so vary the arguments of `preset`, not a finished config by dataclasses.replace.
-        object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)
-        object.__setattr__(self, "d_head", self.d_head or self.d_model // self.n_heads)
-        need(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", f"a divisor of {self.n_heads}")
-        need(self.pos != "rope" or self.d_head % 2 == 0, "d_head", "an even number, for rope")
-        need(self.pos != "sinusoidal" or self.d_model % 2 == 0, "d_model", "an even number")
-        need(0 <= self.dropout < 1, "dropout", "a probability below 1")
-        for name in ("softcap", "init_std", "norm_eps", "rope_theta"):
-            need(getattr(self, name) != 0, name, "a positive number")
-        # No silent knobs: a field of a mechanism that is absent must hold its default.
-        need(self.pos == "rope" or self.rope_theta == 1e4, "rope_theta", "its default without rope")
-        need(("W" in self.mixers) == (self.window is not None), "window",
-             "a number of keys if mixers has a W, else none")
+        Dh = self.d_head or self.d_model // self.n_heads
+        for name, value in dict(n_kv_heads=self.n_heads, d_head=Dh, window=-(-self.seq_len // 4),
+                                d_latent=4 * Dh).items():
+            if set(OF[name]) & letters and not getattr(self, name):
+                object.__setattr__(self, name, value)
+        rope, even = self.pos == "rope", lambda n: (n or 0) % 2 == 0
+        for name, ok, wanted in (
+                ("n_kv_heads", self.n_heads % (self.n_kv_heads or 1) == 0, "a divisor of n_heads"),
+                ("d_head", not rope or even(self.d_head), "an even number"),
+                ("d_head", "M" not in letters or self.d_head % 4 == 0, "a multiple of 4"),
+                ("d_model", self.pos != "sinusoidal" or even(self.d_model), "an even number"),
+                ("rope_theta", rope or self.rope_theta == 1e4, "its default without rope"),
+                ("rope_factor", rope or self.rope_factor is None, "none without rope"),
+                ("rope_context", (self.rope_factor is None) == (self.rope_context is None),
+                 "a number if rope_factor is one, else none"),
+                ("n_active", self.n_active <= self.n_experts, "at most n_experts"),
+                ("dropout", self.dropout < 1, "a probability below 1"),
+                *((name, getattr(self, name) != 0, "a positive number")
+                  for name in ("softcap", "init_std", "norm_eps", "rope_theta", "rope_factor"))):
+            need(ok, name, wanted)
+
+OF = {f.name: f.metadata["of"] for f in dataclasses.fields(ModelConfig)}
 
 # -----------------------------------------------------------------------------
-# Files of tensors: safetensors
-# Eight bytes with the length of a JSON header, the header (name -> dtype, shape, byte range), then
-# the raw numbers. Nothing in it can be executed, unlike in a pickle, so a stranger's file is safe
-# to open. Our files carry a checksum: a damaged checkpoint is found before it is trained on.
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+# Files of tensors, in the safetensors format
 
 def save_tensors(path, tensors, metadata=None):
-    """Writes {name: tensor} and {str: str} as one safetensors file, whole or not at all."""
-    names, header, blobs, start = {v: k for k, v in DTYPES.items()}, {}, [], 0
-    for name, t in tensors.items():
-        flat = t.detach().cpu().contiguous().reshape(-1)
-        blobs.append(memoryview(flat.view(torch.uint8).numpy()))  # its bytes, whatever the dtype
-        end = start + len(blobs[-1])
-        header[name] = dict(dtype=names[t.dtype], shape=list(t.shape), data_offsets=[start, end])
-        start = end
-    metadata = dict(metadata or {})
-    metadata["crc32"] = str(checksum(metadata, header, blobs))
-    text = json.dumps({"__metadata__": metadata, **header}).encode()
-    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of eight bytes
-    with atomic_write(path) as f:
-        for part in (struct.pack("<Q", len(text)), text, *blobs): f.write(part)
+    """Writes {name: tensor} and {str: str} as one file, whole or not at all."""
+    with atomic_write(path) as file: file.writelines(pack(tensors, metadata or {}))
 
-def checksum(metadata, header, blobs):
-    crc = zlib.crc32(json.dumps([metadata, header]).encode())
-    for blob in blobs: crc = zlib.crc32(blob, crc)
-    return crc
-
-def load_tensors(path):
-    """Reads a safetensors file -> ({name: tensor}, metadata); UserError says what is wrong."""
+def read_tensors(path):
+    """Yields what `unpack` does; damage is an error that names the file."""
     try:
-        data, out, end = bytearray(Path(path).read_bytes()), {}, 0
-        n = 8 + struct.unpack("<Q", data[:8])[0]
-        header = dict(json.loads(data[8:n]))
-        metadata = header.pop("__metadata__", {})
-        for name, h in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (a, b), dtype = h["data_offsets"], DTYPES[h["dtype"]]
-            if a != end: raise ValueError(f"{name} begins at {a}, not at {end}")
-            raw = torch.frombuffer(data, dtype=torch.uint8)[n + a:n + b].clone()  # clone: aligned
-            out[name], end = raw.view(dtype).reshape(h["shape"]), b
-        if len(data) != n + end: raise ValueError(f"{len(data):,} bytes, not {n + end:,}")
-        crc = metadata.pop("crc32", None)  # only our own files have it
-        if crc and int(crc) != checksum(metadata, header, [memoryview(data)[n:]]):
-            raise ValueError("its checksum does not match")
-        return {name: out[name] for name in header}, metadata
+        with open(path, "rb") as file: yield from unpack(file)
     except (OSError, struct.error, ValueError, LookupError, TypeError, RuntimeError) as e:
         raise UserError(f"{path}: got {type(e).__name__}: {e}; wanted a whole safetensors file of "
                         f"{', '.join(DTYPES)}; check the path, or restore the file from a copy")
 
-# -----------------------------------------------------------------------------
-# Linear, Embedding, norms, softmax, loss
-# The weights that the optimizer moves are float32; the residual stream may be bfloat16. A Linear
-# casts its weight to the dtype of what comes in, so mixed precision is one cast at the bottom of
-# the model. What adds up many numbers (norms, softmax, loss) works in float32 at least: `up`.
-
-def up(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-def fresh(*shape, std):
-    """A parameter drawn from a normal distribution cut at three standard deviations."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std, a=-3 * std, b=3 * std)
-                        if std else torch.zeros(*shape))
-
-class Linear(nn.Module):
-    """y = x W^T + b. Glorot's std keeps the variance of x, and of gradients, near what it was."""
-    def __init__(self, d_in, d_out, bias=False, std=None):
-        super().__init__()
-        self.weight = fresh(d_out, d_in, std=math.sqrt(2 / (d_in + d_out)) if std is None else std)
-        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
-
-    def forward(self, x):  # (..., in) @ (in, out) -> (..., out)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
-class Embedding(nn.Module):
-    """One row per token: a product with one-hot vectors, done by looking up."""
-    def __init__(self, n, d, std):
-        super().__init__()
-        self.weight = fresh(n, d, std=std)
-
-    def forward(self, ids):  # (B, T) -> (B, T, d)
-        return F.embedding(ids, self.weight)
-
-class RMSNorm(nn.Module):
-    def __init__(self, d, eps, bias=False):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
-
-    def forward(self, x):
-        y = up(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)  # eps inside the root
-        return y.to(x.dtype) * self.weight.to(x.dtype)  # cast, then scale: as Llama does
-
-class LayerNorm(RMSNorm):
-    def __init__(self, d, eps, bias=True):
-        super().__init__(d, eps)
-        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
-
-    def forward(self, x):
-        y = super().forward(up(x) - up(x).mean(-1, keepdim=True)).to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
-
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
-
-def softmax(x, dim=-1):
-    """exp(x) / sum exp(x). Subtracting the maximum changes nothing but that exp cannot overflow."""
-    e = torch.exp(up(x) - up(x).amax(dim, keepdim=True))
-    return (e / e.sum(dim, keepdim=True)).to(x.dtype)
-
-def cross_entropy_reference(logits, targets):
-    """(..., V), (...) -> (...) nats per target, 0 where the target is -1. Never log(softmax(z)): a
-    probability that underflows to zero would make the loss infinite."""
-    z = up(logits)
-    top = z.amax(-1, keepdim=True)
-    lse = (top + (z - top).exp().sum(-1, keepdim=True).log()).squeeze(-1)
-    picked = z.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
-    return torch.where(targets >= 0, lse - picked, torch.zeros_like(lse))
-
-def cross_entropy(logits, targets):
-    """The same from torch's fused call, which passes over the (..., V) logits less often."""
-    z = up(logits).flatten(0, -2)
-    return F.cross_entropy(z, targets.flatten(), ignore_index=-1, reduction="none").view_as(targets)
-
-# -----------------------------------------------------------------------------
-# Positions
-# Attention sees a set: shuffle keys and values alike and nothing changes; only the causal mask
-# tells order, and "none" relies on it. Else a token's place is added to its vector (learned,
-# sinusoidal), or queries and keys are turned by it: RoPE rotates pairs of features, and the product
-# of two turned vectors depends on the difference of their angles alone.
-
-POSITIONS = ("rope", "learned", "sinusoidal", "none")
-
-def sinusoid(pos, d):
-    """(B, T) -> (B, T, d): sines of falling frequency, then the cosines, which the paper puts
-    between them (1706.03762, 3.5)."""
-    angle = pos[..., None] * 1e4 ** (-torch.arange(0, d, 2, device=pos.device) / d)  # (B, T, d/2)
-    return torch.cat((angle.sin(), angle.cos()), -1)
-
-def rope_tables(pos, d_head, theta):
-    """(B, T) -> cos, sin (B, 1, T, Dh/2) in float32: bf16 cannot tell position 256 from 257."""
-    freq = theta ** (-torch.arange(0, d_head, 2, device=pos.device) / d_head)
-    angle = pos[:, None, :, None] * freq
-    return angle.cos(), angle.sin()
-
-def rotate(x, cos, sin):
-    """RoPE on (B, H, T, Dh). Feature i of the first half pairs with feature i of the second, as in
-    Llama's and Qwen's checkpoints; the paper pairs neighbours, a permutation of W_q and W_k."""
-    a, b = up(x).chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-
-# -----------------------------------------------------------------------------
-# Context and cache
-# What a mixer must know besides x is in one Context made per forward. pos (B, T) is a token's
-# position in its document: a 0 begins a document, past which nobody looks back, and -1 is padding.
-# Training, prefill and decoding are one path; they differ in whether a cache was passed.
-
-def documents(pos):
-    """Numbers the documents of each row, (B, T) -> (B, T): [0 1 2 0 1] -> [1 1 1 2 2]."""
-    return (pos == 0).cumsum(1)
-
-def visible(q_pos, q_doc, k_pos, k_doc, window=None):
-    """Which keys a query may see, (B, T) and (B, S) -> (B, 1, T, S) bool: those of its document,
-    not later, fewer than `window` steps back (so `window` keys, itself included). Padding sees
-    padding, so that no row is empty: softmax over nothing is NaN, and NaN times zero is NaN."""
-    gap = q_pos[:, :, None] - k_pos[:, None, :]
-    ok = (gap >= 0) & (q_doc[:, :, None] == k_doc[:, None, :])
-    ok &= (q_pos < 0)[:, :, None] == (k_pos < 0)[:, None, :]
-    return (ok if window is None else ok & (gap < window))[:, None]
-
-class Context:
-    """tokens and pos (B, T), RoPE's tables, masks by window: made once, shared by all layers. If
-    every row counts from 0 (`plain`), tables and masks are made for one row, and broadcast."""
-    def __init__(self, cfg, tokens, pos=None, start=None):
-        self.tokens, self.masks = tokens, {}
-        self.plain = pos is None and start is None
-        if pos is None:
-            pos = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            if start is not None: pos = pos + start  # (B, T) + (B, 1)
-        self.pos = pos
-        self.rows = pos[:1] if self.plain else pos
-        self.rope = None
-        if cfg.pos == "rope": self.rope = rope_tables(self.rows, cfg.d_head, cfg.rope_theta)
-
-    def mask(self, window):
-        """(B or 1, 1, T, T), or None for plain causal attention: fused kernels need none for it."""
-        if self.plain and (window is None or window >= self.tokens.shape[1]): return None
-        if window not in self.masks:
-            doc = documents(self.rows)
-            self.masks[window] = visible(self.rows, doc, self.rows, doc, window)
-        return self.masks[window]
-
-class KVCache:
-    """Keys and values of one layer, `size` places a row, filled left to right. To decode a token
-    then costs a row of the attention matrix, not all of it: O(T^2) for a text instead of O(T^3)."""
-    def __init__(self, batch, size, n_kv_heads, d_head, window, device, dtype):
-        self.k = torch.zeros(batch, n_kv_heads, size, d_head, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
-        self.pos = torch.full((batch, size), -1, device=device)
-        self.doc = torch.zeros_like(self.pos)
-        self.n, self.window = 0, window
-
-    def update(self, k, v, pos):
-        """Appends k, v (B, Hkv, T, Dh) at positions pos (B, T) -> all keys and values
-        (B, Hkv, S, Dh), S = n + T, and the mask (B, 1, T, S) of the new queries."""
-        a, b = self.n, self.n + k.shape[2]
-        assert b <= self.k.shape[2], f"the cache holds {self.k.shape[2]} positions, {b} are needed"
-        self.k[:, :, a:b], self.v[:, :, a:b], self.pos[:, a:b], self.n = k, v, pos, b
-        self.doc[:, a:b] = documents(pos) + (self.doc[:, a - 1:a] if a else 0)
-        mask = visible(pos, self.doc[:, a:b], self.pos[:, :b], self.doc[:, :b], self.window)
-        return self.k[:, :, :b], self.v[:, :, :b], mask
-
-    def next_pos(self):
-        """(B, 1): the position after the last one of each row; None if the cache is empty."""
-        return self.pos[:, self.n - 1:self.n] + 1 if self.n else None
-
-    def truncate(self, n):
-        """Forgets all but the first n places (what followed was a wrong guess)."""
-        assert 0 <= n <= self.n, f"cannot keep {n} of {self.n} places"
-        self.n = n
+def load_tensors(path):
+    """-> ({name: tensor}, metadata)."""
+    pairs = read_tensors(path)
+    _, metadata = next(pairs)
+    return {name: t.clone() for name, t in pairs}, metadata
 
 # -----------------------------------------------------------------------------
 # Mixers: how a token reads from other tokens
 # Contract: __init__(cfg), forward(x, ctx, cache=None) -> y, new_cache(batch, size, device, dtype),
 # flops(T, S) -> {part: FLOPs}. A cache has n, update, next_pos and truncate.
 
-def attention_reference(q, k, v, mask=None):
-    """softmax(Q K^T / sqrt(Dh)) V, eq. 1 of 1706.03762, of q (B, H, T, Dh) and k, v (B, Hkv, S,
-    Dh); query head j reads key/value head j Hkv // H. No mask means causal."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, Dh)
-    if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # ... @ (B,H,Dh,S) -> (B,H,T,S)
-    scores = scores.masked_fill(~mask, float("-inf"))  # before the softmax, which then renormalises
-    return softmax(scores) @ v  # (B,H,T,S) @ (B,H,S,Dh) -> (B,H,T,Dh)
-
-def attention(q, k, v, mask=None, dropout=0.0):
-    """The same from torch's fused call, which need not write the (T, S) matrix to memory."""
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
-                                          is_causal=mask is None, enable_gqa=gqa)
-
-def last_std(cfg):
-    """Initial std of a matrix that writes to the stream: zero; or GPT-2's, smaller by sqrt(2L), so
-    that 2L additions together are as large as one would be; or Linear's own (None)."""
-    if cfg.zero_init: return 0.0
-    return None if cfg.init_std is None else cfg.init_std / math.sqrt(2 * cfg.n_layers)
-
-class Attention(nn.Module):
-    """MHA, GQA or MQA by n_kv_heads; over the whole past or, if local, the last cfg.window keys."""
-    def __init__(self, cfg, local=False):
-        super().__init__()
-        self.cfg, self.window = cfg, cfg.window if local else None
-        self.q_dim, self.kv_dim = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
-        self.q_proj = Linear(cfg.d_model, self.q_dim, cfg.bias, cfg.init_std)
-        self.k_proj = Linear(cfg.d_model, self.kv_dim, cfg.bias, cfg.init_std)
-        self.v_proj = Linear(cfg.d_model, self.kv_dim, cfg.bias, cfg.init_std)
-        self.o_proj = Linear(self.q_dim, cfg.d_model, cfg.bias, last_std(cfg))
-        self.q_norm = RMSNorm(cfg.d_head, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-
-    def forward(self, x, ctx, cache=None):
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.cfg.d_head).transpose(1, 2)  # -> (B, H, T, Dh)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)  # scores are bounded by the gains
-        if ctx.rope: q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
-        if cache is None: mask = ctx.mask(self.window)
-        else: k, v, mask = cache.update(k, v, ctx.pos)
-        y = attention(q, k, v, mask, self.cfg.dropout if self.training else 0.0)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.q_dim))  # (B,H,T,Dh) -> (B,T,D)
+class Mixer(nn.Module):
+    """What mixers share: a cache (heads, widths) and the sum of FLOPs, of all pairs of a query and
+    a key (of what widths), though a kernel may skip masked ones; like torch's counter, no FFTs."""
+    window = None
 
     def new_cache(self, batch, size, device, dtype):
-        heads, width = self.cfg.n_kv_heads, self.cfg.d_head
-        return KVCache(batch, size, heads, width, self.window, device, dtype)
+        return KVCache(batch, size, *self.cache, self.window, device, dtype)
+
+    def pairs(self, T, S): return (2 * T * S * self.cfg.n_heads * d for d in self.pair)
 
     def flops(self, T, S):
-        """T queries over S keys, all of them: a kernel may skip what causality or a window hide."""
-        D, q, kv = self.cfg.d_model, self.q_dim, self.kv_dim
-        return {"qkv": 2 * T * D * (q + 2 * kv), "scores": 2 * T * S * q, "values": 2 * T * S * q,
-                "out": 2 * T * q * D}
+        (scores, values), out = self.pairs(T, S), 2 * T * weights(self.o_proj)
+        return dict(qkv=2 * T * weights(self) - out, scores=scores, values=values, out=out)
 
-MIXERS = {"A": Attention, "W": partial(Attention, local=True)}
+class Attention(Mixer):
+    """MHA, MQA (1911.02150) or GQA (2305.13245) by n_kv_heads; over the whole past or, if local,
+    the last cfg.window keys (2004.05150); not turned, it knows the order by its mask alone."""
+    def __init__(self, cfg, local=False, turned=True):
+        super().__init__()
+        self.cfg, self.window, self.turned = cfg, cfg.window if local else None, turned
+        self.cache, self.pair = (cfg.n_kv_heads, cfg.d_head, cfg.d_head), (cfg.d_head, cfg.d_head)
+        self.q_proj, self.k_proj, self.v_proj = (project(cfg, h * cfg.d_head, cfg.qkv_bias)
+                                                 for h in (cfg.n_heads, *2 * (cfg.n_kv_heads,)))
+        self.o_proj = writer(cfg, cfg.n_heads * cfg.d_head)
+        norm = partial(RMSNorm, cfg.d_head, cfg.norm_eps) if cfg.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()  # gains bound the scores (2010.04245)
+
+    def forward(self, x, ctx, cache=None):
+        c, turn = self.cfg, ctx.turn if self.turned else nn.Identity()
+        q = turn(self.q_norm(split(self.q_proj(x), c.n_heads)))  # (B, H, T, Dh)
+        k = turn(self.k_norm(split(self.k_proj(x), c.n_kv_heads)))
+        v = split(self.v_proj(x), c.n_kv_heads)
+        if cache is None: mask = ctx.mask(self.window)
+        else: k, v, mask = cache.update(k, v, ctx.pos)
+        return self.o_proj(merge(attention(q, k, v, mask, c.dropout if self.training else 0.0)))
+
+class LatentAttention(Mixer):
+    """MLA, DeepSeek-V2 (2405.04434): keys and values of all heads are projections of one latent c
+    of R numbers, k = U c and v = W c, and RoPE turns a key of r = Dh/2 numbers that heads share.
+    The cache holds R + r numbers a token, not 2 H Dh, and need not expand them: q . (U c) =
+    (U^T q) . c, so with U absorbed by the query all heads attend to c itself, as in MQA."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.sizes = cfg, (cfg.n_heads, cfg.d_head, cfg.d_latent, cfg.d_head // 2)
+        H, Dh, R, r = self.sizes
+        self.q_proj, self.kv_a_proj_with_mqa = project(cfg, H * (Dh + r)), project(cfg, R + r)
+        self.kv_a_layernorm = RMSNorm(R, cfg.norm_eps)
+        self.kv_b_proj = Linear(R, 2 * H * Dh, std=cfg.init_std)  # U and W, by head
+        self.o_proj, self.cache, self.pair = writer(cfg, H * Dh), (1, R + r, 0), (Dh + r, Dh)
+
+    def forward(self, x, ctx, cache=None):
+        (H, Dh, R, r), drop = self.sizes, self.cfg.dropout if self.training else 0.0
+        q, q_r = split(self.q_proj(x), H).split((Dh, r), -1)
+        c, k_r = split(self.kv_a_proj_with_mqa(x), 1).split((R, r), -1)  # (B, 1, T, R)
+        c, q_r, k_r = self.kv_a_layernorm(c), ctx.turn(q_r), ctx.turn(k_r)
+        if cache is None:
+            k, v = split(self.kv_b_proj(merge(c)), H).chunk(2, -1)  # (B, H, T, Dh)
+            k = torch.cat((k, k_r.expand(-1, H, -1, -1)), -1)
+            y = attention(torch.cat((q, q_r), -1), k, v, ctx.mask(), drop)
+        else:
+            U, W = self.kv_b_proj.weight.to(x.dtype).view(H, 2 * Dh, R).chunk(2, 1)
+            c, _, mask = cache.update(torch.cat((c, k_r), -1), c[..., :0], ctx.pos)
+            q = torch.cat((q @ U, q_r), -1)  # (B,H,T,Dh) @ (H,Dh,R) -> (B,H,T,R)
+            q = q * math.sqrt((R + r) / (Dh + r))  # `attention` divides by the root of R + r
+            y = attention(q, c, c[..., :R], mask, drop) @ W.mT  # @ (H,R,Dh) -> (B,H,T,Dh)
+        return self.o_proj(merge(y))
+
+class Recurrent(Mixer):
+    """Attention whose past has a fixed size: a head keeps a matrix S (N, Dv) that decays and is
+    written to, S_t = a_t S_{t-1} + k_t w_t^T, and read, y_t = S_t^T q_t (`scan`). Training is
+    linear in length, decoding constant. Subclasses say what decays and what is written (`mix`).
+    Unless `gates` is None, q, k and v first go through a short convolution; with one or two gates a
+    head, y goes through a norm and a gate: both as in Mamba-2 and Gated DeltaNet."""
+    TAPS = 4  # of the short convolution [2405.21060]
+    gates, delta, extra = None, 0, 0  # delta: is there a delta rule, extra: columns beside v
+
+    def __init__(self, cfg, heads=None, k_heads=None, d_k=None, d_v=None):
+        super().__init__()
+        self.cfg, self.heads, self.k_heads = cfg, heads or cfg.n_heads, k_heads or cfg.n_heads
+        self.d_k, self.d_v, self.rows = d_k or cfg.d_head, d_v or cfg.d_head, d_k or cfg.d_head
+        self.widths = (self.k_heads * self.d_k,) * 2 + (self.heads * self.d_v,)
+        self.q_proj, self.k_proj, self.v_proj = (project(cfg, d) for d in self.widths)
+        self.o_proj = writer(cfg, self.widths[2])
+        if self.gates is not None: self.conv = fresh(self.TAPS, sum(self.widths), std=0.5)
+        if self.gates:
+            self.z_proj = project(cfg, self.widths[2])
+            self.gate_proj = project(cfg, self.heads * self.gates)
+            # Steps dt from 1e-3 to 1e-1 and rates A from 1 to 16: memories of many lengths.
+            self.o_norm, dt = RMSNorm(self.d_v, cfg.norm_eps), torch.logspace(-3, -1, self.heads)
+            self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus gives dt
+            self.A_log = nn.Parameter(torch.linspace(1, 16, self.heads).log())
+
+    def forward(self, x, ctx, cache=None):
+        x, pos = ctx.packed(x), ctx.packed(ctx.pos)
+        tail, S = (cache or self.new_cache(len(x), 0, x.device, x.dtype)).slot
+        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)  # (B, T, widths)
+        if self.gates is not None: qkv, tail = short_conv(qkv, self.conv, pos, tail)
+        q, k, v = map(split, qkv.split(self.widths, -1), (self.k_heads, self.k_heads, self.heads))
+        y, S = self.mix(x, q, k, v, pos, S)
+        if self.gates: y = self.o_norm(y) * F.silu(split(self.z_proj(x), self.heads))
+        if cache is not None: cache.update(ctx.pos, tail, S)
+        return ctx.packed(self.o_proj(merge(y)), back=True)
+
+    def new_cache(self, batch, size, device, dtype):
+        tail = torch.zeros(batch, self.TAPS - 1, sum(self.widths), device=device, dtype=dtype)
+        shape = (batch, self.heads, self.rows, self.d_v + self.extra)
+        return StateCache(tail, up(torch.zeros(shape, device=device, dtype=dtype)))
+
+    def pairs(self, T, S):
+        C, H, N = min(CHUNK, T), self.heads, self.d_k
+        P = -(-T // C) * C  # whole chunks
+        return (2 * P * C * N * self.k_heads * (1 + self.delta),
+                2 * P * H * (C + N * (2 + self.delta)) * (self.d_v + self.extra))
+
+class LinearAttention(Recurrent):
+    """Katharopoulos et al. 2020 (2006.16236): exp(q . k) becomes f(q) . f(k), f = elu + 1 > 0; so
+    sum_s f(q) . f(k_s) v_s = S^T f(q) with S the sum of f(k_s) v_s^T. A column of ones beside v
+    adds up the weights, by which y is divided. Nothing decays."""
+    extra = 1
+    def mix(self, x, q, k, v, pos, S):
+        v, log_a = F.pad(v, (0, 1), value=1.0), x.new_zeros(len(x), 1, x.shape[1])
+        y, S = scan(F.elu(q) + 1, F.elu(k) + 1, v, log_a, None, pos, S)
+        return y[..., :-1] / y[..., -1:].clamp(min=1e-9), S  # padding may have seen nothing
+
+class StateSpace(Recurrent):
+    """Mamba-2, Dao and Gu 2024 (2405.21060): the linear system S' = -A S + B x, seen at steps dt
+    that a token chooses: a_t = exp(-dt A), written is dt x_t. Heads share k and q, the paper's B
+    and C; D x_t is added. (Mamba-2 has its norm behind the gate.)"""
+    gates = 1
+    def __init__(self, cfg):
+        super().__init__(cfg, k_heads=1, d_k=cfg.d_state, d_v=2 * cfg.d_head)
+        self.D = nn.Parameter(torch.ones(cfg.n_heads, 1, 1))
+
+    def mix(self, x, q, k, v, pos, S):
+        dt = F.softplus(up(self.gate_proj(x)) + self.dt_bias).mT  # (B, H, T)
+        y, S = scan(q, k, v * dt[..., None], -self.A_log.exp()[:, None] * dt, None, pos, S)
+        return (y + self.D * v).to(x.dtype), S
+
+class GatedDelta(Recurrent):
+    """Gated DeltaNet, Yang et al. 2024 (2412.06464): decays as Mamba-2, but writes b_t (v_t - what
+    the memory already answers to k_t), a step of gradient descent on |S^T k_t - v_t|^2 / 2: a new
+    value for a key replaces the old one, and is not added to it."""
+    gates, delta = 2, 1
+    def mix(self, x, q, k, v, pos, S):
+        a, b = up(self.gate_proj(x)).mT.chunk(2, 1)  # (B, H, T) each
+        log_a, b = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None]), b.sigmoid()
+        q, k = F.normalize(up(q), dim=-1) * self.d_k ** -0.5, F.normalize(up(k), dim=-1)
+        y, S = scan(q, k, v * b[..., None], log_a, b, pos, S)
+        return y.to(x.dtype), S
+
+class Hyena(Recurrent):
+    """Poli et al. 2023 (2302.10866), order 2: y = q * (h conv (k * v)), by FFT in T log T. The
+    filter h is as long as the text but implicit, a function of the distance. No state sums up the
+    past: a cache keeps all k * v, and a token costs S D."""
+    gates, extra = 0, 2
+    def __init__(self, cfg):
+        super().__init__(cfg, 1, 1, cfg.d_model, cfg.d_model)
+        self.skip = nn.Parameter(torch.ones(cfg.d_model))
+        self.filter = ImplicitFilter(cfg.d_model, cfg.seq_len)
+        self.rows = 0  # of the state at first; each token adds its k * v, position and document
+
+    def mix(self, x, q, k, v, pos, S):  # S (B, 1, n, D + 2)
+        pos, new, at = pos[:, None], up(k * v), torch.arange(pos.shape[1], device=x.device)
+        doc = documents(pos) + (S[:, :, -1:, -1] if S.shape[2] else 0)
+        S = torch.cat((S, torch.cat((new, torch.stack((pos, doc), -1).to(new.dtype)), -1)), 2)
+        u, h = S[:, 0, :, :-2], self.filter(S.shape[2])
+        # Rows of one document from its start are what an FFT convolves.
+        if len(h) == len(at) and bool(((pos == at) | (pos < 0)).all()): y = long_conv(u, h)
+        else: y = long_conv_reference(u, h, pos, doc, *S[..., -2:].long().unbind(-1))
+        return q * (y[:, None] + self.skip * new).to(x.dtype), S
+
+    def pairs(self, T, S):  # a batch shares the filter of S places; T of them are in qkv
+        return 2 * (S - T) * weights(self.filter), 0
+
+MIXERS = {"A": Attention, "W": partial(Attention, local=True),
+          "N": partial(Attention, turned=False), "M": LatentAttention,
+          "L": LinearAttention, "D": GatedDelta, "S": StateSpace, "H": Hyena}
 
 # -----------------------------------------------------------------------------
 # FFNs: what a token does alone
@@ -421,76 +353,101 @@ MIXERS = {"A": Attention, "W": partial(Attention, local=True)}
 # `load`, tokens per expert.
 
 class FFN(nn.Module):
-    def __init__(self, cfg, act, gated=False):
+    def __init__(self, cfg, act, gated=False, d_ff=None):
         super().__init__()
-        D = cfg.d_model  # gated: 8/3 D, floored to a multiple of 64, has the weights of 4 D ungated
-        self.d_model, self.act = D, act
-        self.d_ff = cfg.d_ff or (max(64, 8 * D // 3 // 64 * 64) if gated else 4 * D)
-        self.gate_proj = Linear(D, self.d_ff, cfg.bias, cfg.init_std) if gated else None
-        self.up_proj = Linear(D, self.d_ff, cfg.bias, cfg.init_std)
-        self.down_proj = Linear(self.d_ff, D, cfg.bias, last_std(cfg))
+        D, self.act = cfg.d_model, act
+        # Gated, 8/3 D, floored to a multiple of 64, has the weights of 4 D without a gate.
+        self.d_ff = d_ff or cfg.d_ff or (max(64, 8 * D // 3 // 64 * 64) if gated else 4 * D)
+        self.gate_proj = project(cfg, self.d_ff) if gated else None
+        self.up_proj, self.down_proj = project(cfg, self.d_ff), writer(cfg, self.d_ff)
 
-    def forward(self, x):
-        h = self.up_proj(x)  # (B, T, D) -> (B, T, F)
-        h = self.act(h) if self.gate_proj is None else self.act(self.gate_proj(x)) * h
+    def forward(self, x):  # (B, T, D) -> (B, T, F) -> (B, T, D)
+        h = self.up_proj(x)
+        h = self.act(self.gate_proj(x)) * h if self.gate_proj else self.act(h)
         return self.down_proj(h), {}
 
-    def flops(self, T):
-        return {"ffn": 2 * T * self.d_model * self.d_ff * (2 if self.gate_proj is None else 3)}
+    def flops(self, T): return {"ffn": 2 * T * weights(self)}
 
-def relu2(x):
-    return F.relu(x).square()
+class MoE(nn.Module):
+    """A router sends each token to n_active of n_experts FFNs, whose outputs add up, weighted by
+    the softmax of the chosen (as in Mixtral, 2401.04088); n_shared are always on. It would feed
+    those that it fed before; so a loss E sum_e f_e P_e (2101.03961: f the share sent to e, P its
+    mean probability) evens the load, or a bias on the choice alone, moved against it (2408.15664).
+    Dropless: tokens sorted by expert, a slice each, however long. Padding is routed, too."""
+    def __init__(self, cfg, ffn):
+        super().__init__()
+        self.cfg, self.d_ff = cfg, cfg.d_expert or max(8, ffn(cfg).d_ff // cfg.n_active)
+        self.gate = Linear(cfg.d_model, cfg.n_experts, std=cfg.init_std)
+        self.experts = nn.ModuleList(ffn(cfg, d_ff=self.d_ff) for _ in range(cfg.n_experts))
+        self.shared_experts = ffn(cfg, d_ff=self.d_ff * cfg.n_shared) if cfg.n_shared else None
+        if cfg.balance_bias: self.register_buffer("bias", torch.zeros(cfg.n_experts))
+
+    def forward(self, x):
+        c, flat = self.cfg, x.flatten(0, 1)  # (B, T, D) -> (B T, D)
+        z = up(self.gate(flat))
+        p = softmax(z)  # (B T, E)
+        chosen = (p + self.bias if c.balance_bias else p).topk(c.n_active).indices  # (B T, K)
+        weight = p.gather(1, chosen)
+        weight = (weight / weight.sum(1, keepdim=True)).to(x.dtype).flatten()
+        order, load = chosen.flatten().argsort(), chosen.flatten().bincount(minlength=c.n_experts)
+        row = order // c.n_active  # rows of x, those of an expert side by side
+        slices = flat.index_select(0, row).split(load.tolist())
+        out = torch.cat([expert(s)[0] for expert, s in zip(self.experts, slices)])
+        out = out * weight.index_select(0, order)[:, None]
+        y = torch.zeros_like(flat).index_add(0, row, out).view(x.shape)
+        if self.shared_experts: y = y + self.shared_experts(x)[0]
+        loss = c.balance * c.n_experts * (load / len(order) * p.mean(0)).sum()
+        # Squared logsumexp keeps logits small (2202.08906).
+        return y, {"loss": loss + c.router_z * z.logsumexp(1).square().mean(), "load": load}
+
+    def flops(self, T):
+        return {"ffn": 2 * T * (weights(self) - weights(*self.experts[self.cfg.n_active:]))}
 
 gelu = partial(F.gelu, approximate="tanh")  # the form that GPT-2 was trained with
-FFNS = {"r": partial(FFN, act=F.relu), "u": partial(FFN, act=relu2), "e": partial(FFN, act=gelu),
-        "g": partial(FFN, act=gelu, gated=True), "s": partial(FFN, act=F.silu, gated=True)}
+FFNS = {"r": partial(FFN, act=F.relu), "u": partial(FFN, act=lambda x: F.relu(x).square()),
+        "e": partial(FFN, act=gelu), "g": partial(FFN, act=gelu, gated=True),
+        "s": partial(FFN, act=F.silu, gated=True)}
+FFNS["x"] = partial(MoE, ffn=FFNS["s"])
 
 # -----------------------------------------------------------------------------
 # Block and LM
 
-PLACES = ("pre", "post", "sandwich")
+ONE, TWO = "input_layernorm", "post_attention_layernorm"  # Llama's names; Gemma has two more
+PLACES = {"pre": (ONE, None, None, TWO, None, None), "post": (None, None, ONE, None, None, TWO),
+          "sandwich": (ONE, TWO, None, "pre_feedforward_layernorm", "post_feedforward_layernorm",
+                       None)}  # the norms a, b, c of the mixer, then of the FFN
+
+def norm(cfg): return NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
 
 class Block(nn.Module):
     """One layer: twice x = c(x + b(f(a(x)))), with norms a (pre), a and b (sandwich) or c (post).
     With pre-norm the stream itself is never touched, so gradients arrive whole; post-norm (2017)
-    needs a warm-up. The norms have Llama's names, and Gemma's where there are four."""
+    needs a warm-up (2002.04745)."""
     def __init__(self, cfg, mixer, ffn):
         super().__init__()
-        self.place, self.drop = cfg.norm_place, nn.Dropout(cfg.dropout)
-        names = ["input_layernorm", "post_attention_layernorm"]
-        if self.place == "sandwich":
-            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-        for name in names:
-            self.add_module(name, NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias))
+        self.norms = PLACES[cfg.norm_place]
+        for name in filter(None, self.norms): self.add_module(name, norm(cfg))
         self.self_attn, self.mlp = MIXERS[mixer](cfg), FFNS[ffn](cfg)
+        self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, ctx, cache=None):
-        first, second = self.input_layernorm, self.post_attention_layernorm
-        if self.place == "pre":
-            x = x + self.drop(self.self_attn(first(x), ctx, cache))
-            y, aux = self.mlp(second(x))
-            return x + self.drop(y), aux
-        if self.place == "post":
-            x = first(x + self.drop(self.self_attn(x, ctx, cache)))
-            y, aux = self.mlp(x)
-            return second(x + self.drop(y)), aux
-        x = x + self.drop(second(self.self_attn(first(x), ctx, cache)))
-        y, aux = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.drop(self.post_feedforward_layernorm(y)), aux
+        a, b, c, d, e, f = (getattr(self, n) if n else nn.Identity() for n in self.norms)
+        x = c(x + self.drop(b(self.self_attn(a(x), ctx, cache))))
+        y, aux = self.mlp(d(x))
+        return f(x + self.drop(e(y))), aux
 
 class LM(nn.Module):
-    """The model. `compute_dtype` is the dtype of the stream; None means that of the weights."""
+    """The model. compute_dtype: of the stream (None: of the weights); eos: ids that end a text."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.compute_dtype = cfg, None
+        self.cfg, self.compute_dtype, self.eos = cfg, None, None
         # A norm likes rows of std 1, but as a head they would give logits a std of sqrt(D).
         std = cfg.init_std or (cfg.d_model ** -0.5 if cfg.tie else 1.0)
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.d_model, std)
         if cfg.pos == "learned": self.embed_positions = Embedding(cfg.seq_len, cfg.d_model, std)
         mixers, ffns = (p * (cfg.n_layers // len(p)) for p in (cfg.mixers, cfg.ffns))
         self.layers = nn.ModuleList(Block(cfg, m, f) for m, f in zip(mixers, ffns))
-        self.norm = nn.Identity() if cfg.norm_place == "post" else \
-            NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
+        self.norm = nn.Identity() if cfg.norm_place == "post" else norm(cfg)
         head_std = 0.0 if cfg.zero_init else cfg.init_std
         self.lm_head = None if cfg.tie else Linear(cfg.d_model, cfg.vocab_size, std=head_std)
         self.drop = nn.Dropout(cfg.dropout)
@@ -510,153 +467,234 @@ class LM(nn.Module):
             x, extra = layer(x, ctx, cache[i] if cache else None)
             aux["loss"] = aux["loss"] + extra.get("loss", 0.0)
             if "load" in extra: aux["load"].append(extra["load"])
-        logits = self.logits(self.norm(x))
-        return (logits if targets is None else cross_entropy(logits, targets)), aux
-
-    def logits(self, x):  # (B, T, D) @ (D, V) -> (B, T, V)
+        x, cap = self.norm(x), self.cfg.softcap  # (B, T, D) @ (D, V) -> (B, T, V)
         z = self.lm_head(x) if self.lm_head else F.linear(x, self.embed_tokens.weight.to(x.dtype))
-        cap = self.cfg.softcap
-        return z if cap is None else cap * torch.tanh(z / cap)
+        if cap: z = cap * torch.tanh(z / cap)
+        return (z if targets is None else cross_entropy(z, targets)), aux
 
     def new_cache(self, batch, size):
         """Room for `size` positions in each of `batch` rows: one cache a layer."""
         w = self.embed_tokens.weight
-        return [layer.self_attn.new_cache(batch, size, w.device, self.compute_dtype or w.dtype)
-                for layer in self.layers]
+        like = w.device, self.compute_dtype or w.dtype
+        return [layer.self_attn.new_cache(batch, size, *like) for layer in self.layers]
 
     def flops(self, T, S=None):
-        """{part: FLOPs} of a forward pass of T new tokens of one sequence over S places (default
-        T). Looking up an embedding is free."""
-        total = {}
+        """{part: FLOPs} of a forward pass of T new tokens of one sequence over S places (or T)."""
+        total = Counter(head=2 * T * self.cfg.d_model * self.cfg.vocab_size)
         for layer in self.layers:
-            for flops in (layer.self_attn.flops(T, S or T), layer.mlp.flops(T)):
-                for part, n in flops.items(): total[part] = total.get(part, 0) + n
-        return {**total, "head": 2 * T * self.cfg.d_model * self.cfg.vocab_size}
+            total.update(layer.self_attn.flops(T, S or T) | layer.mlp.flops(T))
+        return dict(total)
 
     def flops_per_token(self):
         """FLOPs to train on a token at the full context: three forward passes (backward is two)."""
         return 3 * sum(self.flops(self.cfg.seq_len).values()) / self.cfg.seq_len
 
     def n_params(self):
-        """{part: parameters}; a tied head costs nothing."""
-        count = lambda *modules: sum(p.numel() for m in modules if m for p in m.parameters())
-        parts = {"embed": count(self.embed_tokens, getattr(self, "embed_positions", None)),
-                 "mixer": count(*(layer.self_attn for layer in self.layers)),
-                 "ffn": count(*(layer.mlp for layer in self.layers)), "head": count(self.lm_head)}
-        return {**parts, "norm": count(self) - sum(parts.values())}
+        """{part: parameters}, a layer's parts summed over layers; a tied head costs nothing."""
+        total, sizes = Counter(), ((n.split("."), p.numel()) for n, p in self.named_parameters())
+        for words, n in sizes: total[words[2] if words[0] == "layers" else words[0]] += n
+        return dict(total)
 
 def meta_model(cfg):
     """A model of shapes without numbers: GPT-3 fits in a laptop."""
     with torch.device("meta"): return LM(cfg)
 
 # -----------------------------------------------------------------------------
-# Presets: architectures of the field as rows; sizes are given beside them
+# Presets: architectures of the field as rows; sizes are given beside them (n_kv_heads stands for
+# theirs). What a row sets for a mechanism that other letters replace falls back to its default.
 
 PRESETS = {
-    # 1706.03762: its decoder, without the encoder
     "vaswani": dict(ffns="r", norm="layer", norm_place="post", pos="sinusoidal", bias=True,
-                    tie=True, embed_scale=True, dropout=0.1),
-    # Radford et al. 2019
-    "gpt2": dict(ffns="e", norm="layer", pos="learned", bias=True, tie=True, init_std=0.02),
-    # 2302.13971
-    "llama": dict(ffns="s"),
-    # 2503.19786, Gemma 3: five local layers to a global one. There global ones have a rope_theta of
-    # their own; here all share one.
+                    tie=True, embed_scale=True, dropout=0.1),  # 1706.03762: its decoder, alone
+    "gpt2": dict(ffns="e", norm="layer", pos="learned", bias=True, tie=True, init_std=0.02),  # 2019
+    "llama": dict(),  # 2302.13971; Qwen2: 2407.10671, Qwen3: 2505.09388, small sizes tied
+    "mistral": dict(mixers="W", n_kv_heads=2),  # 2310.06825; there the window is 4096
+    "mixtral": dict(ffns="x", rope_theta=1e6, n_kv_heads=2, balance=0.02, router_z=0),  # 2401.04088
+    "qwen2": dict(qkv_bias=True, n_kv_heads=2, rope_theta=1e6, norm_eps=1e-6, tie=True),
+    "qwen3": dict(qk_norm=True, n_kv_heads=2, rope_theta=1e6, norm_eps=1e-6, tie=True),
+    # 2503.19786, Gemma 3: five local layers to a global one, which there has its own rope_theta
     "gemma": dict(mixers="WWWWWA", ffns="g", window=512, norm_place="sandwich", norm_eps=1e-6,
                   qk_norm=True, tie=True, embed_scale=True, n_layers=6, n_kv_heads=1),
+    # 2405.04434 and, for the biases, 2412.19437: a dense layer first, then many small experts
+    "deepseek": dict(mixers="M", ffns="sxxx", n_layers=4, n_experts=16, n_active=4, n_shared=1,
+                     balance=1e-4, balance_bias=1e-3, router_z=0.0, norm_eps=1e-6),
+    # 2403.19887: attention in one layer of eight, experts in every other; its Mamba is the first
+    "jamba": dict(mixers="SSSSASSS", ffns="sx", n_layers=8, pos="none", n_kv_heads=2, n_experts=16),
+    # Qwen3-Next (2025): three delta layers to one of attention; there all FFNs are experts
+    "next": dict(mixers="DDDA", n_layers=4, qk_norm=True, n_kv_heads=2),
+    "hyena": dict(mixers="H", ffns="e", norm="layer", pos="none", bias=True),  # 2302.10866
     # what modded-nanogpt's records 5 to 8 share: QK-norm, ReLU^2, blocks that start as the identity
-    "modern": dict(ffns="u", qk_norm=True, zero_init=True),
-}
+    "modern": dict(ffns="u", qk_norm=True, zero_init=True)}
+
+def fields_of(name, given):
+    """{field: value}: what is given, over what some layer reads of a preset's row."""
+    if name not in PRESETS:
+        raise UserError(f"preset: got {name!r}, wanted {' or '.join(PRESETS)}; set --preset")
+    both = {"mixers": ModelConfig.mixers, "ffns": ModelConfig.ffns, **PRESETS[name], **given}
+    letters = set(both["mixers"] + both["ffns"])
+    return {k: v for k, v in both.items() if k in given or not OF[k] or set(OF[k]) & letters}
 
 def preset(name, **sizes):
     """ModelConfig of a named architecture; sizes, and any other field, override its row."""
-    if name not in PRESETS:
-        raise UserError(f"preset: got {name!r}, wanted {' or '.join(PRESETS)}; set --preset")
-    return ModelConfig(**{**PRESETS[name], **sizes})
+    return ModelConfig(**fields_of(name, sizes))
 
 # -----------------------------------------------------------------------------
-# A run directory has the layout of a Hugging Face directory: config.json in the published spelling,
-# tensors under the published names (model.layers.0.self_attn.q_proj.weight). One key more holds the
-# ModelConfig.
+# Run directories, and other people's models
+# A run directory is a Hugging Face directory: config.json and safetensors files. A model of a known
+# family is written as that family, which transformers loads; one key more has the ModelConfig. The
+# table says, for both directions, how a family calls our fields and, unlike Llama, our tensors.
+
+LLAMA = dict(vocab_size="vocab_size", seq_len="max_position_embeddings", d_model="hidden_size",
+             n_layers="num_hidden_layers", n_heads="num_attention_heads", tie="tie_word_embeddings",
+             n_kv_heads="num_key_value_heads", d_head="head_dim", d_ff="intermediate_size",
+             norm_eps="rms_norm_eps", rope_theta="rope_theta", rope_factor="factor",
+             rope_context="original_max_position_embeddings")
+MISTRAL = dict(LLAMA, window="sliding_window")
+MIXTRAL = dict(MISTRAL, d_expert="intermediate_size", n_experts="num_local_experts",
+               n_active="num_experts_per_tok")
+GPT = dict(vocab_size="vocab_size", norm_eps="layer_norm_epsilon", d_model="n_embd", d_ff="n_inner",
+           seq_len="n_positions", n_layers="n_layer", n_heads="n_head", tie="tie_word_embeddings")
+WORDS = dict(embed_tokens="wte", embed_positions="wpe", layers="h", norm="ln_f", q_proj="c_attn",
+             input_layernorm="ln_1", post_attention_layernorm="ln_2", self_attn="attn",
+             k_proj="c_attn", v_proj="c_attn", o_proj="c_proj", up_proj="c_fc", down_proj="c_proj")
+FAMILIES = {  # architecture: (preset and model_type, our field: its key, our word: its word)
+    "GPT2LMHeadModel": ("gpt2", GPT, WORDS), "LlamaForCausalLM": ("llama", LLAMA, {}),
+    "Qwen2ForCausalLM": ("qwen2", LLAMA, {}), "Qwen3ForCausalLM": ("qwen3", LLAMA, {}),
+    "MistralForCausalLM": ("mistral", MISTRAL, {}), "MixtralForCausalLM": ("mixtral", MIXTRAL, dict(
+        mlp="block_sparse_moe", gate_proj="w1", up_proj="w3", down_proj="w2"))}
+ROPE = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)  # as in rope_tables
+KNOWN = dict(ROPE, type="llama3", hidden_act="silu", activation_function="gelu_new", mlp_bias=False,
+             attention_bias=False, use_sliding_window=False, scale_attn_by_inverse_layer_idx=False)
+
+def family(c):
+    """(architecture, preset, keys, words) of a ModelConfig; what only training sees is free."""
+    plain = {f.name: f.default for f in dataclasses.fields(c)}
+    plain.update(n_kv_heads=c.n_heads, d_head=c.d_model // c.n_heads)  # as None is resolved
+    for architecture, row in FAMILIES.items():
+        unlike = {f for f, v in {**plain, **PRESETS[row[0]]}.items() if getattr(c, f) != v}
+        if unlike <= {*row[1], "dropout", "init_std", "zero_init", "balance", "router_z"}:
+            return architecture, *row
+    return "LM", None, {}, {}
+
+def views(model):
+    """{published name: [views of parameters, side by side]}: to fill a view fills its parameter.
+    GPT-2 keeps Q, K and V in one matrix, and matrices as (in, out)."""
+    (_, name, _, words), out = family(model.cfg), {}
+    for own, p in model.state_dict().items():
+        theirs = ".".join(words.get(word, word) for word in own.split("."))
+        if name != "gpt2" and not own.startswith("lm_head"): theirs = "model." + theirs
+        turn = name == "gpt2" and p.ndim == 2 and own.startswith("layers")
+        out.setdefault(theirs, []).append(p.T if turn else p)
+    return out
 
 def published(model):
-    """{published name: parameter}."""
-    return {n if n.startswith("lm_head") else "model." + n: p for n, p in model.named_parameters()}
+    """{published name: tensor}."""
+    return {n: v[0] if len(v) == 1 else torch.cat(v, -1) for n, v in views(model).items()}
 
 def save_model(model, directory):
     """Writes config.json and model.safetensors, each whole or not at all."""
-    c = model.cfg
-    config = {"architectures": ["LM"], "vocab_size": c.vocab_size, "hidden_size": c.d_model,
-              "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
-              "num_key_value_heads": c.n_kv_heads, "head_dim": c.d_head, "rope_theta": c.rope_theta,
-              "intermediate_size": model.layers[0].mlp.d_ff, "max_position_embeddings": c.seq_len,
-              "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tie,
-              "model_config": dataclasses.asdict(c)}
+    (architecture, name, keys, _), own = family(model.cfg), dataclasses.asdict(model.cfg)
+    values = {**own, **dict.fromkeys(("d_ff", "d_expert"), model.layers[0].mlp.d_ff)}
+    config = {"architectures": [architecture], "model_type": name, "eos_token_id": model.eos,
+              "bos_token_id": None, "tokenizer_class": "PreTrainedTokenizerFast",
+              "model_config": own, **{k: values[f] for f, k in keys.items()}}
+    scaling = {k: config.pop(k, None) for k in ("factor", "original_max_position_embeddings")}
+    if scaling["factor"]: config["rope_scaling"] = {**ROPE, **scaling}
     with atomic_write(Path(directory) / "config.json", "w") as f: json.dump(config, f, indent=1)
     save_tensors(Path(directory) / "model.safetensors", published(model), {"format": "pt"})
 
-def load_state(model, tensors, where):
-    """Copies {published name: tensor} into a model; names a missing, surplus or mis-shaped one."""
-    own = published(model)
-    odd = sorted(own.keys() ^ tensors.keys()) + [n for n in own.keys() & tensors.keys()
-                                                 if own[n].shape != tensors[n].shape]
-    if odd: raise UserError(f"{where}: got {odd[:4]} missing, surplus or of another shape; wanted "
-                            "what config.json describes; check that the two belong together")
-    with torch.no_grad():
-        for name, p in own.items(): p.copy_(tensors[name])
+def load_state(model, pairs, where):
+    """Copies (published name, tensor)s into a model; names a missing, surplus or odd-shaped one."""
+    left, odd = views(model), []
+    shape = lambda parts: [*parts[0].shape[:-1], sum(p.shape[-1] for p in parts)]
+    for name, t in pairs:
+        parts = left.pop(name, ())
+        wanted = shape(parts) if parts else "no such tensor"
+        if list(t.shape) != wanted: odd.append(f"{name} {list(t.shape)} (wanted {wanted})")
+        else:
+            for p, x in zip(parts, t.split([p.shape[-1] for p in parts], -1)): p.copy_(x)
+    odd += [f"{name} missing (wanted {shape(parts)})" for name, parts in left.items()]
+    if odd: raise UserError(f"{where}: got {', '.join(odd[:4])}, {len(odd)} in all; wanted what "
+                            "config.json describes; check that the two belong together")
+
+def read_config(config):
+    """The ModelConfig that a config.json, ours or a published one, describes."""
+    if "model_config" in config: return ModelConfig(**config["model_config"])
+    architecture = (config.get("architectures") or [None])[0]
+    if architecture not in FAMILIES:
+        raise UserError(f"architecture: got {architecture}, wanted {' or '.join(FAMILIES)}")
+    name, keys, _ = FAMILIES[architecture]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # new, old spelling
+    c = {"tie_word_embeddings": name == "gpt2", **config, **rope}  # without that key only GPT-2 is
+    for key, wanted in KNOWN.items():  # to ignore what we do not have would give other logits
+        if c.get(key, wanted) not in (wanted, "default"):  # the default rope_type has no stretch
+            raise UserError(f"{key}: got {c[key]!r}, wanted {wanted!r}; use another model")
+    sizes = {f.name for f in dataclasses.fields(ModelConfig) if f.type is int}  # must be there
+    fields = {f: c[k] if f in sizes else c.get(k, getattr(ModelConfig, f)) for f, k in keys.items()}
+    if "window" in keys: fields["mixers"] = "W" if fields["window"] else "A"  # null: no window
+    return preset(name, **fields)
 
 def load_model(directory, device="cpu", dtype=torch.float32):
-    """LM of a run directory, in eval mode."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise UserError(f"run: got {directory}, wanted a directory with a config.json; "
-                        "train one: python train.py")
-    try: config = ModelConfig(**json.loads(path.read_text())["model_config"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: got {type(e).__name__} {e}, wanted the key model_config of "
-                        "save_model; use a directory that train.py made")
-    model = meta_model(config).to_empty(device=device).to(dtype)  # no time spent on initial values
-    weights = Path(directory) / "model.safetensors"
-    load_state(model, load_tensors(weights)[0], weights)
+    """LM of a run directory or a published model, in eval mode; needs no second copy in memory."""
+    read = lambda name: json.loads(p.read_text()) if (p := Path(directory, name)).is_file() else {}
+    try:
+        config, index = read("config.json"), read("model.safetensors.index.json")
+        if not config: raise ValueError("nothing")
+        files = sorted(set(index.get("weight_map", {"": "model.safetensors"}).values()))
+        model = meta_model(read_config(config)).to(dtype)
+        model.eos = {**config, **read("generation_config.json")}.get("eos_token_id")
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{directory}: got {type(e).__name__} {e} in its config.json, wanted what "
+                        "save_model or Hugging Face write; check the path, or restore the files")
+    # Left out: metadata, the buffers of old files, and a tied table that is there twice.
+    other = r"__metadata__|\.attn\.(masked_)?bias$|\.inv_freq$" + "|lm_head" * model.cfg.tie
+    pairs = ((name.removeprefix("transformer."), t) for f in files
+             for name, t in read_tensors(Path(directory, f)) if not re.search(other, name))
+    load_state(model.to_empty(device=device), pairs, directory)  # no time for initial values
     return model.eval()
 
 # -----------------------------------------------------------------------------
-# The lesson: where parameters and FLOPs are
+# The lesson: where parameters and FLOPs are. The bench: what a token costs as the text gets longer.
 
-# n_layers, d_model, n_heads of GPT-2 (Radford et al. 2019, table 2); d_ff is 4 d_model
-SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20),
-         "XL": (48, 1600, 25), "175B": (96, 12288, 96)}  # the last is GPT-3 (2005.14165, table 2.1)
-PARTS = ("qkv", "scores", "values", "out", "ffn", "head")
+# Layers and widths of GPT-2 (Radford et al. 2019, table 2), last of GPT-3 (2005.14165, table 2.1).
+SIZES = (12, 768), (24, 1024), (36, 1280), (48, 1600), (96, 12288)
 
-def sized(name, size, **more):
-    n_layers, d_model, n_heads = SIZES[size]
-    return meta_model(preset(name, n_layers=n_layers, d_model=d_model, n_heads=n_heads,
-                             d_ff=4 * d_model, **{"vocab_size": 50257, "seq_len": 1024, **more}))
+def lesson(T=2048):
+    parts = ("qkv", "scores", "values", "out", "ffn", "head")
+    print(f"forward, T = {T}{'parameters':>23s}{'FLOPs':>12s}", *(f"{p:>7s}" for p in parts))
+    rows = [(name, preset(name)) for name in PRESETS] + [
+        (f"GPT of {n} x {d}", preset("gpt2", vocab_size=50257, seq_len=T, n_layers=n, d_model=d))
+        for n, d in SIZES]
+    for name, cfg in rows:
+        model = meta_model(cfg)
+        flops, n = model.flops(T), sum(model.n_params().values())
+        share = [100 * flops.get(p, 0) / sum(flops.values()) for p in parts]
+        print(f"{name:18s}{n:20,d}{sum(flops.values()):12.4e}", *(f"{x:6.2f}%" for x in share))
+    print("A layer's matrices grow with d_model^2, scores and values with d_model, so that their\n"
+          f"share falls. Scores and values take {sum(share[1:3]):.1f} % of the FLOPs at 175B")
 
-def table(title, rows):
-    print(f"\n{title:26s}{'parameters':>16s}{'FLOPs':>12s}" + "".join(f"{p:>8s}" for p in PARTS))
-    for name, model, T in rows:
-        flops = model.flops(T)
-        share = {p: 100 * flops.get(p, 0) / sum(flops.values()) for p in PARTS}
-        print(f"{name:18s}T={T:<6d}{sum(model.n_params().values()):16,d}"
-              f"{sum(flops.values()):12.4e}" + "".join(f"{share[p]:7.2f}%" for p in PARTS))
+def bench(lengths=(1024, 4096, 16384)):
+    """tokens/s, forward and backward, of a layer of d_model 256 in float32."""
+    def rate(layer, T, *ctx):  # an FFN returns aux, too
+        x = torch.randn(1, T, 256, requires_grad=True)
+        run = lambda: (layer(x, *ctx) if ctx else layer(x)[0]).sum().backward()
+        return T / seconds(run, x.device, 3)
+    keep_freed_memory()
+    print("tokens/s at T =", *(f"{T:9,d}" for T in lengths))
+    for letter, kind in MIXERS.items():
+        cfg = ModelConfig(mixers=letter, seq_len=lengths[-1])
+        rates = (rate(kind(cfg), T, Context(cfg, torch.zeros(1, T))) for T in lengths)
+        print(f"{letter:14s}", *(f"{r:9,.0f}" for r in rates))
+    dense, experts = (rate(FFNS[f](ModelConfig(ffns=f)), 4096) for f in "sx")
+    print(f"experts, 2 of 8, reach {experts / dense:.2f} of a dense FFN's {dense:,.0f} at 4,096")
 
-def main(args):
-    table("presets, d_model 256", ((n, meta_model(preset(n)), 1024) for n in PRESETS))
-    course = [(n, sized("llama", n)) for n in ("small", "medium", "large", "XL")]
-    table("CS336: SwiGLU, untied", [(n, m, 1024) for n, m in course] + [(*course[-1], 16384)])
-    real = {n: sized("gpt2", n, seq_len=2048 if n == "175B" else 1024) for n in SIZES}
-    table("GPT-2, GPT-3, dense", [(n, m, m.cfg.seq_len) for n, m in real.items()])
-    print("\nThe matrices of a layer grow with d_model^2, scores and values with d_model; so at one"
-          "\ncontext length attention's share falls with size, and the FFN's rises:")
-    for name in ("small", "XL", "175B"):
-        flops = real[name].flops(2048)
-        percent = 100 * (flops["scores"] + flops["values"]) / sum(flops.values())
-        print(f"at T = 2048 scores and values take {percent:4.1f} % of the FLOPs at {name}")
+def main(args): bench() if args.what == "bench" else lesson()
 
 def build_parser():
-    return argparse.ArgumentParser(
-        description="Prints parameters and FLOPs of presets and published models, by part.")
+    parser = argparse.ArgumentParser(description="Parameters and FLOPs of presets, by part.")
+    parser.add_argument("what", nargs="?", choices=["lesson", "bench"], default="lesson",
+                        help="bench: tokens/s of mixers and experts (default: lesson)")
+    return parser
 
 if __name__ == "__main__":
     main(build_parser().parse_args())

@@ -84,7 +84,7 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     seed: int = 0                  # of the first prompt; prompt i uses seed + i
-    stop: int | None = None        # a token that ends the text (end-of-text); it is not returned
+    stop: int | list | None = None  # what ends the text (end-of-text), one or several; not returned
 
     def __post_init__(self):
         need = partial(need_field, self)
@@ -130,6 +130,7 @@ def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None):
     rows, begin = [list(p) for p in prompts], [0] * len(prompts)
     generators = [torch.Generator().manual_seed(how.seed + i) for i in range(len(prompts))]
     live, cache, batch = list(range(len(prompts))), None, []
+    stop = how.stop if isinstance(how.stop, list) else [how.stop]
     training = model.training
     model.eval()
     for _ in range(how.max_tokens):
@@ -146,7 +147,7 @@ def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None):
         for i, r in enumerate(batch):
             if r not in live: continue
             token = draw(logits[i, -1], how, generators[r])
-            if token == how.stop:
+            if token in stop:
                 live.remove(r)
                 continue
             rows[r].append(token)
@@ -242,7 +243,10 @@ def encode_prompt(tokenizer, text, limit):
     if any("\ud800" <= char <= "\udfff" for char in text or ""):  # how Python keeps a stray byte
         raise UserError("prompt: got bytes that are not UTF-8, wanted UTF-8; check the terminal's "
                         "encoding")
-    ids = [tokenizer.eot] + (tokenizer.encode(text) if text else [])
+    ids = [tokenizer.eot] * (tokenizer.eot is not None) + (tokenizer.encode(text) if text else [])
+    if not ids:
+        raise UserError("prompt: got none, wanted a text, as this tokenizer lacks end-of-text; set "
+                        "--prompt")
     if len(ids) > limit:
         raise UserError(f"prompt: got {len(ids):,} tokens with end-of-text, wanted at most the "
                         f"context, {limit:,}; shorten it")
@@ -289,7 +293,7 @@ def main(args):
     if model.cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"{run}: got a tokenizer of {tokenizer.vocab_size} ids and a model of "
                         f"{model.cfg.vocab_size}, wanted the same; use an unchanged run directory")
-    how = replace(how, stop=tokenizer.eot)
+    how = replace(how, stop=tokenizer.eot if model.eos is None else model.eos)
     prompts = [encode_prompt(tokenizer, text, model.cfg.seq_len) for text in args.prompt or [None]]
     print(f"{run}: {model.cfg}\n{device} ({device_name(device)}), float32, "
           f"{torch.get_num_threads()} threads, {how}", file=sys.stderr)

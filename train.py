@@ -4,9 +4,8 @@ THE IDEA
     Show the model text, ask for every next token, move the weights so that what came would have
     been likelier; a few thousand times. All skill goes into spending the budget well: a model
     neither too large to see enough text nor too small to use it, a step size that falls to zero
-    exactly when time is up, and no second lost. So the budget is a flag, --minutes, the schedule is
-    tied to it, and the result is one number that compares across tokenizers: bits per byte of text
-    the model has never seen.
+    exactly when time is up. So the budget is a flag, --minutes, the schedule is tied to it, and the
+    result is one number that compares across tokenizers: bits per byte of text never seen.
 
 THE MATHS
     loss = mean of -log p(next token), in nats          perplexity = exp(loss)
@@ -18,22 +17,21 @@ THE MATHS
 
 THE COSTS
     Memory in float32: 16 bytes a parameter for weight, gradient and AdamW's two averages; and
-    activations, which grow with micro_batch, not with batch_size: gradients of micro-batches add up
-    to that of the batch.
+    activations, which grow with micro_batch: gradients of micro-batches add up to the batch's.
 
-CONTENTS  TrainConfig / setting up a machine / one step / checkpoints / fit, the loop / tools that
-          look: walk, profile, board, plot / command line
+CONTENTS  TrainConfig / setting up / one step / checkpoints / fit / walk, profile, board, race
 NOT HERE  many devices (parallel.py passes its own step, save and load to the same `fit`)
 RUN       python train.py                   # 3 minutes on a laptop; last line: bits_per_byte, steps
           python train.py --dataset owt     # OpenWebText; 90 minutes on one GPU
           python train.py --walk            # one batch through all stages, value by value
           python train.py --resume          # goes on with the newest run
+          python train.py --race mixers=A,S --minutes 1 --seeds 2    # compares values of any field
 REFERENCES
     Micikevicius et al. 2018 (1710.03740) mixed precision; Kaplan et al. 2020 (2001.08361) 6ND;
     Chowdhery et al. 2022 (2204.02311) MFU
 EXERCISE  Empty `local_step`; fill it until `pytest test_all.py -k accumulation` is green again.
 """
-import argparse, dataclasses, json, math, os, signal, sys, time
+import argparse, dataclasses, json, math, os, resource, signal, subprocess, sys, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,9 +41,9 @@ import torch
 
 from bpe import UserError, atomic_write
 from data import SOURCES, Loader, in_order, open_tokens, prepare, remove_leftovers
-from kernels import (device_name, fastest_dtype, keep_freed_memory, peak_flops_per_s,
+from kernels import (device_name, fastest_dtype, flag, keep_freed_memory, peak_flops_per_s,
                      synchronize)
-from model import (LM, PRESETS, ModelConfig, flag, load_state, load_tensors, need_field, preset,
+from model import (LM, PRESETS, ModelConfig, fields_of, load_state, load_tensors, need_field,
                    published, save_model, save_tensors)
 from optim import OPTIMIZERS, SCHEDULES, clip_grad_norm, param_groups, role
 from sample import Sampling, TextStream, evaluate, generate, pick_device, shannon
@@ -124,27 +122,29 @@ RECIPES = {
                      batch_size=512, micro_batch=32, minutes=90.0, save_minutes=5.0, log_steps=10),
 }
 
+def reader(f):
+    """A function from text to a value of a dataclass field; `none` spells None."""
+    kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
+    def read(text):
+        if "None" in str(f.type) and text.lower() == "none": return None
+        if kind is bool and text.lower() not in ("true", "false"): raise ValueError(text)
+        return text.lower() == "true" if kind is bool else kind(text)
+    read.__name__ = kind.__name__  # what argparse calls it in an error
+    return read
+
 def add_fields(parser, config_class, recipes):
     """One flag per field of a dataclass. What is not given stays out of the namespace, so that it
-    can be told from a default; `none` spells None. The help shows the default of each recipe."""
-    def read(text, kind, optional):
-        if optional and text.lower() == "none": return None
-        if kind is not bool: return kind(text)
-        if text.lower() not in ("true", "false"): raise ValueError(text)
-        return text.lower() == "true"
-
+    can be told from a default. The help shows the default of each recipe."""
     group = parser.add_argument_group(config_class.__name__)
     for f in dataclasses.fields(config_class):
-        kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
-        parse = lambda text, k=kind, o="None" in str(f.type): read(text, k, o)
-        parse.__name__ = kind.__name__  # what argparse calls it in an error
-        bare = dict(nargs="?", const=True) if kind is bool else {}  # --tie is --tie true
+        parse = reader(f)
+        bare = dict(nargs="?", const=True) if parse.__name__ == "bool" else {}  # --tie: --tie true
         values = {name: row.get(f.name, f.default) for name, row in recipes.items()}
         default = ", ".join(f"{value} on {name}" for name, value in values.items())
         if len(set(values.values())) == 1: default = next(iter(values.values()))
         group.add_argument(f"--{f.name}", type=parse, default=argparse.SUPPRESS, **bare,
                            help=f"{f.metadata['help']} (default: {default})",
-                           metavar=kind.__name__)
+                           metavar=parse.__name__)
 
 # -----------------------------------------------------------------------------
 # Setting up a machine
@@ -191,12 +191,15 @@ def local_step(model, batches):
     add up over the micro-batches -> that mean. Dividing each by the *common* count makes the result
     independent of how the batch was cut; a mean of means would weigh a padded one too much."""
     counted = sum((targets >= 0).sum() for _, targets in batches)
-    total = 0.0
+    total, loads = 0.0, []
     for tokens, targets in batches:
         losses, aux = model(tokens, targets)
         loss = losses.sum() / counted
         (loss + aux["loss"] / len(batches)).backward()
         total = total + loss.detach()
+        loads = [a + b for a, b in zip(loads, aux["load"])] or aux["load"]
+    for bias, load in zip(model.buffers(), loads):  # routers', if they have one: against the load
+        bias += model.cfg.balance_bias * torch.sign(load.sum() / len(load) - load)
     return total
 
 # -----------------------------------------------------------------------------
@@ -218,8 +221,7 @@ def checkpoints(run):
     """Paths, newest first."""
     return sorted(Path(run).glob("checkpoint-*.safetensors"), reverse=True)
 
-def device_of(model):
-    return next(model.parameters()).device.type
+def device_of(model): return next(model.parameters()).device.type
 
 def generator_of(model):
     """(get, set) for the state of the random generator of the model's device."""
@@ -246,7 +248,7 @@ def load_checkpoint(run, model, optimizer):
             damaged.append(path)
             continue
         part = lambda kind: {k[len(kind):]: v for k, v in tensors.items() if k.startswith(kind)}
-        load_state(model, part("model/"), path)
+        load_state(model, part("model/").items(), path)
         optimizer.load_state_tensors(part("optimizer/"))
         if metadata["device"] == device_of(model): generator_of(model)[1](tensors["generator"])
         else: print(f"{path} is of another device: the random generator starts anew")
@@ -370,16 +372,16 @@ def take(loader, micro, device):
 def warm_up(model, forward, loader, micro, machine, step):
     """Compiles on a batch that is then put back: compiling is set-up, not training."""
     (get, put), seen = generator_of(model), loader.seen
-    state = get()
+    state, buffers = get(), [b.clone() for b in model.buffers()]
     step(forward, take(loader, micro, machine.device)[:1])
     synchronize(machine.device)
-    put(state)  # dropout must not notice
+    put(state)  # dropout must not notice, nor the biases of routers
+    for b, old in zip(model.buffers(), buffers): b.copy_(old)
     loader.seek(seen)
 
 def give_up(run):
-    last = next(iter(checkpoints(run)), None) if run else None
-    raise SystemExit("three steps in a row without a finite loss; the last good checkpoint is "
-                     f"{last}; begin a new run with a smaller --lr, or other data")
+    raise SystemExit("three steps in a row without a finite loss; the last good checkpoint: "
+                     f"{run and checkpoints(run)[0]}; begin anew: smaller --lr, or other data")
 
 def log_step(log, now, mark, x, norm, lr, model, loader, machine):
     tokens = now.seen * loader.seq_len
@@ -392,10 +394,9 @@ def log_step(log, now, mark, x, norm, lr, model, loader, machine):
               .format(x=100 * min(x, 1), percent=100 * row["mfu"], **row), **row)
 
 def report(log, now, result):
-    row = dict(step=now.step, minutes=now.seconds / 60, valid=result)
-    log.write("step {step:6d}  validation: bits_per_byte {valid[bits_per_byte]:.4f}, loss "
-              "{valid[loss]:.4f} nats a token at context {valid[context]}, {minutes:.2f} min"
-              .format(**row), **row)
+    log.write(f"step {now.step:6d}  validation: bits_per_byte {result['bits_per_byte']:.4f}, loss "
+              f"{result['loss']:.4f} nats a token at context {result['context']}, "
+              f"{now.seconds / 60:.2f} min", step=now.step, minutes=now.seconds / 60, valid=result)
 
 # -----------------------------------------------------------------------------
 # Tools that look at a run
@@ -452,8 +453,6 @@ def walk(model, optimizer, corpus, cfg, machine):
 
 def profile(model, optimizer, loader, cfg, machine, folder):
     """Ten steps under torch.profiler: the ten costliest operations, and a trace for a browser."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if machine.device.type == "cuda": kinds.append(torch.profiler.ProfilerActivity.CUDA)
     forward = torch.compile(model, dynamic=False) if machine.compile else model
 
     def step():
@@ -462,7 +461,7 @@ def profile(model, optimizer, loader, cfg, machine, folder):
         optimizer.step()
 
     for _ in range(3): step()  # the first ones compile, and allocate
-    with torch.profiler.profile(activities=kinds) as prof:
+    with torch.profiler.profile() as prof:
         for _ in range(10): step()
         synchronize(machine.device)
     key = "self_cuda_time_total" if machine.device.type == "cuda" else "self_cpu_time_total"
@@ -481,28 +480,23 @@ def board(runs):
                 "{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}{parameters:12,d}  "
                 "{dataset} {text:.8}, {hardware}").format(**r)))
         except (ValueError, KeyError, TypeError): print(f"{path}: damaged, left out")
-    if not lines:
-        raise UserError(f"board: got no finished run under {runs}/; wanted one; python train.py")
-    print(f"{'run':26s}{'bits_per_byte':>14s}{'context':>8s}{'minutes':>9s}{'FLOPs':>10s}"
-          f"{'parameters':>12s}")
+    if not lines: raise UserError(f"board: got no run under {runs}/; wanted one: python train.py")
+    print(f"{'run':26s} bits_per_byte context  minutes     FLOPs  parameters")
     for _, _, line in sorted(lines): print(line)
 
 def plot(run):
     """Draws runs/NAME/loss.png from the log if matplotlib is installed."""
-    try: import matplotlib
+    try: from matplotlib.figure import Figure
     except ImportError: return print("no picture: matplotlib is not installed")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     rows = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-    steps, valid = ([r for r in rows if key in r] for key in ("tokens_per_s", "valid"))
-    plt.figure(figsize=(7, 4))
-    plt.plot([r["minutes"] for r in steps], [r["loss"] for r in steps], label="training")
-    plt.plot([r["minutes"] for r in valid], [r["valid"]["loss"] for r in valid], "o",
-             label="validation")
-    plt.gca().set(xlabel="minutes", ylabel="loss (nats per token)")
-    plt.legend()
-    plt.savefig(Path(run) / "loss.png", dpi=120)
-    plt.close()
+    points = {"training": [(r["minutes"], r["loss"]) for r in rows if "loss" in r],
+              "validation": [(r["minutes"], r["valid"]["loss"]) for r in rows if "valid" in r]}
+    picture = Figure(figsize=(7, 4))
+    axes = picture.subplots()
+    for label, of in points.items(): axes.plot(*zip(*of), ".-", label=label)
+    axes.set(xlabel="minutes", ylabel="loss (nats per token)")
+    axes.legend()
+    picture.savefig(Path(run) / "loss.png", dpi=120)
     print(f"picture: {run}/loss.png")
 
 # -----------------------------------------------------------------------------
@@ -512,16 +506,15 @@ def plot(run):
 
 FREE = ("device", "threads", "log_steps", "save_minutes", "data_dir", "mirror")  # may change later
 
-def settle(given, device):
+def settle(given):
     """Flags over the preset's row over the recipe over the dataclasses' defaults -> settings."""
-    recipe = "cpu" if device.type != "cuda" else \
-        "cuda owt" if given.get("dataset") == "owt" else "cuda"
+    cuda = pick_device(given.get("device", "auto")).type == "cuda"
+    recipe = "cpu" if not cuda else "cuda owt" if given.get("dataset") == "owt" else "cuda"
     name = given.get("preset", TrainConfig.preset)
-    preset(name)  # an unknown one is refused
     if given.get("tokenizer", "bpe") != "bpe" and "vocab_size" in given:
         raise UserError(f"vocab_size: got {given['vocab_size']}, wanted none, as the tokenizer "
                         f"{given['tokenizer']} has its own; leave --vocab_size out")
-    merged = {**RECIPES[recipe], **PRESETS[name], **given}
+    merged = {**RECIPES[recipe], **fields_of(name, given)}
     if given.get("steps") and "minutes" not in given: merged["minutes"] = None
     pick = lambda config: dataclasses.asdict(config(**{
         f.name: merged[f.name] for f in dataclasses.fields(config) if f.name in merged}))
@@ -532,14 +525,17 @@ def resumed(run, given):
     changes no result."""
     try: settings = json.loads((run / "train.json").read_text())
     except (OSError, ValueError) as e:
-        raise UserError(f"{run}/train.json: got {type(e).__name__}, wanted the settings of a run; "
-                        "resume a run that train.py began")
+        raise UserError(f"{run}/train.json: got {type(e).__name__}, wanted what train.py writes")
     for name, old in {**settings["train"], **settings["model"]}.items():
         if name in FREE: settings["train"][name] = given.get(name, old)
         elif given.get(name, old) != old:
             raise UserError(f"{name}: got {given[name]!r}, wanted {old!r}, as {run} was begun; "
                             f"leave --{name} out, or begin a new run")
     return settings
+
+def free(path):
+    """The first of path-1, path-2, ... that does not exist."""
+    return next(p for p in (Path(f"{path}-{i}") for i in range(1, 10 ** 6)) if not p.exists())
 
 def run_directory(args):
     """Where the run lives: --run, or a free name; with --resume the newest unless named."""
@@ -553,7 +549,7 @@ def run_directory(args):
     else:
         stem = "-".join([Path(given.get("dataset", TrainConfig.dataset)).stem,
                          given.get("preset", TrainConfig.preset)])
-        path = next(p for p in (runs / f"{stem}-{i}" for i in range(1, 10 ** 6)) if not p.exists())
+        path = free(runs / stem)
     if args.resume and not (path / "train.json").exists():
         raise UserError(f"resume: got {path}, wanted a run that train.py began; leave --resume out")
     if not args.resume and path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -561,20 +557,19 @@ def run_directory(args):
                         f"with it: --resume --run {path}")
     return path
 
-def get_corpus(cfg, model):
-    """(Corpus, Loader) for two dicts of settings."""
-    corpus = prepare(cfg.dataset, cfg.tokenizer, model["vocab_size"], cfg.data_dir, cfg.mirror)
-    return corpus, Loader(open_tokens(corpus.train), model["seq_len"], cfg.batch_size, cfg.seed)
-
-def get_corpus_of_run(run, cfg, settings, resume):
-    """The same for a run. Its settings are written before the work, so that a run that is killed
-    meanwhile can be resumed, and taken back if they are wrong."""
+def get_corpus(run, cfg, settings, resume):
+    """(Corpus, Loader). The settings of a run (None: of none) are written before the work, so that
+    one that is killed meanwhile can be resumed, and taken back if they are wrong."""
     def write():
-        with atomic_write(run / "train.json", "w") as f: json.dump(settings, f, indent=1)
+        if run:
+            with atomic_write(run / "train.json", "w") as f: json.dump(settings, f, indent=1)
     if not resume: write()
-    try: corpus, loader = get_corpus(cfg, settings["model"])
+    model = settings["model"]
+    try:
+        corpus = prepare(cfg.dataset, cfg.tokenizer, model["vocab_size"], cfg.data_dir, cfg.mirror)
+        loader = Loader(open_tokens(corpus.train), model["seq_len"], cfg.batch_size, cfg.seed)
     except UserError:
-        if not resume:
+        if run and not resume:
             (run / "train.json").unlink()
             run.rmdir()
         raise
@@ -597,25 +592,25 @@ def validation(corpus, limit):
 
 def main(args):
     if args.board: return board("runs")
+    if args.race: return race(args)
     look = args.walk or args.profile  # these leave no run
     run, given = run_directory(args), vars(args)
-    settings = resumed(run, given) if args.resume else \
-        settle(given, pick_device(given.get("device", "auto")))
+    settings = resumed(run, given) if args.resume else settle(given)
     cfg = TrainConfig(**settings["train"])
     print(f"{run}: {cfg}")
     if cfg.dataset == "owt" and pick_device(cfg.device).type != "cuda":
         print("no CUDA device: a small model trains on the same data for "
               + (f"{cfg.minutes} minutes" if cfg.minutes else f"{cfg.steps} steps"))
-    corpus, loader = get_corpus(cfg, settings["model"]) if look else \
-        get_corpus_of_run(run, cfg, settings, args.resume)
+    corpus, loader = get_corpus(None if look else run, cfg, settings, args.resume)
     tok, valid = corpus.tokenizer, corpus.info["valid"]
     machine = set_up(cfg)  # after `prepare`: a process is forked more safely before threads start
-    print(machine.line)
     model_cfg = ModelConfig(**{**settings["model"], "vocab_size": tok.vocab_size})
     model, optimizer = build(model_cfg, cfg, machine)
-    n, (valid_tokens, valid_bytes) = model.n_params(), validation(corpus, cfg.eval_tokens)
-    print(f"{model_cfg}\n{sum(n.values()):,} parameters {n}, {model.flops_per_token():.3g} FLOPs "
-          f"to train on a token; one epoch is {len(loader.tokens):,} tokens")
+    model.eos, n = tok.eot, model.n_params()
+    valid_tokens, valid_bytes = validation(corpus, cfg.eval_tokens)
+    print(f"{machine.line}\n{model_cfg}\n{sum(n.values()):,} parameters {n}, "
+          f"{model.flops_per_token():.3g} FLOPs to train on a token; one epoch is "
+          f"{len(loader.tokens):,} tokens")
     if look and args.resume: load_checkpoint(run, model, optimizer)
     if args.walk: return walk(model, optimizer, corpus, cfg, machine)
     if args.profile: return profile(model, optimizer, loader, cfg, machine, "runs")
@@ -638,9 +633,12 @@ def main(args):
 def finish(run, model, tok, cfg, now, result, machine, text):
     """What a finished run leaves: result.json for --board, a picture, a sample."""
     flops = now.seen * model.cfg.seq_len * model.flops_per_token()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
+    if machine.device.type == "cuda": most = torch.cuda.max_memory_allocated(machine.device)
     row = {**result, "minutes": now.seconds / 60, "flops": flops, "dataset": cfg.dataset,
            "parameters": sum(model.n_params().values()), "hardware": device_name(machine.device),
-           "text": text}
+           "text": text, "memory_bytes": most,
+           "tokens_per_s": now.seen * model.cfg.seq_len / now.seconds}
     with atomic_write(run / "result.json", "w") as f: json.dump(row, f, indent=1)
     plot(run)
     print("sample:")
@@ -652,6 +650,36 @@ def finish(run, model, tok, cfg, now, result, machine, text):
           f"{result['bits_per_byte']:.4f}, loss {result['loss']:.4f} nats a token at context "
           f"{model.cfg.seq_len}, {now.seconds / 60:.2f} minutes, {now.step} steps")
 
+FIELDS = {f.name: f for c in (TrainConfig, ModelConfig) for f in dataclasses.fields(c)}
+
+def race(args):
+    """A run for each value of a field and each seed, all on the same budget, and a table. Each is a
+    process of its own: none inherits another's memory, or a processor that it has warmed up."""
+    given = {name: value for name, value in vars(args).items() if name in FIELDS}
+    name, _, values = args.race.partition("=")
+    if name not in FIELDS or args.run or args.resume or args.seeds < 1:
+        raise UserError(f"race: got {args.race!r} and {args.seeds} seeds, wanted FIELD=VALUE,VALUE "
+                        "of a field in --help, a seed or more; leave --run and --resume out")
+    for value in values.split(","):  # a mistake is found before anything is trained
+        read = reader(FIELDS[name])
+        try: settle({**given, name: read(value)})
+        except ValueError: raise UserError(f"race: got {name}={value}, wanted {read.__name__}")
+    print(f"{name:14s}  parameters  bits_per_byte     std  tokens/s  peak MB  runs")
+    for value in values.split(","):
+        rows, stem = [], f"race-{name}-{Path(value).name}"
+        for seed in range(args.seeds):
+            path = free(Path("runs") / stem)
+            flags = {**given, "run": path, "seed": given.get("seed", 0) + seed, name: value}
+            if subprocess.run([sys.executable, __file__, *(f"--{k}={v}" for k, v in flags.items())],
+                              stdout=subprocess.DEVNULL).returncode:
+                raise UserError(f"race: got no result from {path}, for what is said above")
+            rows.append(json.loads((path / "result.json").read_text()))
+        n, bits, rate, most = np.array([[r[key] for key in (
+            "parameters", "bits_per_byte", "tokens_per_s", "memory_bytes")] for r in rows]).T
+        std = f"{bits.std(ddof=1):8.4f}" if len(bits) > 1 else f"{'-':>8s}"
+        print(f"{value:14s}{n.mean():12,.0f}{bits.mean():15.4f}{std}{rate.mean():10,.0f}"
+              f"{most.mean() / 1e6:9,.0f}  {stem}", flush=True)
+
 def build_parser():
     parser = argparse.ArgumentParser(description="Trains a language model for a budget of minutes.")
     add = parser.add_argument
@@ -660,6 +688,8 @@ def build_parser():
     add("--walk", action="store_true", help="one batch, stage by stage, and stop (default: off)")
     add("--profile", action="store_true", help="profile ten steps and stop (default: off)")
     add("--board", action="store_true", help="rank the runs under runs/ and stop (default: off)")
+    add("--race", help="FIELD=VALUE,VALUE: a run of each, and a table (default: none)")
+    add("--seeds", type=int, default=1, help="runs of each value of --race (default: 1)")
     recipes = {name: {**row, **PRESETS[TrainConfig.preset]} for name, row in RECIPES.items()}
     add_fields(parser, TrainConfig, recipes)
     add_fields(parser, ModelConfig, recipes)
