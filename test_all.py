@@ -262,7 +262,8 @@ def test_a_tokenizer_json_of_others_gives_ids_worked_by_hand(tmp_path, kind, mer
     ('zer": null', 'zer": {"type": "Lowercase"}'), ("Split", "Digits"), ("Isolated", "Removed"),
     ('"version"', '"post_processor": {"type": "X"}, "version"'), ("N}+|", "N}|"), ('"s e', '"s 12'),
     ('"!": 33', '"!": 34')]),
-    *(("a.tiktoken", "\nIQ== 33", new) for new in ("\nI== 33", "\n33", "", "\nIQ== 3")),
+    *(("a.tiktoken", "\nIQ== 33", new) for new in (
+        "\nI== 33", "\n33", "", "\nIQ== 3", "\nIQ== 33\nIQ== 900")),   # at last a token twice
     ("merges.txt", "\ns e", "\ns 12"), ("merges.txt", "\ns e", "\nse")])
 def test_a_file_that_is_damaged_or_asks_for_more_is_named(tmp_path, trained, name, old, new):
     for file, content in files(trained[1]).items():   # as they are, the test above loads them
