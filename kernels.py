@@ -332,6 +332,11 @@ def visible(q_pos, q_doc, k_pos, k_doc, window=None):
     ok &= (q_pos < 0)[..., None] == (k_pos < 0)[..., None, :]
     return ok if window is None else ok & (gap < window)
 
+def blocks(T, window):
+    """Into how many blocks of `window` queries local attention to T keys is cut; one if T is too
+    short for that to pay [measured on a CPU]."""
+    return 1 if window is None or T < max(4 * window, 256) else -(-T // window)
+
 def take(x, index):
     """x[b, index[b, t]]: (B, S, ...) and (B, T) -> (B, T, ...)."""
     return x[torch.arange(len(x), device=x.device)[:, None], index]
@@ -363,6 +368,25 @@ class Context:
             pos, doc = self.rows[:, None], documents(self.rows[:, None])
             self.masks[window] = visible(pos, doc, pos, doc, window)
         return self.masks[window]
+
+    def attend(self, q, k, v, window=None, dropout=0.0):
+        """`attention` to keys of this forward. A long text is cut into blocks of `window` queries,
+        which see their own block and the one before: 2 w T pairs, not T^2."""
+        T, w, n = q.shape[2], window, blocks(q.shape[2], window)
+        if n == 1: return attention(q, k, v, self.mask(w), dropout)
+        def cut(x, fill=0.0):  # (B, H, T, d) -> (B, n, H, w, d)
+            x = F.pad(x, (0, 0, 0, n * w - T), value=fill)
+            return x.unflatten(2, (n, w)).transpose(1, 2)
+        def two(x, fill=0.0):  # (B, n, H, w, d) -> (B, n, H, 2w, d): the block before stands first
+            return torch.cat((F.pad(x, (0, 0) * 3 + (1, 0), value=fill)[:, :-1], x), 3)
+        if (w, n) not in self.masks:
+            rows = self.rows[:, None, :, None]  # (B or 1, 1, T, 1)
+            pos, doc = cut(rows, -1), cut(documents(rows.squeeze(-1))[..., None], -1)
+            at = (x.squeeze(-1) for x in (pos, doc, two(pos, -2), two(doc, -2)))
+            self.masks[w, n] = visible(*at, w).expand(len(q), *(-1,) * 4).flatten(0, 1)
+        q, k, v = (x.flatten(0, 1) for x in (cut(q), two(cut(k)), two(cut(v))))
+        y = attention(q, k, v, self.masks[w, n], dropout).unflatten(0, (-1, n))
+        return y.transpose(1, 2).flatten(2, 3)[:, :, :T]
 
     def packed(self, x, back=False):
         """(B, T, ...) with each row's padding moved behind its tokens, or back: what convolves or

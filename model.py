@@ -28,8 +28,7 @@ CONTENTS  ModelConfig / files of tensors / MIXERS / FFNS / Block, LM / PRESETS /
 NOT HERE  operations and caches beneath (kernels.py), sharding (parallel.py), sampling (sample.py)
 RUN       python model.py          # parameters and FLOPs; last line "... of the FLOPs at 175B"
           python model.py bench    # tokens/s of each mixer at three lengths, and of experts
-REFERENCES  at each class and preset; So et al. 2021 (2109.08668) ReLU^2; Gemma Team 2024
-    (2408.00118) soft-cap
+REFERENCES  at each class and preset; of ReLU^2 2109.08668, of the soft-cap 2408.00118
 EXERCISE  Empty `LatentAttention.forward` and `MoE.forward`; fill them until
           `pytest test_all.py -k "decode or padded or experts"` is green again.
 """
@@ -45,7 +44,7 @@ from torch import nn
 
 from bpe import UserError, atomic_write
 from kernels import (CHUNK, DTYPES, NORMS, Context, Embedding, ImplicitFilter, KVCache, Linear,
-                     RMSNorm, StateCache, attention, cross_entropy, documents, flag, fresh,
+                     RMSNorm, StateCache, attention, blocks, cross_entropy, documents, flag, fresh,
                      keep_freed_memory, long_conv, long_conv_reference, merge, pack, project, scan,
                      seconds, short_conv, sinusoid, softmax, split, unpack, up, weights, writer)
 
@@ -171,11 +170,12 @@ class Mixer(nn.Module):
     """What mixers share: a cache (heads, widths) and the sum of FLOPs, of all pairs of a query and
     a key (of what widths), though a kernel may skip masked ones; like torch's counter, no FFTs."""
     window = None
-
     def new_cache(self, batch, size, device, dtype):
         return KVCache(batch, size, *self.cache, self.window, device, dtype)
 
-    def pairs(self, T, S): return (2 * T * S * self.cfg.n_heads * d for d in self.pair)
+    def pairs(self, T, S):
+        if (n := blocks(T, self.window)) > 1: T, S = n * self.window, 2 * self.window
+        return (2 * T * S * self.cfg.n_heads * d for d in self.pair)
 
     def flops(self, T, S):
         (scores, values), out = self.pairs(T, S), 2 * T * weights(self.o_proj)
@@ -199,9 +199,9 @@ class Attention(Mixer):
         q = turn(self.q_norm(split(self.q_proj(x), c.n_heads)))  # (B, H, T, Dh)
         k = turn(self.k_norm(split(self.k_proj(x), c.n_kv_heads)))
         v = split(self.v_proj(x), c.n_kv_heads)
-        if cache is None: mask = ctx.mask(self.window)
-        else: k, v, mask = cache.update(k, v, ctx.pos)
-        return self.o_proj(merge(attention(q, k, v, mask, c.dropout if self.training else 0.0)))
+        y = (ctx.attend(q, k, v, self.window, c.dropout * self.training) if cache is None
+             else attention(q, *cache.update(k, v, ctx.pos)))
+        return self.o_proj(merge(y))
 
 class LatentAttention(Mixer):
     """MLA, DeepSeek-V2 (2405.04434): keys and values of all heads are projections of one latent c
@@ -682,7 +682,7 @@ def bench(lengths=(1024, 4096, 16384)):
     keep_freed_memory()
     print("tokens/s at T =", *(f"{T:9,d}" for T in lengths))
     for letter, kind in MIXERS.items():
-        cfg = ModelConfig(mixers=letter, seq_len=lengths[-1])
+        cfg = ModelConfig(mixers=letter, seq_len=lengths[0])  # W sees a quarter of it
         rates = (rate(kind(cfg), T, Context(cfg, torch.zeros(1, T))) for T in lengths)
         print(f"{letter:14s}", *(f"{r:9,.0f}" for r in rates))
     dense, experts = (rate(FFNS[f](ModelConfig(ffns=f)), 4096) for f in "sx")
