@@ -6,8 +6,8 @@ THE IDEA
     arithmetic at the peak rate, or its bytes at the road's. Which one binds is told by the
     arithmetic intensity, FLOPs per byte moved. Large matrix products reuse each number often and
     are bound by arithmetic; all that is element by element is bound by memory, and gets faster
-    only by moving less. The operations of a model stand here too, each twice: as its definition
-    says (`x_reference`), which moves much, and as what moves less.
+    only by moving less. The operations of a model stand here too, where it matters twice: as the
+    definition says (`x_reference`), which moves much, and as what moves less.
 
 THE MATHS
     time >= max(FLOPs / peak, bytes / bandwidth)                        the roofline
@@ -20,8 +20,8 @@ THE COSTS
     On an H100 the ridge lies at 989e12 / 3.35e12 = 295 FLOPs per byte; DEVICES holds the numbers of
     the others. On a device that is not in the table the peak is measured with a large product.
 
-CONTENTS  DEVICES / peak_flops_per_s / fastest_dtype, keep_freed_memory / softmax, loss, Linear,
-          norms, attention / positions, masks, context, caches / scan / convolutions / the lesson
+CONTENTS  DEVICES / peak_flops_per_s / fastest_dtype, keep_freed_memory / files of tensors / loss,
+          Linear, norms, attention / positions, masks, caches / scan / convolutions / the lesson
 NOT HERE  fused kernels; what torch calls (cuBLAS, cuDNN, oneDNN) is measured, not rewritten
 RUN       python kernels.py   # last line: "... bound by arithmetic from n = 886 on"
 REFERENCES
@@ -187,8 +187,7 @@ def unpack(file):
 # -----------------------------------------------------------------------------
 # Operations of a model: each as its definition says (`x_reference`), then as it is fast
 
-def up(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def up(x): return x.to(torch.promote_types(x.dtype, torch.float32))  # at least float32
 
 def softmax(x, dim=-1):
     """exp(x) / sum exp(x). Subtracting the maximum changes nothing but that exp cannot overflow."""
@@ -286,7 +285,7 @@ def attention_reference(q, k, v, mask=None):
 def attention(q, k, v, mask=None, dropout=0.0):
     """The same from torch's fused call, which need not write the (T, S) matrix to memory."""
     gqa, d_v = q.shape[1] != k.shape[1], v.shape[-1]
-    v = F.pad(v, (0, q.shape[-1] - d_v))  # of unequal widths it would write the matrix after all
+    if d_v < q.shape[-1]: v = F.pad(v, (0, q.shape[-1] - d_v))  # unequal, it writes that matrix
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
                                           is_causal=mask is None, enable_gqa=gqa)[..., :d_v]
 
@@ -429,7 +428,7 @@ class KVCache:
 
     def truncate(self, n):
         """Forgets all but the first n tokens (what followed was a wrong guess)."""
-        assert 0 <= n <= self.n and (self.lost == 0 or n >= self.lost + self.window - 1), \
+        assert 0 <= n <= self.n and (self.lost == 0 or n >= self.lost + max(1, self.window - 1)), \
             f"cannot keep {n} of {self.n} tokens: the first {self.lost} are overwritten"
         self.columns[3][:, :, torch.arange(n, self.n) % self.size] = -1  # in no document: unseen
         self.n = n

@@ -1,28 +1,27 @@
 """model.py - a language model: from token ids to a probability for every next token.
 
 THE IDEA
-    A language model reads tokens t_1..t_T and says, at every place, how probable each possible next
-    token is. All of today's keep a residual stream, one vector of d_model numbers per token, to
-    which each layer adds twice: a *mixer* lets a token fetch from earlier tokens, an *FFN* works on
-    each token alone. Positions tell the order; norms and initial scales keep numbers near one.
+    A language model reads tokens and says, at every place, how probable each possible next token
+    is. It keeps a residual stream, one vector of d_model numbers per token, to which each layer
+    adds twice: a *mixer* lets a token fetch from earlier ones, an *FFN* works on each token alone.
     Architectures differ in which mixer, which FFN, which norm and where; so a model is two strings,
     repeated until every layer has its letter, mixers="WWWWWA" and ffns="s", and a few sizes.
 
 THE MATHS
     attention   y = softmax(Q K^T / sqrt(Dh) + M) V        M = 0 where it may look, else -inf
-    recurrence  S_t = a_t S_{t-1} + k_t w_t^T, y_t = S_t^T q_t    linear attention, SSM, delta rule
+    recurrence  S_t = a_t S_{t-1} + k_t w_t^T, y_t = S_t^T q_t    w: what is written, v or like it
     RMSNorm     y = g x / sqrt(mean(x^2) + eps)            g a learned gain; LayerNorm: less mean
     SwiGLU      y = W_down (silu(W_gate x) * (W_up x))     experts: sum of p_e FFN_e(x), K of E
     RoPE        (a, b) -> (a cos - b sin, b cos + a sin)   at angle pos theta^(-2i/Dh), i < Dh/2
 
 THE COSTS (a product of (m, k) and (k, n) takes 2mkn FLOPs; backward costs twice the forward)
     a token             2 per weight that it meets, and 4 S H Dh a layer to attend to S places
-    a cache, per layer  2 Hkv Dh numbers a token (R + Dh/2 if latent); of a recurrence H N Dv in all
+    a cache, per layer  2 Hkv Dh numbers a token (latent R + Dh/2, Hyena D); a recurrence H N Dv
 
 SHAPES
-    B batch, T new positions, S positions attended, D d_model, H n_heads, Hkv n_kv_heads, Dh d_head,
-    R d_latent, N d_state, F d_ff, E n_experts, K n_active, V vocab_size, L n_layers. Heads stand
-    before time: (B, H, T, Dh). Weights are (out, in). Masks are bool, True = may look.
+    B batch, T new positions, S positions attended (of a recurrence the state, N rows, Dv columns),
+    D d_model, H n_heads, Hkv n_kv_heads, Dh d_head, R d_latent, F d_ff, E n_experts, K n_active,
+    V vocab_size, L n_layers. Order (B, H, T, Dh); weights (out, in); masks bool, True = may look.
 
 CONTENTS  ModelConfig / files of tensors / MIXERS / FFNS / Block, LM / PRESETS / runs / the lesson
 NOT HERE  operations and caches beneath (kernels.py), sharding (parallel.py), sampling (sample.py)
@@ -51,7 +50,7 @@ from kernels import (CHUNK, DTYPES, NORMS, Context, Embedding, ImplicitFilter, K
 # -----------------------------------------------------------------------------
 # Configuration
 # One frozen dataclass is the vocabulary of this file, and its only validator. train.py makes a flag
-# of each field, so flag, attribute and README are spelled alike.
+# of each field, named alike; letters behind a help text name the layers that read the field.
 
 def need_field(c, ok, name, wanted):
     """The error message for a field of a configuration that is not ok."""
@@ -167,15 +166,16 @@ def load_tensors(path):
 # flops(T, S) -> {part: FLOPs}. A cache has n, update, next_pos and truncate.
 
 class Mixer(nn.Module):
-    """What mixers share: a cache (heads, widths) and the sum of FLOPs, of all pairs of a query and
-    a key (of what widths), though a kernel may skip masked ones; like torch's counter, no FFTs."""
+    """What mixers share: sizes of a KVCache, and FLOPs of all pairs of a query and a key, though a
+    kernel may skip those that are masked; like torch's counter, without FFTs and solves."""
     window = None
     def new_cache(self, batch, size, device, dtype):
-        return KVCache(batch, size, *self.cache, self.window, device, dtype)
+        return KVCache(batch, size, *self.cache_sizes, self.window, device, dtype)
 
     def pairs(self, T, S):
         if (n := blocks(T, self.window)) > 1: T, S = n * self.window, 2 * self.window
-        return (2 * T * S * self.cfg.n_heads * d for d in self.pair)
+        elif self.window: S = min(S, T + self.window + KVCache.SLACK)  # with a cache
+        return (2 * T * S * self.cfg.n_heads * d for d in self.score_widths)
 
     def flops(self, T, S):
         (scores, values), out = self.pairs(T, S), 2 * T * weights(self.o_proj)
@@ -187,7 +187,8 @@ class Attention(Mixer):
     def __init__(self, cfg, local=False, turned=True):
         super().__init__()
         self.cfg, self.window, self.turned = cfg, cfg.window if local else None, turned
-        self.cache, self.pair = (cfg.n_kv_heads, cfg.d_head, cfg.d_head), (cfg.d_head, cfg.d_head)
+        self.score_widths = 2 * (cfg.d_head,)
+        self.cache_sizes = cfg.n_kv_heads, *self.score_widths  # heads, widths of a key and a value
         self.q_proj, self.k_proj, self.v_proj = (project(cfg, h * cfg.d_head, cfg.qkv_bias)
                                                  for h in (cfg.n_heads, *2 * (cfg.n_kv_heads,)))
         self.o_proj = writer(cfg, cfg.n_heads * cfg.d_head)
@@ -195,7 +196,7 @@ class Attention(Mixer):
         self.q_norm, self.k_norm = norm(), norm()  # gains bound the scores (2010.04245)
 
     def forward(self, x, ctx, cache=None):
-        c, turn = self.cfg, ctx.turn if self.turned else nn.Identity()
+        c, turn = self.cfg, ctx.turn if self.turned else lambda x: x
         q = turn(self.q_norm(split(self.q_proj(x), c.n_heads)))  # (B, H, T, Dh)
         k = turn(self.k_norm(split(self.k_proj(x), c.n_kv_heads)))
         v = split(self.v_proj(x), c.n_kv_heads)
@@ -215,7 +216,8 @@ class LatentAttention(Mixer):
         self.q_proj, self.kv_a_proj_with_mqa = project(cfg, H * (Dh + r)), project(cfg, R + r)
         self.kv_a_layernorm = RMSNorm(R, cfg.norm_eps)
         self.kv_b_proj = Linear(R, 2 * H * Dh, std=cfg.init_std)  # U and W, by head
-        self.o_proj, self.cache, self.pair = writer(cfg, H * Dh), (1, R + r, 0), (Dh + r, Dh)
+        self.o_proj = writer(cfg, H * Dh)
+        self.cache_sizes, self.score_widths = (1, R + r, 0), (Dh + r, Dh)
 
     def forward(self, x, ctx, cache=None):
         (H, Dh, R, r), drop = self.sizes, self.cfg.dropout if self.training else 0.0
@@ -238,22 +240,22 @@ class Recurrent(Mixer):
     """Attention whose past has a fixed size: a head keeps a matrix S (N, Dv) that decays and is
     written to, S_t = a_t S_{t-1} + k_t w_t^T, and read, y_t = S_t^T q_t (`scan`). Training is
     linear in length, decoding constant. Subclasses say what decays and what is written (`mix`).
-    Unless `gates` is None, q, k and v first go through a short convolution; with one or two gates a
-    head, y goes through a norm and a gate: both as in Mamba-2 and Gated DeltaNet."""
+    Unless `rates` is None, q, k and v first go through a short convolution; with one rate a head
+    (of decay) or two (of writing), y goes through a norm and a gate, as in Gated DeltaNet."""
     TAPS = 4  # of the short convolution [2405.21060]
-    gates, delta, extra = None, 0, 0  # delta: is there a delta rule, extra: columns beside v
+    rates, delta, extra = None, 0, 0  # delta: is there a delta rule, extra: columns beside v
 
     def __init__(self, cfg, heads=None, k_heads=None, d_k=None, d_v=None):
         super().__init__()
         self.cfg, self.heads, self.k_heads = cfg, heads or cfg.n_heads, k_heads or cfg.n_heads
-        self.d_k, self.d_v, self.rows = d_k or cfg.d_head, d_v or cfg.d_head, d_k or cfg.d_head
+        self.d_k, self.d_v = d_k or cfg.d_head, d_v or cfg.d_head
         self.widths = (self.k_heads * self.d_k,) * 2 + (self.heads * self.d_v,)
         self.q_proj, self.k_proj, self.v_proj = (project(cfg, d) for d in self.widths)
         self.o_proj = writer(cfg, self.widths[2])
-        if self.gates is not None: self.conv = fresh(self.TAPS, sum(self.widths), std=0.5)
-        if self.gates:
+        if self.rates is not None: self.conv = fresh(self.TAPS, sum(self.widths), std=0.5)
+        if self.rates:
             self.z_proj = project(cfg, self.widths[2])
-            self.gate_proj = project(cfg, self.heads * self.gates)
+            self.rate_proj = project(cfg, self.heads * self.rates)
             # Steps dt from 1e-3 to 1e-1 and rates A from 1 to 16: memories of many lengths.
             self.o_norm, dt = RMSNorm(self.d_v, cfg.norm_eps), torch.logspace(-3, -1, self.heads)
             self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus gives dt
@@ -263,16 +265,16 @@ class Recurrent(Mixer):
         x, pos = ctx.packed(x), ctx.packed(ctx.pos)
         tail, S = (cache or self.new_cache(len(x), 0, x.device, x.dtype)).slot
         qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)  # (B, T, widths)
-        if self.gates is not None: qkv, tail = short_conv(qkv, self.conv, pos, tail)
+        if self.rates is not None: qkv, tail = short_conv(qkv, self.conv, pos, tail)
         q, k, v = map(split, qkv.split(self.widths, -1), (self.k_heads, self.k_heads, self.heads))
-        y, S = self.mix(x, q, k, v, pos, S)
-        if self.gates: y = self.o_norm(y) * F.silu(split(self.z_proj(x), self.heads))
+        y, S = self.mix(x, q, k, v, pos, S, ctx.plain)
+        if self.rates: y = self.o_norm(y) * F.silu(split(self.z_proj(x), self.heads))
         if cache is not None: cache.update(ctx.pos, tail, S)
         return ctx.packed(self.o_proj(merge(y)), back=True)
 
     def new_cache(self, batch, size, device, dtype):
         tail = torch.zeros(batch, self.TAPS - 1, sum(self.widths), device=device, dtype=dtype)
-        shape = (batch, self.heads, self.rows, self.d_v + self.extra)
+        shape = (batch, self.heads, self.d_k * (self.rates != 0), self.d_v + self.extra)
         return StateCache(tail, up(torch.zeros(shape, device=device, dtype=dtype)))
 
     def pairs(self, T, S):
@@ -286,32 +288,32 @@ class LinearAttention(Recurrent):
     sum_s f(q) . f(k_s) v_s = S^T f(q) with S the sum of f(k_s) v_s^T. A column of ones beside v
     adds up the weights, by which y is divided. Nothing decays."""
     extra = 1
-    def mix(self, x, q, k, v, pos, S):
+    def mix(self, x, q, k, v, pos, S, plain):
         v, log_a = F.pad(v, (0, 1), value=1.0), x.new_zeros(len(x), 1, x.shape[1])
-        y, S = scan(F.elu(q) + 1, F.elu(k) + 1, v, log_a, None, pos, S)
+        y, S = scan(F.elu(up(q)) + 1, F.elu(up(k)) + 1, v, log_a, None, pos, S)  # bf16 has no 1 + e
         return y[..., :-1] / y[..., -1:].clamp(min=1e-9), S  # padding may have seen nothing
 
 class StateSpace(Recurrent):
     """Mamba-2, Dao and Gu 2024 (2405.21060): the linear system S' = -A S + B x, seen at steps dt
-    that a token chooses: a_t = exp(-dt A), written is dt x_t. Heads share k and q, the paper's B
-    and C; D x_t is added. (Mamba-2 has its norm behind the gate.)"""
-    gates = 1
+    that a token chooses: a_t = exp(-dt A), written is dt x_t. Here x, B and C are v, k and q; heads
+    share k and q, and are 2 Dh wide; D v_t is added. (Mamba-2 has its norm behind the gate.)"""
+    rates = 1
     def __init__(self, cfg):
         super().__init__(cfg, k_heads=1, d_k=cfg.d_state, d_v=2 * cfg.d_head)
-        self.D = nn.Parameter(torch.ones(cfg.n_heads, 1, 1))
+        self.D = nn.Parameter(torch.ones(cfg.n_heads))
 
-    def mix(self, x, q, k, v, pos, S):
-        dt = F.softplus(up(self.gate_proj(x)) + self.dt_bias).mT  # (B, H, T)
+    def mix(self, x, q, k, v, pos, S, plain):
+        dt = F.softplus(up(self.rate_proj(x)).mT + self.dt_bias[:, None])  # (B, H, T)
         y, S = scan(q, k, v * dt[..., None], -self.A_log.exp()[:, None] * dt, None, pos, S)
-        return (y + self.D * v).to(x.dtype), S
+        return (y + self.D[:, None, None] * v).to(x.dtype), S
 
 class GatedDelta(Recurrent):
     """Gated DeltaNet, Yang et al. 2024 (2412.06464): decays as Mamba-2, but writes b_t (v_t - what
     the memory already answers to k_t), a step of gradient descent on |S^T k_t - v_t|^2 / 2: a new
     value for a key replaces the old one, and is not added to it."""
-    gates, delta = 2, 1
-    def mix(self, x, q, k, v, pos, S):
-        a, b = up(self.gate_proj(x)).mT.chunk(2, 1)  # (B, H, T) each
+    rates, delta = 2, 1
+    def mix(self, x, q, k, v, pos, S, plain):
+        a, b = up(self.rate_proj(x)).mT.chunk(2, 1)  # (B, H, T) each
         log_a, b = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None]), b.sigmoid()
         q, k = F.normalize(up(q), dim=-1) * self.d_k ** -0.5, F.normalize(up(k), dim=-1)
         y, S = scan(q, k, v * b[..., None], log_a, b, pos, S)
@@ -319,22 +321,20 @@ class GatedDelta(Recurrent):
 
 class Hyena(Recurrent):
     """Poli et al. 2023 (2302.10866), order 2: y = q * (h conv (k * v)), by FFT in T log T. The
-    filter h is as long as the text but implicit, a function of the distance. No state sums up the
-    past: a cache keeps all k * v, and a token costs S D."""
-    gates, extra = 0, 2
+    filter h is as long as the text but implicit, a function of the distance. Nothing sums up the
+    past: the `state` of a cache is all k * v, and a token costs S D."""
+    rates, extra = 0, 2
     def __init__(self, cfg):
         super().__init__(cfg, 1, 1, cfg.d_model, cfg.d_model)
         self.skip = nn.Parameter(torch.ones(cfg.d_model))
         self.filter = ImplicitFilter(cfg.d_model, cfg.seq_len)
-        self.rows = 0  # of the state at first; each token adds its k * v, position and document
-
-    def mix(self, x, q, k, v, pos, S):  # S (B, 1, n, D + 2)
+    def mix(self, x, q, k, v, pos, S, plain):  # S (B, 1, n, D + 2): k * v, position, document
         pos, new, at = pos[:, None], up(k * v), torch.arange(pos.shape[1], device=x.device)
         doc = documents(pos) + (S[:, :, -1:, -1] if S.shape[2] else 0)
         S = torch.cat((S, torch.cat((new, torch.stack((pos, doc), -1).to(new.dtype)), -1)), 2)
         u, h = S[:, 0, :, :-2], self.filter(S.shape[2])
         # Rows of one document from its start are what an FFT convolves.
-        if len(h) == len(at) and bool(((pos == at) | (pos < 0)).all()): y = long_conv(u, h)
+        if len(h) == len(at) and (plain or ((pos == at) | (pos < 0)).all()): y = long_conv(u, h)
         else: y = long_conv_reference(u, h, pos, doc, *S[..., -2:].long().unbind(-1))
         return q * (y[:, None] + self.skip * new).to(x.dtype), S
 
@@ -347,8 +347,8 @@ MIXERS = {"A": Attention, "W": partial(Attention, local=True),
 
 # -----------------------------------------------------------------------------
 # FFNs: what a token does alone
-# Two matrices around a nonlinearity hold two thirds of a layer's weights. The gated form multiplies
-# two projections; its author attributes its success to "divine benevolence" (2002.05202, sec. 4).
+# Two matrices around a nonlinearity hold about two thirds of a layer's weights. The gated form
+# multiplies two projections; why it helps is open: "divine benevolence" (2002.05202, sec. 4).
 # Contract: forward(x) -> (y, aux), flops(T); aux may hold `loss`, to be added to the loss, and
 # `load`, tokens per expert.
 
@@ -370,9 +370,9 @@ class FFN(nn.Module):
 
 class MoE(nn.Module):
     """A router sends each token to n_active of n_experts FFNs, whose outputs add up, weighted by
-    the softmax of the chosen (as in Mixtral, 2401.04088); n_shared are always on. It would feed
-    those that it fed before; so a loss E sum_e f_e P_e (2101.03961: f the share sent to e, P its
-    mean probability) evens the load, or a bias on the choice alone, moved against it (2408.15664).
+    the softmax of the chosen (as in Mixtral, 2401.04088); n_shared are always on. Left alone, it
+    keeps to those it has trained; so a loss E sum_e f_e P_e (2101.03961: f the share sent to e, P
+    its mean probability) evens the load, or a bias on the choice, moved against it (2408.15664).
     Dropless: tokens sorted by expert, a slice each, however long. Padding is routed, too."""
     def __init__(self, cfg, ffn):
         super().__init__()
@@ -387,8 +387,8 @@ class MoE(nn.Module):
         z = up(self.gate(flat))
         p = softmax(z)  # (B T, E)
         chosen = (p + self.bias if c.balance_bias else p).topk(c.n_active).indices  # (B T, K)
-        weight = p.gather(1, chosen)
-        weight = (weight / weight.sum(1, keepdim=True)).to(x.dtype).flatten()
+        weight = softmax(z.gather(1, chosen)) if c.n_active > 1 else p.gather(1, chosen)
+        weight = weight.to(x.dtype).flatten()  # the softmax of one would not train the router
         order, load = chosen.flatten().argsort(), chosen.flatten().bincount(minlength=c.n_experts)
         row = order // c.n_active  # rows of x, those of an expert side by side
         slices = flat.index_select(0, row).split(load.tolist())
@@ -420,9 +420,8 @@ PLACES = {"pre": (ONE, None, None, TWO, None, None), "post": (None, None, ONE, N
 def norm(cfg): return NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
 
 class Block(nn.Module):
-    """One layer: twice x = c(x + b(f(a(x)))), with norms a (pre), a and b (sandwich) or c (post).
-    With pre-norm the stream itself is never touched, so gradients arrive whole; post-norm (2017)
-    needs a warm-up (2002.04745)."""
+    """One layer: twice x = c(x + b(f(a(x)))), with norms a (pre), a and b (sandwich) or c (post),
+    which breaks the stream, so that its gradients need a warm-up (2002.04745)."""
     def __init__(self, cfg, mixer, ffn):
         super().__init__()
         self.norms = PLACES[cfg.norm_place]
@@ -455,8 +454,9 @@ class LM(nn.Module):
     def forward(self, tokens, targets=None, pos=None, cache=None):
         """tokens (B, T) -> (logits (B, T, V), aux). With targets (B, T), of which -1 does not
         count: (nats (B, T), aux), so that the caller decides how to average. pos (B, T) counts from
-        0, or on from what the cache holds, unless given."""
-        assert self.cfg.pos != "learned" or tokens.shape[1] <= self.cfg.seq_len, "no such position"
+        0, or on from what the cache holds, unless given; padding, -1, stands before or after."""
+        seen = cache[0].n if cache and pos is None else 0
+        assert self.cfg.pos != "learned" or seen + tokens.shape[1] <= self.cfg.seq_len, "too long"
         ctx = Context(self.cfg, tokens, pos, cache[0].next_pos() if cache else None)
         x = self.embed_tokens(tokens)  # (B, T, D)
         if self.cfg.embed_scale: x = x * math.sqrt(self.cfg.d_model)
@@ -479,7 +479,7 @@ class LM(nn.Module):
         return [layer.self_attn.new_cache(batch, size, *like) for layer in self.layers]
 
     def flops(self, T, S=None):
-        """{part: FLOPs} of a forward pass of T new tokens of one sequence over S places (or T)."""
+        """{part: FLOPs} of T new tokens of one sequence over S places, or T (latents expanded)."""
         total = Counter(head=2 * T * self.cfg.d_model * self.cfg.vocab_size)
         for layer in self.layers:
             total.update(layer.self_attn.flops(T, S or T) | layer.mlp.flops(T))
@@ -495,8 +495,7 @@ class LM(nn.Module):
         for words, n in sizes: total[words[2] if words[0] == "layers" else words[0]] += n
         return dict(total)
 
-def meta_model(cfg):
-    """A model of shapes without numbers: GPT-3 fits in a laptop."""
+def meta_model(cfg):  # shapes without numbers: GPT-3 fits in a laptop
     with torch.device("meta"): return LM(cfg)
 
 # -----------------------------------------------------------------------------
@@ -542,7 +541,7 @@ def preset(name, **sizes):
 # Run directories, and other people's models
 # A run directory is a Hugging Face directory: config.json and safetensors files. A model of a known
 # family is written as that family, which transformers loads; one key more has the ModelConfig. The
-# table says, for both directions, how a family calls our fields and, unlike Llama, our tensors.
+# table has, for both directions, a family's names of our fields and, unlike Llama's, our tensors.
 
 LLAMA = dict(vocab_size="vocab_size", seq_len="max_position_embeddings", d_model="hidden_size",
              n_layers="num_hidden_layers", n_heads="num_attention_heads", tie="tie_word_embeddings",
@@ -563,13 +562,14 @@ FAMILIES = {  # architecture: (preset and model_type, our field: its key, our wo
     "MistralForCausalLM": ("mistral", MISTRAL, {}), "MixtralForCausalLM": ("mixtral", MIXTRAL, dict(
         mlp="block_sparse_moe", gate_proj="w1", up_proj="w3", down_proj="w2"))}
 ROPE = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)  # as in rope_tables
-KNOWN = dict(ROPE, type="llama3", hidden_act="silu", activation_function="gelu_new", mlp_bias=False,
-             attention_bias=False, use_sliding_window=False, scale_attn_by_inverse_layer_idx=False)
+ONLY = dict(ROPE, type="llama3", hidden_act="silu", activation_function="gelu_new", mlp_bias=False,
+             attention_bias=False, use_sliding_window=False, scale_attn_by_inverse_layer_idx=False,
+             scale_attn_weights=True, quantization_config=None, partial_rotary_factor=1.0)
 
 def family(c):
-    """(architecture, preset, keys, words) of a ModelConfig; what only training sees is free."""
+    """(architecture, preset, keys, words) of a ModelConfig; what only training sees may differ."""
     plain = {f.name: f.default for f in dataclasses.fields(c)}
-    plain.update(n_kv_heads=c.n_heads, d_head=c.d_model // c.n_heads)  # as None is resolved
+    plain.update(n_kv_heads=c.n_heads, d_head=c.d_model // c.n_heads, mixers="AW"[bool(c.window)])
     for architecture, row in FAMILIES.items():
         unlike = {f for f, v in {**plain, **PRESETS[row[0]]}.items() if getattr(c, f) != v}
         if unlike <= {*row[1], "dropout", "init_std", "zero_init", "balance", "router_z"}:
@@ -587,8 +587,7 @@ def views(model):
         out.setdefault(theirs, []).append(p.T if turn else p)
     return out
 
-def published(model):
-    """{published name: tensor}."""
+def published(model):  # {published name: tensor}
     return {n: v[0] if len(v) == 1 else torch.cat(v, -1) for n, v in views(model).items()}
 
 def save_model(model, directory):
@@ -618,19 +617,20 @@ def load_state(model, pairs, where):
                             "config.json describes; check that the two belong together")
 
 def read_config(config):
-    """The ModelConfig that a config.json, ours or a published one, describes."""
+    """The ModelConfig of a config.json. A key that asks for what we do not have is named."""
     if "model_config" in config: return ModelConfig(**config["model_config"])
     architecture = (config.get("architectures") or [None])[0]
     if architecture not in FAMILIES:
         raise UserError(f"architecture: got {architecture}, wanted {' or '.join(FAMILIES)}")
     name, keys, _ = FAMILIES[architecture]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # new, old spelling
-    c = {"tie_word_embeddings": name == "gpt2", **config, **rope}  # without that key only GPT-2 is
-    for key, wanted in KNOWN.items():  # to ignore what we do not have would give other logits
+    c = {"tie_word_embeddings": name == "gpt2", "rms_norm_eps": 1e-6,  # transformers' defaults
+         "sliding_window": 4096 if name == "mistral" else None, **config, **rope}
+    for key, wanted in ONLY.items():  # to ignore what we do not have would give other logits
         if c.get(key, wanted) not in (wanted, "default"):  # the default rope_type has no stretch
             raise UserError(f"{key}: got {c[key]!r}, wanted {wanted!r}; use another model")
-    sizes = {f.name for f in dataclasses.fields(ModelConfig) if f.type is int}  # must be there
-    fields = {f: c[k] if f in sizes else c.get(k, getattr(ModelConfig, f)) for f, k in keys.items()}
+    must = {f.name for f in dataclasses.fields(ModelConfig) if f.type is int}
+    fields = {f: c[k] if f in must else c.get(k, getattr(ModelConfig, f)) for f, k in keys.items()}
     if "window" in keys: fields["mixers"] = "W" if fields["window"] else "A"  # null: no window
     return preset(name, **fields)
 
@@ -640,22 +640,22 @@ def load_model(directory, device="cpu", dtype=torch.float32):
     try:
         config, index = read("config.json"), read("model.safetensors.index.json")
         if not config: raise ValueError("nothing")
-        files = sorted(set(index.get("weight_map", {"": "model.safetensors"}).values()))
+        one = not index or Path(directory, "model.safetensors").is_file()  # as transformers has it
+        files = ["model.safetensors"] if one else sorted(set(index["weight_map"].values()))
         model = meta_model(read_config(config)).to(dtype)
         model.eos = {**config, **read("generation_config.json")}.get("eos_token_id")
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"{directory}: got {type(e).__name__} {e} in its config.json, wanted what "
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{directory}: got {type(e).__name__} {e} in its json files, wanted what "
                         "save_model or Hugging Face write; check the path, or restore the files")
-    # Left out: metadata, the buffers of old files, and a tied table that is there twice.
-    other = r"__metadata__|\.attn\.(masked_)?bias$|\.inv_freq$" + "|lm_head" * model.cfg.tie
+    # Metadata, the buffers of old files, and a tied table that is there twice.
+    ignored = r"__metadata__|\.attn\.(masked_)?bias$|\.inv_freq$" + "|lm_head" * model.cfg.tie
     pairs = ((name.removeprefix("transformer."), t) for f in files
-             for name, t in read_tensors(Path(directory, f)) if not re.search(other, name))
-    load_state(model.to_empty(device=device), pairs, directory)  # no time for initial values
+             for name, t in read_tensors(Path(directory, f)) if not re.search(ignored, name))
+    load_state(model.to_empty(device=device), pairs, directory)  # no initial values are drawn
     return model.eval()
 
 # -----------------------------------------------------------------------------
 # The lesson: where parameters and FLOPs are. The bench: what a token costs as the text gets longer.
-
 # Layers and widths of GPT-2 (Radford et al. 2019, table 2), last of GPT-3 (2005.14165, table 2.1).
 SIZES = (12, 768), (24, 1024), (36, 1280), (48, 1600), (96, 12288)
 

@@ -163,7 +163,7 @@ ROLES = ("matrix", "embedding", "vector")
 def role(name, p):
     """Role of a model's parameter by its name and shape."""
     if "embed" in name or "lm_head" in name: return "embedding"
-    return "matrix" if p.ndim >= 2 else "vector"
+    return "matrix" if p.ndim >= 2 and "conv" not in name else "vector"  # conv: by channel
 
 def param_groups(model, weight_decay=None, **lrs):
     """One group per role, every parameter in exactly one; `matrix=0.02` sets that role's lr. Weight

@@ -31,7 +31,7 @@ REFERENCES
     Chowdhery et al. 2022 (2204.02311) MFU
 EXERCISE  Empty `local_step`; fill it until `pytest test_all.py -k accumulation` is green again.
 """
-import argparse, dataclasses, json, math, os, resource, signal, subprocess, sys, time
+import argparse, dataclasses, json, math, os, re, resource, signal, subprocess, sys, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -326,8 +326,8 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
             # In this order a kill at any moment loses nothing: the log's line, the checkpoint that
             # knows it was written, and only then the evaluation, which can be done again.
             x, asked = spent(), agree(stop.asked)
-            due = x >= (now.evals + 1) / cfg.evals
-            if now.loss_steps and (due or now.step % cfg.log_steps == 0 or now.step == 1):
+            due, new = x >= (now.evals + 1) / cfg.evals, now.step > mark.step
+            if new and now.loss_steps and (due or now.step % cfg.log_steps == 0 or now.step == 1):
                 lr = cfg.lr * scale
                 if is_main: log_step(log, now, mark, x, norm, lr, model, loader, machine)
                 now.loss_sum, now.loss_steps = 0.0, 0
@@ -413,7 +413,8 @@ def walk(model, optimizer, corpus, cfg, machine):
         values = " ".join(f"{v:+.1e}" for v in t.detach().float().flatten()[:5].tolist())
         return f"{name:38s} {str(tuple(t.shape)):17s} {values} ..."
 
-    tok, named, outputs = corpus.tokenizer, dict(model.named_parameters()), []
+    tok, first, outputs = corpus.tokenizer, re.compile(r"(?!layers\.)|layers\.0\b"), []
+    named = {name: p for name, p in model.named_parameters() if first.match(name)}
     loader = Loader(open_tokens(corpus.train), model.cfg.seq_len, 2, cfg.seed)
     for batch in (next(loader) for _ in range(10)):
         optimizer.zero_grad()
@@ -427,7 +428,7 @@ def walk(model, optimizer, corpus, cfg, machine):
           [str(ids[:12]), " ".join(map(piece, ids[:12]))])
     stage("3. targets: the same, one place on", [f"{t[0, :8].tolist()}" for t in batch])
     hooks = [m.register_forward_hook(lambda m, _, out, name=name: outputs.append((name, out)))
-             for name, m in model.named_modules() if not name.startswith("layers.") or ".0" in name]
+             for name, m in model.named_modules() if first.match(name)]
     logits = model(tokens)[0]
     for hook in hooks: hook.remove()
     stage("4. forward: what the modules put out, of the layers the first", [
@@ -440,14 +441,13 @@ def walk(model, optimizer, corpus, cfg, machine):
     stage("6. loss: mean of -log p(target)", [f"{loss:.4f} nats; a uniform guess has ln "
           f"{model.cfg.vocab_size} = {math.log(model.cfg.vocab_size):.4f}"])
     stage("7. backward: gradients, in the shape of what they move", [
-        shown(name, p.grad) for name, p in named.items() if ".0" in name or "layers" not in name])
-    norm = clip_grad_norm(named.values(), cfg.clip).item()
+        shown(name, p.grad) for name, p in named.items()])
+    norm = clip_grad_norm(model.parameters(), cfg.clip).item()
     old = {name: p.detach().clone() for name, p in named.items()}
     optimizer.step(0.3)
     stage(f"8. update: the gradient, of norm {norm:.3f}, is clipped to {cfg.clip} if larger; then "
           f"{cfg.optimizer} moves the weights, here at 0.3 lr = {0.3 * cfg.lr:.1e}", [
-        shown(f"{role(name, p):9s} {name[-28:]}", p - old[name]) for name, p in named.items()
-        if ".0" in name or "layers" not in name])
+        shown(f"{role(name, p):9s} {name[-28:]}", p - old[name]) for name, p in named.items()])
     after = (model(tokens, targets)[0].sum() / (targets >= 0).sum()).item()
     stage("9. the same batch again", [f"loss {loss:.4f} -> {after:.4f}"])
 
@@ -522,7 +522,7 @@ def settle(given):
 
 def resumed(run, given):
     """The settings a run was begun with. A flag given now that differs is an error, unless it
-    changes no result."""
+    is in FREE."""
     try: settings = json.loads((run / "train.json").read_text())
     except (OSError, ValueError) as e:
         raise UserError(f"{run}/train.json: got {type(e).__name__}, wanted what train.py writes")
