@@ -525,6 +525,15 @@ def in_order(tokens, seq_len: int, batch_size: int):
     for first in range(0, -(-(len(tokens) - 1) // seq_len), batch_size):
         yield windows(tokens, seq_len, range(first, first + batch_size))
 
+def validation(corpus, limit):
+    """(tokens, bytes of their text) to evaluate on."""
+    tokens, tok = open_tokens(corpus.valid), corpus.tokenizer
+    if limit is None or len(tokens) <= limit: return tokens, corpus.info["valid"]["bytes"]
+    print(f"evaluations use the first {limit:,} of {len(tokens):,} validation tokens")
+    special = set(tok.special_tokens.values())
+    size = np.array([0 if i in special else len(tok.vocab[i]) for i in range(tok.vocab_size)])
+    return tokens[:limit], int(size[tokens[1:limit]].sum())
+
 @lru_cache(maxsize=2)       # a batch may lie across two epochs
 def permutation(n: int, seed: int, epoch: int):
     return np.random.default_rng((seed, epoch)).permutation(n)

@@ -32,10 +32,12 @@ REFERENCES
 EXERCISE  Empty `roofline_s` and fill it until `pytest test_all.py -k roofline` is green again.
 """
 import argparse, ctypes, dataclasses, json, math, mmap, os, platform, struct, sys, time, zlib
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
 # DEVICES: the one table of peak rates and bandwidths
@@ -80,6 +82,11 @@ def synchronize(device):
     """Waits for a device's queue: without it a timer sees only how fast work is handed over."""
     if device.type == "cuda": torch.cuda.synchronize(device)
     if device.type == "mps": torch.mps.synchronize()
+
+def generator_of(model):
+    """(type of the model's device, the module that gets and sets the random generator there)."""
+    kind = next(model.parameters()).device.type
+    return kind, {"cuda": torch.cuda, "mps": torch.mps, "cpu": torch}[kind]
 
 def seconds(run, device, repeats=5):
     """Median time of run() in seconds, after one call to warm up."""
@@ -143,6 +150,26 @@ def keep_freed_memory():
 def flag(default, help, of=""):
     """A dataclass field that knows what --help says of it, and which letters read it (any: "")."""
     return dataclasses.field(default=default, metadata={"help": help, "of": of})
+
+def add_fields(parser, config_class, recipes):
+    """One flag per field of a dataclass; `none` spells None. What is not given stays out of the
+    namespace, so that it can be told from a default. The help shows the default of each recipe."""
+    def read(f, kind, text):
+        if "None" in str(f.type) and text.lower() == "none": return None
+        if kind is bool and text.lower() not in ("true", "false"): raise ValueError(text)
+        return text.lower() == "true" if kind is bool else kind(text)
+
+    group = parser.add_argument_group(config_class.__name__)
+    for f in dataclasses.fields(config_class):
+        kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
+        parse = partial(read, f, kind)
+        parse.__name__ = kind.__name__  # what argparse calls it in an error
+        bare = dict(nargs="?", const=True) if kind is bool else {}  # --tie: --tie true
+        values = {name: row.get(f.name, f.default) for name, row in recipes.items()}
+        default = ", ".join(f"{value} on {name}" for name, value in values.items())
+        if len(set(values.values())) == 1: default = [*values.values()][0]
+        group.add_argument(f"--{f.name}", type=parse, default=argparse.SUPPRESS, **bare,
+                           metavar=kind.__name__, help=f"{f.metadata['help']} (default: {default})")
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
@@ -208,6 +235,22 @@ def cross_entropy(logits, targets):
     z = up(logits).flatten(0, -2)
     return F.cross_entropy(z, targets.flatten(), ignore_index=-1, reduction="none").view_as(targets)
 
+def logits_of(x, weight, cap=None):
+    """(..., D) @ (D, V) -> (..., V), soft-capped to (-cap, cap) if a cap is given."""
+    z = F.linear(x, weight.to(x.dtype))
+    return z if cap is None else cap * torch.tanh(z / cap)
+
+LOGITS = 2 ** 27  # numbers: half a gigabyte in float32 [our choice]
+
+def linear_cross_entropy(x, weight, targets, cap=None):
+    """The loss from the stream (B, T, D) and the head (V, D). Of logits beyond LOGITS only a part
+    is ever there: backward makes each part again, for 2 V D FLOPs a token (a checkpoint)."""
+    nats = lambda x, targets: cross_entropy(logits_of(x, weight, cap), targets)
+    rows, flat = max(1, LOGITS // len(weight)), x.flatten(0, 1)
+    if len(flat) <= rows: return nats(x, targets)
+    parts = zip(flat.split(rows), targets.flatten().split(rows))
+    return torch.cat([checkpoint(nats, *p, use_reentrant=False) for p in parts]).view_as(targets)
+
 def fresh(*shape, std):
     """A parameter drawn from a normal distribution cut at three standard deviations."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std, a=-3 * std, b=3 * std)
@@ -270,6 +313,8 @@ class LayerNorm(RMSNorm):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+
+def norm_of(cfg): return NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
 
 def attention_reference(q, k, v, mask=None):
     """softmax(Q K^T / sqrt(Dh)) V, eq. 1 of 1706.03762, of q (B, H, T, Dh) and k, v (B, Hkv, S,
@@ -392,6 +437,13 @@ class Context:
         carries a state finds the token before next to it."""
         if self.order is None: return x
         return take(x, self.order.argsort(1) if back else self.order)
+
+    def before(self, cache=None):
+        """(B, T): the token before each, -1 where a document starts. cache: of each row's last."""
+        tokens, pos = self.packed(self.tokens), self.packed(self.pos)
+        past = torch.cat((cache.slot[0] if cache else tokens[:, :1], tokens), 1)
+        if cache: cache.update(self.pos, take(past, (pos >= 0).sum(1, keepdim=True)))
+        return self.packed(past[:, :-1].masked_fill(pos == 0, -1), back=True)
 
 class KVCache:
     """Keys and values of a layer, token i in column i; with a window in column i modulo `size`, a

@@ -1,11 +1,10 @@
 """model.py - a language model: from token ids to a probability for every next token.
 
 THE IDEA
-    A language model reads tokens and says, at every place, how probable each possible next token
-    is. It keeps a residual stream, one vector of d_model numbers per token, to which each layer
-    adds twice: a *mixer* lets a token fetch from earlier ones, an *FFN* works on each token alone.
-    Architectures differ in which mixer, which FFN, which norm and where; so a model is two strings,
-    repeated until every layer has its letter, mixers="WWWWWA" and ffns="s", and a few sizes.
+    A language model reads tokens and says, at every place, how probable each next token is. It
+    keeps a residual stream, a vector of d_model numbers per token, to which each layer adds twice:
+    a *mixer* lets a token fetch from earlier ones, an *FFN* works on it alone. Models differ in
+    these; so one is two strings, tiled over its layers, mixers="WWWWWA", ffns="s", and some sizes.
 
 THE MATHS
     attention   y = softmax(Q K^T / sqrt(Dh) + M) V        M = 0 where it may look, else -inf
@@ -23,13 +22,12 @@ SHAPES
     D d_model, H n_heads, Hkv n_kv_heads, Dh d_head, R d_latent, F d_ff, E n_experts, K n_active,
     V vocab_size, L n_layers. Order (B, H, T, Dh); weights (out, in); masks bool, True = may look.
 
-CONTENTS  ModelConfig / files of tensors / MIXERS / FFNS / Block, LM / PRESETS / runs / the lesson
+CONTENTS  ModelConfig / MIXERS / FFNS / Block, LM / PRESETS / runs / the lesson
 NOT HERE  operations and caches beneath (kernels.py), sharding (parallel.py), sampling (sample.py)
 RUN       python model.py          # parameters and FLOPs; last line "... of the FLOPs at 175B"
           python model.py bench    # tokens/s of each mixer at three lengths, and of experts
 REFERENCES  at each class and preset; of ReLU^2 2109.08668, of the soft-cap 2408.00118
-EXERCISE  Empty `LatentAttention.forward` and `MoE.forward`; fill them until
-          `pytest test_all.py -k "decode or padded or experts"` is green again.
+EXERCISE  Empty `MoE.forward`; fill it until `pytest test_all.py -k experts` is green again.
 """
 import argparse, dataclasses, json, math, re, struct
 from collections import Counter
@@ -43,9 +41,10 @@ from torch import nn
 
 from bpe import UserError, atomic_write
 from kernels import (CHUNK, DTYPES, NORMS, Context, Embedding, ImplicitFilter, KVCache, Linear,
-                     RMSNorm, StateCache, attention, blocks, cross_entropy, documents, flag, fresh,
-                     keep_freed_memory, long_conv, long_conv_reference, merge, pack, project, scan,
-                     seconds, short_conv, sinusoid, softmax, split, unpack, up, weights, writer)
+                     RMSNorm, StateCache, attention, blocks, documents, flag, fresh,
+                     keep_freed_memory, linear_cross_entropy, logits_of, long_conv,
+                     long_conv_reference, merge, norm_of, pack, project, scan, seconds, short_conv,
+                     sinusoid, softmax, split, unpack, up, weights, writer)
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -94,6 +93,8 @@ class ModelConfig:
     embed_scale: bool = flag(False, "multiply embeddings by sqrt(d_model)")
     zero_init: bool = flag(False, "what blocks add, and an untied head, start at zero")
     init_std: float | None = flag(None, "std of initial weights; none: sqrt(2/(in+out))")
+    values: bool = flag(False, "a table of value vectors by token in each layer", "AWN")
+    bigram: int | None = flag(None, "rows, 4 a token or more, of a hashed table of token pairs")
     dropout: float = flag(0.0, "probability, in embeddings, attention and what blocks add")
 
     def __post_init__(self):
@@ -140,37 +141,16 @@ class ModelConfig:
 OF = {f.name: f.metadata["of"] for f in dataclasses.fields(ModelConfig)}
 
 # -----------------------------------------------------------------------------
-# Files of tensors, in the safetensors format
-
-def save_tensors(path, tensors, metadata=None):
-    """Writes {name: tensor} and {str: str} as one file, whole or not at all."""
-    with atomic_write(path) as file: file.writelines(pack(tensors, metadata or {}))
-
-def read_tensors(path):
-    """Yields what `unpack` does; damage is an error that names the file."""
-    try:
-        with open(path, "rb") as file: yield from unpack(file)
-    except (OSError, struct.error, ValueError, LookupError, TypeError, RuntimeError) as e:
-        raise UserError(f"{path}: got {type(e).__name__}: {e}; wanted a whole safetensors file of "
-                        f"{', '.join(DTYPES)}; check the path, or restore the file from a copy")
-
-def load_tensors(path):
-    """-> ({name: tensor}, metadata)."""
-    pairs = read_tensors(path)
-    _, metadata = next(pairs)
-    return {name: t.clone() for name, t in pairs}, metadata
-
-# -----------------------------------------------------------------------------
 # Mixers: how a token reads from other tokens
 # Contract: __init__(cfg), forward(x, ctx, cache=None) -> y, new_cache(batch, size, device, dtype),
 # flops(T, S) -> {part: FLOPs}. A cache has n, update, next_pos and truncate.
 
 class Mixer(nn.Module):
-    """What mixers share: sizes of a KVCache, and FLOPs of all pairs of a query and a key, though a
-    kernel may skip those that are masked; like torch's counter, without FFTs and solves."""
+    """What mixers share: a KVCache (heads, widths of a key and a value), and FLOPs of all pairs of
+    a query and a key, though a kernel may skip masked ones; like torch's counter, without FFTs."""
     window = None
     def new_cache(self, batch, size, device, dtype):
-        return KVCache(batch, size, *self.cache_sizes, self.window, device, dtype)
+        return KVCache(batch, size, *self.kv, self.window, device, dtype)
 
     def pairs(self, T, S):
         if (n := blocks(T, self.window)) > 1: T, S = n * self.window, 2 * self.window
@@ -187,19 +167,20 @@ class Attention(Mixer):
     def __init__(self, cfg, local=False, turned=True):
         super().__init__()
         self.cfg, self.window, self.turned = cfg, cfg.window if local else None, turned
-        self.score_widths = 2 * (cfg.d_head,)
-        self.cache_sizes = cfg.n_kv_heads, *self.score_widths  # heads, widths of a key and a value
+        self.kv, self.score_widths = (cfg.n_kv_heads, cfg.d_head, cfg.d_head), 2 * (cfg.d_head,)
         self.q_proj, self.k_proj, self.v_proj = (project(cfg, h * cfg.d_head, cfg.qkv_bias)
                                                  for h in (cfg.n_heads, *2 * (cfg.n_kv_heads,)))
         self.o_proj = writer(cfg, cfg.n_heads * cfg.d_head)
         norm = partial(RMSNorm, cfg.d_head, cfg.norm_eps) if cfg.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()  # gains bound the scores (2010.04245)
+        if cfg.values: self.v_embed = Embedding(cfg.vocab_size, cfg.n_kv_heads * cfg.d_head, 0.0)
 
     def forward(self, x, ctx, cache=None):
         c, turn = self.cfg, ctx.turn if self.turned else lambda x: x
         q = turn(self.q_norm(split(self.q_proj(x), c.n_heads)))  # (B, H, T, Dh)
         k = turn(self.k_norm(split(self.k_proj(x), c.n_kv_heads)))
-        v = split(self.v_proj(x), c.n_kv_heads)
+        v = self.v_proj(x) + (self.v_embed(ctx.tokens).to(x.dtype) if c.values else 0.0)
+        v = split(v, c.n_kv_heads)  # with its token's own vector, which no layer has diluted
         y = (ctx.attend(q, k, v, self.window, c.dropout * self.training) if cache is None
              else attention(q, *cache.update(k, v, ctx.pos)))
         return self.o_proj(merge(y))
@@ -217,7 +198,7 @@ class LatentAttention(Mixer):
         self.kv_a_layernorm = RMSNorm(R, cfg.norm_eps)
         self.kv_b_proj = Linear(R, 2 * H * Dh, std=cfg.init_std)  # U and W, by head
         self.o_proj = writer(cfg, H * Dh)
-        self.cache_sizes, self.score_widths = (1, R + r, 0), (Dh + r, Dh)
+        self.kv, self.score_widths = (1, R + r, 0), (Dh + r, Dh)
 
     def forward(self, x, ctx, cache=None):
         (H, Dh, R, r), drop = self.sizes, self.cfg.dropout if self.training else 0.0
@@ -349,8 +330,7 @@ MIXERS = {"A": Attention, "W": partial(Attention, local=True),
 # FFNs: what a token does alone
 # Two matrices around a nonlinearity hold about two thirds of a layer's weights. The gated form
 # multiplies two projections; why it helps is open: "divine benevolence" (2002.05202, sec. 4).
-# Contract: forward(x) -> (y, aux), flops(T); aux may hold `loss`, to be added to the loss, and
-# `load`, tokens per expert.
+# Contract: forward(x) -> (y, aux), flops(T); aux may hold `loss`, to add, and `load` by expert.
 
 class FFN(nn.Module):
     def __init__(self, cfg, act, gated=False, d_ff=None):
@@ -370,10 +350,10 @@ class FFN(nn.Module):
 
 class MoE(nn.Module):
     """A router sends each token to n_active of n_experts FFNs, whose outputs add up, weighted by
-    the softmax of the chosen (as in Mixtral, 2401.04088); n_shared are always on. Left alone, it
-    keeps to those it has trained; so a loss E sum_e f_e P_e (2101.03961: f the share sent to e, P
-    its mean probability) evens the load, or a bias on the choice, moved against it (2408.15664).
-    Dropless: tokens sorted by expert, a slice each, however long. Padding is routed, too."""
+    the softmax of the chosen (Mixtral, 2401.04088); n_shared are always on. Left alone, it keeps to
+    those it has trained; so a loss E sum_e f_e P_e (2101.03961: f the share sent to e, P its mean
+    probability) evens the load, or a bias on the choice, moved against it (2408.15664). Dropless:
+    tokens sorted by expert, a slice each, however long. Padding is routed, too."""
     def __init__(self, cfg, ffn):
         super().__init__()
         self.cfg, self.d_ff = cfg, cfg.d_expert or max(8, ffn(cfg).d_ff // cfg.n_active)
@@ -417,15 +397,13 @@ PLACES = {"pre": (ONE, None, None, TWO, None, None), "post": (None, None, ONE, N
           "sandwich": (ONE, TWO, None, "pre_feedforward_layernorm", "post_feedforward_layernorm",
                        None)}  # the norms a, b, c of the mixer, then of the FFN
 
-def norm(cfg): return NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
-
 class Block(nn.Module):
     """One layer: twice x = c(x + b(f(a(x)))), with norms a (pre), a and b (sandwich) or c (post),
     which breaks the stream, so that its gradients need a warm-up (2002.04745)."""
     def __init__(self, cfg, mixer, ffn):
         super().__init__()
         self.norms = PLACES[cfg.norm_place]
-        for name in filter(None, self.norms): self.add_module(name, norm(cfg))
+        for name in filter(None, self.norms): self.add_module(name, norm_of(cfg))
         self.self_attn, self.mlp = MIXERS[mixer](cfg), FFNS[ffn](cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
@@ -443,10 +421,12 @@ class LM(nn.Module):
         # A norm likes rows of std 1, but as a head they would give logits a std of sqrt(D).
         std = cfg.init_std or (cfg.d_model ** -0.5 if cfg.tie else 1.0)
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.d_model, std)
+        rows = max(4 * cfg.vocab_size, cfg.bigram or 0)
+        if cfg.bigram: self.embed_bigram = Embedding(rows, cfg.d_model, 0.0)
         if cfg.pos == "learned": self.embed_positions = Embedding(cfg.seq_len, cfg.d_model, std)
         mixers, ffns = (p * (cfg.n_layers // len(p)) for p in (cfg.mixers, cfg.ffns))
         self.layers = nn.ModuleList(Block(cfg, m, f) for m, f in zip(mixers, ffns))
-        self.norm = nn.Identity() if cfg.norm_place == "post" else norm(cfg)
+        self.norm = nn.Identity() if cfg.norm_place == "post" else norm_of(cfg)
         head_std = 0.0 if cfg.zero_init else cfg.init_std
         self.lm_head = None if cfg.tie else Linear(cfg.d_model, cfg.vocab_size, std=head_std)
         self.drop = nn.Dropout(cfg.dropout)
@@ -459,6 +439,9 @@ class LM(nn.Module):
         assert self.cfg.pos != "learned" or seen + tokens.shape[1] <= self.cfg.seq_len, "too long"
         ctx = Context(self.cfg, tokens, pos, cache[0].next_pos() if cache else None)
         x = self.embed_tokens(tokens)  # (B, T, D)
+        if self.cfg.bigram:  # any two odd numbers: few pairs share a row
+            pair = 36313 * ctx.before(cache and cache[-1]) + 27191 * tokens
+            x = x + self.embed_bigram(pair % len(self.embed_bigram.weight))
         if self.cfg.embed_scale: x = x * math.sqrt(self.cfg.d_model)
         if self.cfg.pos == "learned": x = x + self.embed_positions(ctx.pos.clamp(min=0))
         if self.cfg.pos == "sinusoidal": x = x + sinusoid(ctx.pos, self.cfg.d_model).to(x.dtype)
@@ -467,16 +450,17 @@ class LM(nn.Module):
             x, extra = layer(x, ctx, cache[i] if cache else None)
             aux["loss"] = aux["loss"] + extra.get("loss", 0.0)
             if "load" in extra: aux["load"].append(extra["load"])
-        x, cap = self.norm(x), self.cfg.softcap  # (B, T, D) @ (D, V) -> (B, T, V)
-        z = self.lm_head(x) if self.lm_head else F.linear(x, self.embed_tokens.weight.to(x.dtype))
-        if cap: z = cap * torch.tanh(z / cap)
-        return (z if targets is None else cross_entropy(z, targets)), aux
+        head = self.norm(x), (self.lm_head or self.embed_tokens).weight  # (B, T, D), (V, D)
+        if targets is None: return logits_of(*head, self.cfg.softcap), aux
+        return linear_cross_entropy(*head, targets, self.cfg.softcap), aux
 
     def new_cache(self, batch, size):
-        """Room for `size` positions in each of `batch` rows: one cache a layer."""
-        w = self.embed_tokens.weight
-        like = w.device, self.compute_dtype or w.dtype
-        return [layer.self_attn.new_cache(batch, size, *like) for layer in self.layers]
+        """Room for `size` positions in `batch` rows: a cache a layer, and one of last tokens."""
+        device, dtype = self.embed_tokens.weight.device, self.embed_tokens.weight.dtype
+        sizes = batch, size, device, self.compute_dtype or dtype
+        last = StateCache(torch.zeros(batch, 1, dtype=torch.long, device=device))
+        caches = [layer.self_attn.new_cache(*sizes) for layer in self.layers]
+        return [*caches, last] if self.cfg.bigram else caches
 
     def flops(self, T, S=None):
         """{part: FLOPs} of T new tokens of one sequence over S places, or T (latents expanded)."""
@@ -499,8 +483,7 @@ def meta_model(cfg):  # shapes without numbers: GPT-3 fits in a laptop
     with torch.device("meta"): return LM(cfg)
 
 # -----------------------------------------------------------------------------
-# Presets: architectures of the field as rows; sizes are given beside them (n_kv_heads stands for
-# theirs). What a row sets for a mechanism that other letters replace falls back to its default.
+# Presets: architectures of the field as rows, without their sizes (n_kv_heads stands for theirs)
 
 PRESETS = {
     "vaswani": dict(ffns="r", norm="layer", norm_place="post", pos="sinusoidal", bias=True,
@@ -522,8 +505,8 @@ PRESETS = {
     # Qwen3-Next (2025): three delta layers to one of attention; there all FFNs are experts
     "next": dict(mixers="DDDA", n_layers=4, qk_norm=True, n_kv_heads=2),
     "hyena": dict(mixers="H", ffns="e", norm="layer", pos="none", bias=True),  # 2302.10866
-    # what modded-nanogpt's records 5 to 8 share: QK-norm, ReLU^2, blocks that start as the identity
-    "modern": dict(ffns="u", qk_norm=True, zero_init=True)}
+    # of modded-nanogpt's records: QK-norm, ReLU^2, zero init, tables of tokens and of their pairs
+    "modern": dict(ffns="u", qk_norm=True, zero_init=True, values=True, bigram=8192)}
 
 def fields_of(name, given):
     """{field: value}: what is given, over what some layer reads of a preset's row."""
@@ -533,8 +516,7 @@ def fields_of(name, given):
     letters = set(both["mixers"] + both["ffns"])
     return {k: v for k, v in both.items() if k in given or not OF[k] or set(OF[k]) & letters}
 
-def preset(name, **sizes):
-    """ModelConfig of a named architecture; sizes, and any other field, override its row."""
+def preset(name, **sizes):  # sizes, and any other field, override its row
     return ModelConfig(**fields_of(name, sizes))
 
 # -----------------------------------------------------------------------------
@@ -542,6 +524,24 @@ def preset(name, **sizes):
 # A run directory is a Hugging Face directory: config.json and safetensors files. A model of a known
 # family is written as that family, which transformers loads; one key more has the ModelConfig. The
 # table has, for both directions, a family's names of our fields and, unlike Llama's, our tensors.
+
+def save_tensors(path, tensors, metadata=None):
+    """Writes {name: tensor} and {str: str} as one file, whole or not at all."""
+    with atomic_write(path) as file: file.writelines(pack(tensors, metadata or {}))
+
+def read_tensors(path):
+    """Yields what `unpack` does; damage is an error that names the file."""
+    try:
+        with open(path, "rb") as file: yield from unpack(file)
+    except (OSError, struct.error, ValueError, LookupError, TypeError, RuntimeError) as e:
+        raise UserError(f"{path}: got {type(e).__name__}: {e}; wanted a whole safetensors file of "
+                        f"{', '.join(DTYPES)}; check the path, or restore the file from a copy")
+
+def load_tensors(path):
+    """-> ({name: tensor}, metadata)."""
+    pairs = read_tensors(path)
+    _, metadata = next(pairs)
+    return {name: t.clone() for name, t in pairs}, metadata
 
 LLAMA = dict(vocab_size="vocab_size", seq_len="max_position_embeddings", d_model="hidden_size",
              n_layers="num_hidden_layers", n_heads="num_attention_heads", tie="tie_word_embeddings",

@@ -5,11 +5,12 @@ THE IDEA
     gradient descent slow. Gradients are noisy, because a batch is a small sample; averaging them
     over steps helps (momentum). And the loss is steep along some directions and flat along others,
     so that any one step size is too large for the first and too small for the second; dividing each
-    direction by its own typical gradient helps (AdaGrad, RMSProp, Adam). Seen from above, every
-    optimizer here is w -= lr P m, a preconditioner P applied to a sum or an average m of gradients,
-    and the ladder is a search for a P that knows more at little cost.
+    direction by its own typical gradient helps (AdaGrad, RMSProp, Adam), or each row and column of
+    a matrix by theirs (Shampoo, SOAP, Muon). Seen from above, every optimizer here is w -= lr P m,
+    a preconditioner P applied to a sum or an average m of gradients, and the ladder is a search for
+    a P that knows more at little cost.
 
-THE MATHS (g gradient; m, v averages; lr step size; all operations per element)
+THE MATHS (g gradient; m, v averages; lr step size; small letters per element, capitals matrices)
     SGD        w -= lr g
     Momentum   m = b m + g;                   w -= lr m
     AdaGrad    v = v + g^2;                   w -= lr g / (sqrt(v) + eps)
@@ -17,25 +18,38 @@ THE MATHS (g gradient; m, v averages; lr step size; all operations per element)
     Adam       m = b1 m + (1 - b1) g, v likewise with b2 and g^2; both start at zero and are
                corrected for it: w -= lr m/(1 - b1^t) / (sqrt(v/(1 - b2^t)) + eps), t = 1, 2, ...
     AdamW      w -= lr wd w first: the decay does not pass through the preconditioner
+    Shampoo    W -= lr L^(-1/4) M R^(-1/4), L and R averages of G G^T and G^T G
+    SOAP       Adam in the eigenvectors of L and R: G' = Ql^T G Qr
+    Muon       W -= lr U V^T, of M = U S V^T: Shampoo without memory
 
 THE COSTS
-    Per parameter and step a handful of FLOPs, negligible next to the gradient's 6 per *token*; so
-    what counts is memory: 4 bytes in float32 for each average kept (SGD 0, Momentum, AdaGrad and
-    RMSProp 4, Adam 8), besides 4 for the weight and 4 for its gradient.
+    Of the elementwise ones a handful of FLOPs per parameter and step, nothing next to the
+    gradient's 6 per *token*; so what counts is memory: 4 bytes in float32 for each average kept
+    (SGD 0, Momentum, AdaGrad, RMSProp, Muon 4, Adam 8), besides 4 for the weight and 4 for its
+    gradient. Those that see a matrix (m, n) take products, some 10 (m + n) FLOPs a parameter.
 
-CONTENTS  Optimizer and the ladder / OPTIMIZERS / roles and groups / clipping / SCHEDULES / lesson
-NOT HERE  preconditioners that see whole matrices; sharding of state over devices (parallel.py)
-RUN       python optim.py    # the ladder in a narrow valley; last line: "... the minimum.)"
+CONTENTS  Optimizer and the ladder / matrices / OPTIMIZERS / roles, groups, muP / clipping, health,
+          noise / SCHEDULES / the lesson
+NOT HERE  sharding of state over devices
+RUN       python optim.py    # costs, a narrow valley, muP; last line: "best lr of Adam ... at 512"
 REFERENCES
     Polyak 1964 (momentum); Duchi et al. 2011 (AdaGrad); Tieleman, Hinton 2012 (RMSProp); Kingma, Ba
     2015 (1412.6980, Adam); Loshchilov, Hutter 2019 (1711.05101, AdamW; 1608.03983, cosine); Pascanu
-    et al. 2013 (1211.5063, clipping); Hu et al. 2024 (2404.06395, warm-up, stable, decay)
+    et al. 2013 (1211.5063, clipping); Hu et al. 2024 (2404.06395, warm-up, stable, decay); Gupta et
+    al. 2018 (1802.09568, Shampoo); Vyas et al. 2024 (2409.11321, SOAP); Jordan et al. 2024 (Muon);
+    Amsel et al. 2025 (2505.16932, Polar Express); Yang et al. 2022 (2203.03466, muP); McCandlish et
+    al. 2018 (1812.06162, gradient noise)
 EXERCISE  Empty `Adam.update` and `wsd`; fill them until
           `pytest test_all.py -k "optimizer or schedule"` is green again.
 """
 import argparse, math
+from functools import partial
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels import Linear
 
 # -----------------------------------------------------------------------------
 # The ladder
@@ -46,7 +60,7 @@ import torch
 class Optimizer:
     """params: tensors, or groups as dicts {"params": [...], **what differs}. `step(scale)` moves
     every parameter that has a gradient by its group's lr times `scale` (the schedule)."""
-    defaults = {}
+    defaults, lrs = {}, {}  # lrs: of roles, where one learning rate does not suit all
 
     def __init__(self, params, **hyper):
         params = list(params)
@@ -59,11 +73,14 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, scale=1.0):
-        for group, states in zip(self.groups, self.state):
-            for p, s in zip(group["params"], states):
-                if p.grad is None: continue  # frozen, or not used in this step
-                s["t"] = s.get("t", 0) + 1
-                self.update(p, p.grad, s, group, group["lr"] * scale)
+        for group, states in zip(self.groups, self.state):  # a frozen parameter has no gradient
+            live = [(p, s) for p, s in zip(group["params"], states) if p.grad is not None]
+            for _, s in live: s["t"] = s.get("t", 0) + 1
+            self.move(live, group, group["lr"] * scale)
+
+    def move(self, live, h, lr):
+        """Moves [(parameter, its state)]; h: the group's hyperparameters."""
+        for p, s in live: self.update(p, p.grad, s, h, lr)
 
     def zero_grad(self):
         for group in self.groups:
@@ -84,7 +101,7 @@ class Optimizer:
         for name, x in tensors.items():
             i, j, k = (int(part) if part.isdigit() else part for part in name.split("."))
             p = self.groups[i]["params"][j]
-            assert k == "t" or x.shape == p.shape, f"state {name}: {x.shape} for {p.shape}"
+            assert {*x.shape} <= {*p.shape}, f"state {name}: {x.shape} for {p.shape}"
             self.state[i][j][k] = int(x) if k == "t" else x.to(p.device)
 
 def kept(s, name, p):
@@ -148,8 +165,105 @@ class AdamW(Adam):
         p.mul_(1 - lr * h["weight_decay"])
         super().update(p, g, s, h, lr)
 
+# -----------------------------------------------------------------------------
+# Preconditioners that see a matrix
+# The gradient G of a matrix W (m, n) has mn entries; a preconditioner for all pairs of them would
+# have (mn)^2. That of Shampoo is a Kronecker product of one for rows, (m, m), and one for columns,
+# (n, n): it costs products of matrices, not of vectors, and few of those. Only `matrix` groups are
+# treated so; tables and vectors are left to AdamW.
+
+def is_matrix(p, h): return p.ndim == 2 and h.get("role", "matrix") == "matrix"
+
+class Shampoo(AdamW):
+    """Gupta et al. 2018 (1802.09568): W -= lr L^(-1/4) M R^(-1/4), with L the average of G G^T, R
+    of G^T G. AdaGrad's square root of gradients' second moments, but of whole rows and columns. The
+    roots are taken anew every `every` steps. An update is made 1 an entry long, about Adam's
+    longest (grafting, 2002.09018)."""
+    defaults = dict(AdamW.defaults, beta2=0.95, every=10)
+
+    def update(self, p, g, s, h, lr):
+        if not is_matrix(p, h): return super().update(p, g, s, h, lr)
+        m = kept(s, "m", p).lerp_(g, 1 - h["beta1"])
+        sides = (("l", g @ g.mT), ("r", g.mT @ g))
+        for k, square in sides: s[k] = s[k].lerp_(square, 1 - h["beta2"]) if k in s else square
+        if s["t"] % h["every"] == 1 or h["every"] == 1:
+            for k, _ in sides:
+                values, Q = torch.linalg.eigh(s[k])
+                s[k + "_root"] = (Q * values.clamp(min=1e-6 * values[-1] + 1e-30) ** -0.25) @ Q.mT
+        u = s["l_root"] @ m @ s["r_root"]  # (m,m) @ (m,n) @ (n,n)
+        u.mul_(math.sqrt(u.numel()) / (u.norm() + h["eps"]))
+        p.mul_(1 - lr * h["weight_decay"]).sub_(u, alpha=lr)
+
+class SOAP(AdamW):
+    """Vyas et al. 2024 (2409.11321): Adam in the eigenbasis of Shampoo's factors, where the second
+    moments are nearly diagonal, so that Adam's v describes them: G' = Ql^T G Qr. v stays fresh at
+    every step, while the basis is refreshed every `every` steps by one step of power iteration,
+    Q = qr(L Q). With the identity for a basis it is Adam."""
+    defaults = dict(AdamW.defaults, beta2=0.95, every=10)
+
+    def update(self, p, g, s, h, lr):
+        if not is_matrix(p, h): return super().update(p, g, s, h, lr)
+        p.mul_(1 - lr * h["weight_decay"])
+        for k, square in (("l", g @ g.mT), ("r", g.mT @ g)):
+            s[k] = s[k].lerp_(square, 1 - h["beta2"]) if k in s else square
+            if k + "_basis" not in s or s["t"] == h["every"]:  # (at first gradients may be zero)
+                basis = torch.linalg.eigh(s[k]).eigenvectors  # largest last; as iterated, first
+                s[k + "_basis"] = basis.flip(-1).contiguous()
+            elif s["t"] % h["every"] == 0:
+                s[k + "_basis"] = torch.linalg.qr(s[k] @ s[k + "_basis"]).Q.contiguous()
+        Ql, Qr, t = s["l_basis"], s["r_basis"], s["t"]
+        m, v = kept(s, "m", p).lerp_(g, 1 - h["beta1"]), kept(s, "v", p)
+        turned = Ql.mT @ g @ Qr
+        v.mul_(h["beta2"]).addcmul_(turned, turned, value=1 - h["beta2"])
+        u = (Ql.mT @ m @ Qr).div_(v.sqrt().div_(math.sqrt(1 - h["beta2"] ** t)).add_(h["eps"]))
+        p.sub_(Ql @ u @ Qr.mT, alpha=lr / (1 - h["beta1"] ** t))
+
+# Five quintic polynomials whose composition maps (0.001, 1] to within 0.16 of 1: each the best for
+# the interval that the one before leaves. Amsel et al. 2025 (2505.16932), a margin of 2 % in them.
+POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+                 (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan et al. 2024: one polynomial, repeated
+
+def orthogonalize(G, polynomials=POLAR_EXPRESS):
+    """(..., m, n) -> U V^T of G = U S V^T, nearly: all singular values become about 1. An odd
+    polynomial a X + b X X^T X + c (X X^T)^2 X acts on singular values alone, and needs products
+    only: 4 s^2 l + 2 s^3 FLOPs each, s and l the shorter and longer side."""
+    X = G.mT if G.shape[-2] > G.shape[-1] else G
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # no singular value above 1
+    for a, b, c in polynomials:
+        A = X @ X.mT
+        X = a * X + (b * A + c * (A @ A)) @ X
+    return X.mT if G.shape[-2] > G.shape[-1] else X
+
+class Muon(AdamW):
+    """Jordan et al. 2024: the update is the average gradient with all singular values set to 1.
+    That is Shampoo without memory, (G G^T)^(-1/4) G (G^T G)^(-1/4) = U V^T, and steepest descent if
+    a step is measured by how much it can change a vector (2409.20325): rare directions count
+    as much as common ones. An update to (out, in) is times sqrt(max(1, out/in)), so that outputs
+    change alike. Matrices of equal shape go through the products together."""
+    defaults = dict(AdamW.defaults, lr=0.02, momentum=0.95)
+    lrs = dict(embedding=0.2, head=0.01, vector=0.01)  # of AdamW for all else [measured on a CPU]
+    orthogonalize = staticmethod(orthogonalize)  # or a compiled one
+
+    def move(self, live, h, lr):
+        shapes = {}
+        for p, s in live: shapes.setdefault((is_matrix(p, h), p.shape), []).append((p, s))
+        for (matrix, (m, *n)), some in shapes.items():
+            if not matrix:
+                super().move(some, h, lr)
+                continue
+            sums = [kept(s, "m", p).lerp_(p.grad, 1 - h["momentum"]) for p, s in some]
+            G = torch.stack([p.grad.lerp(x, h["momentum"]) for (p, _), x in zip(some, sums)])
+            half = G.is_cuda and G.dtype == torch.float32
+            U = self.orthogonalize(G.bfloat16() if half else G).to(G.dtype)  # (count, m, n)
+            for (p, s), u in zip(some, U):
+                p.mul_(1 - lr * h["weight_decay"]).sub_(u, alpha=lr * max(1, m / n[0]) ** 0.5)
+
 OPTIMIZERS = {"sgd": SGD, "momentum": Momentum, "adagrad": AdaGrad, "rmsprop": RMSProp,
-              "adam": Adam, "adamw": AdamW}
+              "adam": Adam, "adamw": AdamW, "shampoo": Shampoo, "soap": SOAP, "muon": Muon}
 
 # -----------------------------------------------------------------------------
 # Roles
@@ -158,23 +272,33 @@ OPTIMIZERS = {"sgd": SGD, "momentum": Momentum, "adagrad": AdaGrad, "rmsprop": R
 # Decay is for matrices: where a norm follows, their size means nothing to the model, but a step of
 # given length turns a larger matrix by a smaller angle, so size must be kept from growing.
 
-ROLES = ("matrix", "embedding", "vector")
+ROLES = ("matrix", "embedding", "head", "vector")
 
 def role(name, p):
     """Role of a model's parameter by its name and shape."""
-    if "embed" in name or "lm_head" in name: return "embedding"
-    return "matrix" if p.ndim >= 2 and "conv" not in name else "vector"  # conv: by channel
+    if "embed" in name: return "embedding"
+    if "lm_head" in name: return "head"
+    return "matrix" if p.ndim >= 2 and "conv" not in name else "vector"
 
-def param_groups(model, weight_decay=None, **lrs):
-    """One group per role, every parameter in exactly one; `matrix=0.02` sets that role's lr. Weight
-    decay goes to matrices, and to nothing else; leave it out for an optimizer without decay."""
+def param_groups(model, weight_decay=None, base_width=None, **lrs):
+    """Groups by role, every parameter in exactly one; `matrix=0.02` sets that role's lr, and a role
+    without one has the matrices'. Weight decay goes to matrices, and to nothing else; leave it out
+    for an optimizer without decay.
+    muP (2203.03466, table 3), if base_width is given: a step of Adam changes every weight by lr, so
+    what d_in of them add to an output grows with d_in. So the lr of matrices and head goes with
+    base_width / d_in; then the best one, found at that width, stays the best at others."""
     assert lrs.keys() <= set(ROLES), f"roles are {ROLES}, not {list(lrs)}"
-    groups = {r: {"role": r, "params": []} for r in ROLES}
-    for name, p in model.named_parameters(): groups[role(name, p)]["params"].append(p)
-    for r, group in groups.items():
+    groups = {}
+    for name, p in model.named_parameters():
+        tied = name == "embed_tokens.weight" and getattr(model, "lm_head", model) is None
+        r = "head" if tied else role(name, p)  # steps of an embedding would throw its logits
+        width = base_width / p.shape[1] if base_width and r in ("matrix", "head") else 1.0
+        group = groups.setdefault((ROLES.index(r), width), {"role": r, "params": []})
+        group["params"].append(p)
         if weight_decay is not None: group["weight_decay"] = weight_decay if r == "matrix" else 0.0
-        if r in lrs: group["lr"] = lrs[r]
-    return [g for g in groups.values() if g["params"]]
+        lr = lrs.get(r) or lrs.get("matrix")
+        if lr: group["lr"] = lr * width
+    return [groups[key] for key in sorted(groups)]
 
 # -----------------------------------------------------------------------------
 # Clipping
@@ -183,13 +307,51 @@ def param_groups(model, weight_decay=None, **lrs):
 
 @torch.no_grad()
 def clip_grad_norm(params, max_norm):
-    """Scales all gradients in place by max_norm / (norm + 1e-6) if their common L2 norm is larger.
-    Returns that norm (before clipping) as a tensor, without waiting for the device."""
+    """Scales all gradients in place by max_norm / (norm + 1e-6) if their common L2 norm is larger;
+    to zero if it is not finite. Returns that norm, before clipping, as a tensor: nothing here waits
+    for the device, and max_norm may be a tensor, too."""
     grads = [p.grad for p in params if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for g in grads: g.mul_(scale.to(g.dtype))
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
+    for g in grads: g.mul_(scale.to(g.dtype)).nan_to_num_(0.0, 0.0, 0.0)
     return norm
+
+# -----------------------------------------------------------------------------
+# What a step tells: is the run healthy, and is the batch large enough?
+
+class Level:
+    """The usual height of a loss and its usual deviation, averages over about 50 steps; a spike is
+    a loss more than eight deviations above it [our choice]."""
+    def __init__(self, n=0, mean=0.0, deviation=0.0): self.now = n, mean, deviation
+
+    def spikes(self, loss):
+        """Takes in a loss; whether it is a spike (never in the first 50 steps)."""
+        (n, mean, deviation), gap, w = self.now, loss - self.now[1], 1 / min(self.now[0] + 1, 50)
+        spike = n >= 50 and gap > 8 * deviation
+        if spike: gap = 8 * deviation  # counts as the limit: a lasting rise becomes the level
+        self.now = n + 1, mean + w * gap, deviation + w * (abs(gap) - deviation)
+        return spike
+
+@torch.no_grad()
+def health(model, tokens, params, before):
+    """What the last step did to the matrices, as a part of their norm (1e-3 is usual), and the
+    largest logit: one that grows and grows announces a run that diverges (2309.14322)."""
+    norm = lambda some: math.sqrt(sum(x.float().square().sum().item() for x in some))
+    matrices = [(p, old) for p, old in zip(params, before) if p.ndim == 2]
+    model.eval()  # dropout must not draw: lines of the log would change the run
+    logit = model(tokens[:1])[0].abs().max().item()
+    model.train()
+    return dict(update=norm(p - old for p, old in matrices) / norm(old for _, old in matrices),
+                logit=logit)
+
+def noise_scale(small, large, b, B):
+    """The gradient noise scale tr(S) / |G|^2, in sequences, from mean squared norms of gradients of
+    b and of B sequences: E |g_b|^2 = |G|^2 + tr(S) / b, two equations (1812.06162, app. A.1). A
+    batch of that size needs twice the fewest steps and twice the fewest sequences: with a tenth of
+    it, steps are nearly as good per sequence as can be; with ten times it, nearly wasted."""
+    signal = (B * large - b * small) / (B - b)
+    noise = max(0.0, small - large) / (1 / b - 1 / B)
+    return noise / signal if signal > 0 else math.inf  # more noise than was averaged out
 
 # -----------------------------------------------------------------------------
 # Schedules
@@ -222,14 +384,15 @@ SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}
 # The lesson: a valley a hundred times steeper across than along
 
 def valley(turned, d=10, curvature=100.0):
-    """Loss 1/2 w^T A w with A's eigenvalues spread from 1 to `curvature`, and a start; the
+    """Loss 1/2 w^T A w of w (d, 1), A with eigenvalues from 1 to `curvature`, and a start; the
     eigenvectors are the axes, or random directions if `turned`."""
     rng = torch.Generator().manual_seed(0)
     basis, _ = torch.linalg.qr(torch.randn(d, d, generator=rng, dtype=torch.float64))
     if not turned: basis = torch.eye(d, dtype=torch.float64)
     curvatures = torch.logspace(0, math.log10(curvature), d, dtype=torch.float64)
     A = basis @ torch.diag(curvatures) @ basis.T
-    return lambda w: 0.5 * w @ A @ w, basis @ torch.randn(d, generator=rng, dtype=torch.float64)
+    start = basis @ torch.randn(d, 1, generator=rng, dtype=torch.float64)
+    return lambda w: 0.5 * (w * (A @ w)).sum(), start
 
 def steps_needed(make, loss, start, limit=1600):
     """Fewest steps until the loss is a millionth of its start, over a grid of lr and of the steps
@@ -251,20 +414,58 @@ def steps_needed(make, loss, start, limit=1600):
         allowed *= 2
     return None, None
 
+def transfer(mup, widths=(32, 128, 512), steps=60):
+    """{width: (learning rate, loss) of the best lr} of a network of three matrices, trained by Adam
+    to imitate another, over powers of two. With muP (base width 32) the best lr stays."""
+    rng = torch.Generator().manual_seed(0)
+    x, teacher = torch.randn(128, 16, generator=rng), torch.randn(16, 4, generator=rng) / 4
+    y, best = (x @ teacher).sin(), {}
+    for width in widths:
+        for lr in (2.0 ** -i for i in range(2, 12)):
+            torch.manual_seed(1)
+            net = nn.ModuleDict({"embed": Linear(16, width), "hidden": Linear(width, width),
+                                 "lm_head": Linear(width, 4, std=0.0)})
+            adam = Adam(param_groups(net, base_width=32 if mup else None, matrix=lr))
+            for i in range(steps):
+                h = net["hidden"](net["embed"](x).relu()).relu()
+                loss = (net["lm_head"](h) - y).square().mean()
+                adam.zero_grad()
+                loss.backward()
+                adam.step(1 - i / steps)
+            best[width] = min(best.get(width, (0, math.inf)), (lr, loss.item()), key=lambda b: b[1])
+    return best
+
+def costs(make, m=512, n=128):
+    """(FLOPs in products, bytes of state), both per parameter, of a step on an (m, n) matrix."""
+    w = nn.Parameter(torch.randn(m, n))
+    optimizer = make([w], lr=0.0)
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(20):
+            w.grad = torch.randn(m, n)
+            optimizer.step()
+    kept = sum(x.numel() * x.element_size() for x in optimizer.state_tensors().values() if x.ndim)
+    return counter.get_total_flops() / 20 / w.numel(), kept / w.numel()
+
 def main(args):
-    print("steps to bring a quadratic loss of ten weights, its curvatures from 1 to 100, to a "
-          "millionth")
-    print(f"{'optimizer':12s}{'valley along axes':>24s}{'valley turned':>24s}")
+    print("of a (512, 128) matrix, per parameter: FLOPs in products and bytes of state; then steps "
+          "to\nbring a quadratic loss of ten weights, its curvatures from 1 to 100, to a millionth")
+    print(f"{'optimizer':10s}{'FLOPs':>7s}{'bytes':>7s}{'valley along axes':>22s}{'turned':>22s}")
     for name, make in OPTIMIZERS.items():
-        if name == "adamw": make = lambda params, lr: AdamW(params, lr=lr, weight_decay=0.0)
-        print(f"{name:12s}", end="")
+        if "weight_decay" in make.defaults: make = partial(make, weight_decay=0.0)
+        flops, size = costs(make)
+        print(f"{name:10s}{flops:7,.0f}{size:7.1f}", end="")
         for turned in (False, True):
             n, lr = steps_needed(make, *valley(turned), args.limit)
-            print(f"{'never' if n is None else n:>9} (lr {lr or 0:8.4f})", end="", flush=True)
+            print(f"{'never' if n is None else n:>9} (lr {lr or 0:7.4f})", end="", flush=True)
         print()
     print("Turning the valley is nothing to sgd and momentum. A divisor per weight is a diagonal\n"
           "preconditioner: it straightens a valley that lies along the axes, a turned one hardly.\n"
-          "(adamw runs without decay here: decay pulls to zero, which happens to be the minimum.)")
+          "One for rows and columns straightens both. (muon sees one column: only a direction.)\n"
+          "(No decay here: it pulls to zero, which happens to be the minimum.)")
+    for mup in (False, True):
+        found = ", ".join(f"{lr:.4f} (loss {loss:.1e}) at {width}"
+                          for width, (lr, loss) in transfer(mup).items())
+        print(f"best lr of Adam by width, {'with muP' if mup else 'as it is'}: {found}")
 
 def build_parser():
     parser = argparse.ArgumentParser(description="The ladder of optimizers in a narrow valley.")

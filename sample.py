@@ -32,7 +32,7 @@ REFERENCES
 EXERCISE  Empty `top_p` and `pad_left`; fill them until `pytest test_all.py -k "sampl or generate"`
           is green again.
 """
-import argparse, codecs, math, sys, time
+import argparse, codecs, json, math, sys, time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -234,6 +234,59 @@ def find_run(name, runs="runs"):
     known = sorted(p.parent.name for p in Path(runs).glob("*/config.json"))
     raise UserError(f"run: got {name}, wanted a directory with a config.json; known under {runs}/: "
                     f"{', '.join(known) or 'none'}; train one: python train.py")
+
+# What a run leaves: log.jsonl, its lines, and result.json, if it came to its end.
+
+RUNS = Path("runs")
+
+def read_log(run):
+    """The rows of a run's log.jsonl, none if there is none, without a line cut short by a kill."""
+    path, rows = Path(run) / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try: rows.append(json.loads(line))
+        except ValueError: continue
+    return rows
+
+def compare(*runs):
+    """Two runs' training losses (means since the line before) at equal time, tokens and FLOPs."""
+    logs = [[row for row in read_log(run) if "flops" in row] for run in runs]
+    if not all(logs):
+        empty = next(run for run, log in zip(runs, logs) if not log)
+        raise UserError(f"compare: got {empty}, wanted a run with a log.jsonl; set --run")
+    for key in ("minutes", "tokens", "flops"):  # of one tokenizer: else a nat is another
+        ends = [[row[key] for row in log] for log in logs]
+        print("{:>12s}  loss of {}  of {}  difference".format(key, *runs))
+        for x in np.linspace(max(e[0] for e in ends), min(e[-1] for e in ends), 6)[1:]:
+            a, b = (np.interp(x, e, [row["loss"] for row in log]) for e, log in zip(ends, logs))
+            print(f"{x:12.4g}  {a:8.4f}  {b:8.4f}  {a - b:+8.4f}")
+
+def board():
+    """Finished runs by bits_per_byte; they compare where the text is the same."""
+    row = ("{run:26s}{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}"
+           "{parameters:12,d}  {dataset} {text:.8}, {hardware}")
+    lines = []
+    for path in RUNS.glob("*/result.json"):
+        try:
+            r = json.loads(path.read_text())
+            lines.append((r["text"], r["bits_per_byte"], row.format(run=path.parent.name, **r)))
+        except (ValueError, KeyError, TypeError): print(f"{path}: damaged, left out")
+    if not lines: raise UserError(f"board: got no run under {RUNS}/; wanted one: python train.py")
+    print(f"{'run':26s} bits_per_byte context  minutes     FLOPs  parameters")
+    for *_, line in sorted(lines): print(line)
+
+def plot(run):
+    """Draws runs/NAME/loss.png from the log if matplotlib is installed."""
+    try: from matplotlib.figure import Figure
+    except ImportError: return print("no picture: matplotlib is not installed")
+    picture = Figure(figsize=(7, 4))
+    axes, rows = picture.subplots(), read_log(run)
+    for label, key in (("training", "flops"), ("validation", "valid")):
+        points = [(r["minutes"], r.get("valid", r)["loss"]) for r in rows if key in r]
+        axes.plot(*zip(*points), ".-", label=label)
+    axes.set(xlabel="minutes", ylabel="loss (nats per token)")
+    axes.legend()
+    picture.savefig(Path(run) / "loss.png", dpi=120)
+    print(f"picture: {run}/loss.png")
 
 def encode_prompt(tokenizer, text, limit):
     """Ids of a prompt, begun by end-of-text as every training document is; None gives just that."""

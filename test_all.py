@@ -700,6 +700,25 @@ def test_model_starts_near_a_uniform_guess():
         loss = model.LM(tiny(name, vocab_size=512))(ids(4, 20), ids(4, 20, seed=1))[0].mean().item()
         assert math.log(512) - 0.1 < loss < math.log(512) + 0.8, (name, loss)
 
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_loss_in_parts_equals_the_loss_of_all_logits(monkeypatch, cap):
+    x, W = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 11, 8), (13, 8)))
+    targets = torch.randint(-1, 13, (3, 11))
+    z = x @ W.T if cap is None else cap * torch.tanh(x @ W.T / cap)
+    want = -z.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
+    largest, whole = [], kernels.logits_of
+    def counting(x, *rest):
+        largest.append(x.shape[:-1].numel())
+        return whole(x, *rest)
+    for limit in (2 ** 27, 13 * 5):  # whole, and in parts of five tokens
+        monkeypatch.setattr(kernels, "LOGITS", limit)
+        monkeypatch.setattr(kernels, "logits_of", counting)
+        got = kernels.linear_cross_entropy(x, W, targets, cap)
+        g = torch.randn_like(got)
+        a, b = (torch.autograd.grad(y, (x, W), g, retain_graph=True) for y in (got, want))
+        assert all(torch.allclose(*p, atol=1e-12) for p in ((got, want), *zip(a, b)))
+    assert largest[0] == 33 and max(largest[1:]) == 5
+
 def test_bfloat16_stream_keeps_float32_weights_and_loss():
     m = make(tiny(), torch.float32)
     want = m(ids(2, 9), ids(2, 9, seed=1))[0]
@@ -928,13 +947,13 @@ TORCHS = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.95), eps=1e-8),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)}
 
-@pytest.mark.parametrize("name", TORCHS)
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_optimizer_equals_torchs_and_survives_saving_bit_for_bit(name, tmp_path):
     torch.manual_seed(0)
     start = torch.randn(5, 3, dtype=torch.float64)
     whole, saved, theirs = params = [start.clone().requires_grad_() for _ in range(3)]
     new = partial(optim.OPTIMIZERS[name], lr=0.01)
-    optimizers = [new([whole]), new([saved]), TORCHS[name]([theirs])]
+    optimizers = [new([whole]), new([saved]), TORCHS.get(name, new)([theirs])]
     for step in range(50):
         if step == 20:
             model.save_tensors(tmp_path / "s", optimizers[1].state_tensors())
@@ -945,6 +964,73 @@ def test_optimizer_equals_torchs_and_survives_saving_bit_for_bit(name, tmp_path)
             p.grad = g.clone()
             optimizer.step()
     assert (whole - theirs).abs().max() < 1e-12 and torch.equal(whole, saved)
+
+def after(optimizer, p, gradients):
+    for g in gradients:
+        p.grad = g.clone()
+        optimizer.step()
+    return p.detach().clone()
+
+def test_soap_is_adam_in_a_basis_that_turns_with_the_problem():
+    torch.manual_seed(0)
+    start, turn = torch.randn(5, 5).double(), torch.linalg.qr(torch.randn(5, 5).double()).Q
+    gradients = torch.randn(25, 5, 5).double()
+    new = lambda: torch.nn.Parameter(start.clone())
+    p, q, one = new(), new(), torch.eye(5).double()
+    soap, adam = optim.SOAP([p], every=10 ** 9), optim.AdamW([q], lr=optim.SOAP.defaults["lr"])
+    soap.state[0][0].update(l=one.clone(), r=one.clone(), l_basis=one, r_basis=one)
+    assert torch.allclose(after(soap, p, gradients), after(adam, q, gradients), atol=1e-12)
+    p, q = new(), torch.nn.Parameter(turn @ start)
+    turned = after(optim.SOAP([q]), q, turn @ gradients)
+    assert torch.allclose(turn @ after(optim.SOAP([p]), p, gradients), turned, atol=1e-6)
+
+def test_a_turned_valley_stops_a_diagonal_preconditioner_and_no_other():
+    needs = lambda make, turned: optim.steps_needed(make, *optim.valley(turned), limit=400)[0]
+    assert needs(optim.AdaGrad, True) > 10 * needs(optim.AdaGrad, False)
+    soap = partial(optim.SOAP, weight_decay=0.0)
+    assert needs(soap, True) == needs(soap, False) <= 100
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (24, 24)])
+def test_a_muon_update_is_orthogonal_within_the_polynomials_band(shape):
+    p, G = torch.nn.Parameter(torch.zeros(shape).double()), torch.randn(1, *shape).double()
+    after(optim.Muon([p], lr=1.0, weight_decay=0.0), p, G)
+    size = max(1, shape[0] / shape[1]) ** 0.5
+    assert torch.allclose(p, -size * optim.orthogonalize(G[0]), atol=1e-4)  # eps beside the norm
+    for name, low, high in (("POLAR_EXPRESS", 0.85, 1.15), ("NEWTON_SCHULZ", 0.67, 1.22)):
+        x = torch.logspace(-1.9, 0, 999).double() / 1.02  # the same polynomials, on numbers
+        for a, b, c in getattr(optim, name): x = a * x + b * x ** 3 + c * x ** 5
+        S = torch.linalg.svdvals(optim.orthogonalize(G[0], getattr(optim, name)))
+        assert low < x.min() and x.max() < high and S.max() < high and S[:9].min() > low
+
+def test_muon_moves_many_matrices_as_it_moves_each():
+    torch.manual_seed(0)
+    starts, gradients = torch.randn(3, 6, 4).double(), torch.randn(5, 3, 6, 4).double()
+    many = [torch.nn.Parameter(x.clone()) for x in starts] + [torch.nn.Parameter(torch.ones(4))]
+    muon = optim.Muon(many)
+    for g in gradients:
+        for p, x in zip(many, [*g, torch.ones(4)]): p.grad = x.clone()
+        muon.step()
+    for i in range(3):
+        p = torch.nn.Parameter(starts[i].clone())
+        assert torch.allclose(many[i], after(optim.Muon([p]), p, gradients[:, i]), atol=1e-12)
+
+def test_with_mup_the_best_learning_rate_stays_where_it_was_at_the_smallest_width():
+    best = {mup: [lr for lr, _ in optim.transfer(mup, (32, 512)).values()] for mup in (0, 1)}
+    assert best[0][0] / best[0][1] >= 4 and 0.5 <= best[1][0] / best[1][1] <= 2
+
+def test_costs_of_products_are_the_formulas():
+    m, n = 48, 32
+    assert optim.costs(optim.Muon, m, n) == ((5 * (4 * n * n * m + 2 * n ** 3)) / (m * n), 4)
+    products = 2 * m * n * (m + n)  # the two factors; three products with both bases
+    assert optim.costs(optim.SOAP, m, n)[0] == pytest.approx(4 * products / (m * n), rel=0.1)
+
+def test_noise_scale_solves_its_two_equations_and_level_tells_spikes():
+    signal, noise = 3.0, 120.0  # |G|^2, tr(S)
+    assert optim.noise_scale(signal + noise / 4, signal + noise / 64, 4, 64) == pytest.approx(40)
+    assert optim.noise_scale(30.0, 30.0 / 16, 4, 64) == math.inf  # nothing but noise
+    level, rng = optim.Level(), random.Random(0)
+    usual = [level.spikes(4 - i / 1000 + rng.gauss(0, 0.1)) for i in range(1000)]
+    assert not any(usual) and level.spikes(5.0) and not level.spikes(3.0)
 
 def test_frozen_parameters_stay_and_count_no_step():
     p, q = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
@@ -987,7 +1073,7 @@ def test_wsd_schedule_rises_stays_and_falls_on_straight_lines():
 def test_optimizers_refuse_what_they_do_not_know():
     m, adam = model.LM(tiny()), optim.Adam([torch.ones(3, requires_grad=True)])
     for bad in (lambda: optim.SGD(optim.param_groups(m, weight_decay=0.1)),
-                lambda: optim.Adam(m.parameters(), bta=1), lambda: optim.param_groups(m, head=0.1),
+                lambda: optim.Adam(m.parameters(), bta=1), lambda: optim.param_groups(m, tail=0.1),
                 lambda: adam.load_state_tensors({"0.0.m": torch.ones(4)})):
         with pytest.raises(AssertionError): bad()
 
@@ -1099,7 +1185,7 @@ def test_shannons_ladder_on_a_text_counted_by_hand():
     assert out["bigram"] == pytest.approx(-(50 * math.log2(p01) + 49 * math.log2(p10)) / 100)
 
 @pytest.mark.parametrize("dies_at", [7, 8])  # 7: after the evaluation of step 6, before a save
-def test_a_run_that_is_resumed_repeats_the_undisturbed_one_bit_for_bit(tmp_path, dies_at):
+def test_a_run_that_is_resumed_repeats_the_undisturbed_one_bit_for_bit(tmp_path, dies_at, capsys):
     whole, cut, calls = tmp_path / "whole", tmp_path / "cut", itertools.count(1)
     class Dead(Exception): pass
     def step(*args):
@@ -1108,6 +1194,8 @@ def test_a_run_that_is_resumed_repeats_the_undisturbed_one_bit_for_bit(tmp_path,
     small_fit(whole)
     with pytest.raises(Dead): small_fit(cut, step=step, save_minutes=0.0)
     small_fit(cut, resume=True, save_minutes=0.0)  # its dropout goes on from the checkpoint
+    sample.compare(whole, cut)
+    assert capsys.readouterr().out.count("+0.0000") == 10  # at equal tokens, and at equal FLOPs
     assert losses_of(whole) == losses_of(cut) and len(losses_of(whole)[0]) == 5
     a, b = (model.load_tensors(run / "model.safetensors")[0] for run in (whole, cut))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -1210,7 +1298,18 @@ def test_walk_and_profile_leave_no_run(desk, capsys):
     assert float(after) <= float(before)
     train_main(*TINY, "--profile")
     assert "aten::mm" in capsys.readouterr().out and (desk / "runs/trace.json").exists()
+    train_main(*TINY, "--noise")
+    assert "gradient noise scale" in capsys.readouterr().out
     assert not list(desk.glob("runs/*/train.json"))
+
+def test_the_micro_batch_is_halved_until_it_fits_and_the_batch_stays():
+    (m, opt, loader, cfg, _), sizes = small_run(), []
+    def step(forward, batches):
+        sizes.append(len(batches[0][0]))
+        if sizes[-1] > 1: raise torch.OutOfMemoryError
+    machine = dataclasses.replace(CPU, compile=True)
+    assert train.warm_up(m, opt, loader, cfg, machine, step)[1] == 1 and sizes == [4, 2, 1]
+    assert loader.seen == 0 and sum(len(x) for x, _ in train.take(loader, 1, CPU.device)) == 4
 
 @pytest.mark.parametrize("flags, word", [
     ("--preset gpt7", "gpt2"), ("--dataset nowhere", "stdlib"), ("--minutes -1", "minutes"),
@@ -1227,7 +1326,7 @@ def test_bad_flags_give_one_message_and_status_two(desk, flags, word, capsys):
 
 def test_resuming_with_another_configuration_names_the_difference(desk, capsys):
     train_main(*TINY, "--steps", 3, "--run", "one")
-    for flags, says in (("--resume --lr 0.5", "lr: got 0.5, wanted 0.003"), ("", "exists"),
+    for flags, says in (("--resume --lr 0.5", "lr: got 0.5, wanted None"), ("", "exists"),
                         ("--resume --softcap 3.0", "softcap: got 3.0, wanted None")):
         with pytest.raises(UserError, match=says):
             train_main(*TINY, "--steps", 3, "--run", "one", *flags.split())

@@ -16,19 +16,18 @@ THE MATHS
     MFU = tokens/s * FLOPs a token / peak FLOP/s      the part of the machine that did useful work
 
 THE COSTS
-    Memory in float32: 16 bytes a parameter for weight, gradient and AdamW's two averages; and
-    activations, which grow with micro_batch: gradients of micro-batches add up to the batch's.
+    Memory in float32: 16 bytes a parameter for weight, gradient and AdamW's two averages (Muon 12);
+    and activations, which grow with micro_batch: gradients of micro-batches add up to the batch's.
 
-CONTENTS  TrainConfig / setting up / one step / checkpoints / fit / walk, profile, board, race
-NOT HERE  many devices (parallel.py passes its own step, save and load to the same `fit`)
+CONTENTS  TrainConfig / RECIPES / setting up / one step / checkpoints / fit / LOOKS / race
+NOT HERE  many devices (they would pass their own step, save and load to the same `fit`)
 RUN       python train.py                   # 3 minutes on a laptop; last line: bits_per_byte, steps
           python train.py --dataset owt     # OpenWebText; 90 minutes on one GPU
-          python train.py --walk            # one batch through all stages, value by value
           python train.py --resume          # goes on with the newest run
-          python train.py --race mixers=A,S --minutes 1 --seeds 2    # compares values of any field
+          python train.py --race optimizer=adamw,muon --seeds 2      # compares values of any field
 REFERENCES
     Micikevicius et al. 2018 (1710.03740) mixed precision; Kaplan et al. 2020 (2001.08361) 6ND;
-    Chowdhery et al. 2022 (2204.02311) MFU
+    Chowdhery et al. 2022 (2204.02311) MFU; modded-nanogpt and nanochat, the recipe
 EXERCISE  Empty `local_step`; fill it until `pytest test_all.py -k accumulation` is green again.
 """
 import argparse, dataclasses, json, math, os, re, resource, signal, subprocess, sys, time
@@ -38,23 +37,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from bpe import UserError, atomic_write
-from data import SOURCES, Loader, in_order, open_tokens, prepare, remove_leftovers
-from kernels import (device_name, fastest_dtype, flag, keep_freed_memory, peak_flops_per_s,
-                     synchronize)
+from data import SOURCES, Loader, in_order, open_tokens, prepare, remove_leftovers, validation
+from kernels import (add_fields, device_name, fastest_dtype, flag, generator_of, keep_freed_memory,
+                     peak_flops_per_s, synchronize)
 from model import (LM, PRESETS, ModelConfig, fields_of, load_state, load_tensors, need_field,
                    published, save_model, save_tensors)
-from optim import OPTIMIZERS, SCHEDULES, clip_grad_norm, param_groups, role
-from sample import Sampling, TextStream, evaluate, generate, pick_device, shannon
+from optim import (OPTIMIZERS, SCHEDULES, Level, clip_grad_norm, health, noise_scale, orthogonalize,
+                   param_groups, role)
+from sample import (RUNS, Sampling, TextStream, board, compare, evaluate, generate, pick_device,
+                    plot, read_log, shannon)
 
 # -----------------------------------------------------------------------------
 # Configuration
 # A sequence is seq_len tokens; a step is one update of the weights from batch_size sequences, which
 # go through the model micro_batch at a time. Ranks are processes that share a step.
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
-          "float64": torch.float64}
+DTYPES = {"auto": None} | {t: getattr(torch, t) for t in ("float32", "bfloat16", "float64")}
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -68,8 +69,12 @@ class TrainConfig:
     steps: int | None = flag(None, "budget in optimizer steps; none: use minutes")
     batch_size: int = flag(32, "sequences per optimizer step, over all ranks")
     micro_batch: int | None = flag(None, "sequences per forward pass; none: batch_size")
-    optimizer: str = flag("adamw", ", ".join(OPTIMIZERS))
-    lr: float = flag(3e-3, "peak learning rate")
+    optimizer: str = flag("muon", ", ".join(OPTIMIZERS))
+    lr: float | None = flag(None, "peak learning rate; none: the optimizer's own")
+    lr_embedding: float | None = flag(None, "that of embeddings; none: the optimizer's own, or lr")
+    lr_head: float | None = flag(None, "that of the head; none: likewise")
+    lr_vector: float | None = flag(None, "that of gains, biases, scalars; none: likewise")
+    base_width: int | None = flag(None, "d_model at which lr was found with this flag (muP, Adam)")
     weight_decay: float = flag(0.1, "decay of matrices, for an optimizer that has it")
     schedule: str = flag("wsd", "lr over the budget: constant, cosine, wsd (warm, stable, decay)")
     warmup: float = flag(0.02, "fraction of the budget in which lr rises")
@@ -88,23 +93,20 @@ class TrainConfig:
 
     def __post_init__(self):
         need = partial(need_field, self)
-        for name in ("minutes", "steps", "batch_size", "micro_batch", "lr", "clip", "evals",
-                     "log_steps", "threads", "eval_tokens"):
-            value = getattr(self, name)
-            need(value is None or 0 < value < math.inf, name, "a positive number")
+        limits = {**dict.fromkeys(("warmup", "cooldown", "final_lr"), (1, "a fraction, 0 to 1")),
+                  **dict.fromkeys(("weight_decay", "save_minutes", "seed"), (2 ** 62, "0 or more"))}
+        for name, value in vars(self).items():
+            most, wanted = limits.get(name, (2 ** 62, "a positive number"))
+            if not isinstance(value, (str, bool, type(None))):
+                need(0 <= value <= most and (value or name in limits), name, wanted)
         need((self.minutes is None) != (self.steps is None), "steps", "one of minutes and steps")
-        need(self.optimizer in OPTIMIZERS, "optimizer", " or ".join(OPTIMIZERS))
-        need(self.schedule in SCHEDULES, "schedule", " or ".join(SCHEDULES))
-        need(self.dtype in DTYPES, "dtype", " or ".join(DTYPES))
+        for name, rows in dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, dtype=DTYPES).items():
+            need(getattr(self, name) in rows, name, " or ".join(rows))
         need((self.device, self.dtype) != ("mps", "float64"), "dtype", "float32 on mps")
         need(self.batch_size % (self.micro_batch or 1) == 0, "micro_batch",
              f"a divisor of batch_size {self.batch_size}")
-        for name in ("warmup", "cooldown", "final_lr"):
-            need(0 <= getattr(self, name) <= 1, name, "a fraction from 0 to 1")
         need(0 < self.cooldown <= 1 - self.warmup or self.schedule != "wsd", "cooldown",
              f"more than 0, and with warmup {self.warmup} at most 1")
-        for name in ("weight_decay", "save_minutes", "seed"):
-            need(0 <= getattr(self, name) < 2 ** 62, name, "0 or more")
         # No silent knobs: what the choice above does not use must hold its default.
         need(self.schedule == "wsd" or self.cooldown == 0.6, "cooldown", "its default without wsd")
         need(self.schedule != "constant" or self.final_lr == 0, "final_lr", "0 if lr is constant")
@@ -112,39 +114,31 @@ class TrainConfig:
         need(decays or self.weight_decay == 0.1, "weight_decay", f"none with {self.optimizer}")
 
 # What a budget buys on a kind of device: flags override a preset's row, and that overrides these.
-# The row for a CPU was chosen by trials on two cores [measured]; those for a GPU are [our choice].
+# That for a CPU was found by trials on two cores [measured], those for a GPU are [our choice] after
+# modded-nanogpt and nanochat. Each holds for its minutes, and is scaled to others.
 RECIPES = {
-    "cpu": dict(vocab_size=1024, seq_len=128, n_layers=3, d_model=128, n_heads=2, batch_size=16,
-                eval_tokens=1_000_000),  # of a large set a part: minutes are for training
-    "cuda": dict(vocab_size=4096, seq_len=256, n_layers=6, d_model=384, n_heads=6, batch_size=128,
-                 lr=2e-3),
-    "cuda owt": dict(vocab_size=32000, seq_len=1024, n_layers=12, d_model=1024, n_heads=8, lr=1e-3,
-                     batch_size=512, micro_batch=32, minutes=90.0, save_minutes=5.0, log_steps=10),
-}
+    "cpu": dict(minutes=3.0, vocab_size=2048, seq_len=128, n_layers=2, d_model=128, n_heads=2,
+                batch_size=16, eval_tokens=1_000_000),  # of a large set a part: time is to train
+    "cuda": dict(minutes=3.0, vocab_size=4096, seq_len=256, n_layers=6, d_model=384, n_heads=6,
+                 batch_size=128),
+    "cuda owt": dict(minutes=90.0, vocab_size=32000, seq_len=1024, n_layers=12, d_model=1024,
+                     n_heads=8, batch_size=512, micro_batch=32, save_minutes=5.0, log_steps=10)}
 
-def reader(f):
-    """A function from text to a value of a dataclass field; `none` spells None."""
-    kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
-    def read(text):
-        if "None" in str(f.type) and text.lower() == "none": return None
-        if kind is bool and text.lower() not in ("true", "false"): raise ValueError(text)
-        return text.lower() == "true" if kind is bool else kind(text)
-    read.__name__ = kind.__name__  # what argparse calls it in an error
-    return read
-
-def add_fields(parser, config_class, recipes):
-    """One flag per field of a dataclass. What is not given stays out of the namespace, so that it
-    can be told from a default. The help shows the default of each recipe."""
-    group = parser.add_argument_group(config_class.__name__)
-    for f in dataclasses.fields(config_class):
-        parse = reader(f)
-        bare = dict(nargs="?", const=True) if parse.__name__ == "bool" else {}  # --tie: --tie true
-        values = {name: row.get(f.name, f.default) for name, row in recipes.items()}
-        default = ", ".join(f"{value} on {name}" for name, value in values.items())
-        if len(set(values.values())) == 1: default = next(iter(values.values()))
-        group.add_argument(f"--{f.name}", type=parse, default=argparse.SUPPRESS, **bare,
-                           help=f"{f.metadata['help']} (default: {default})",
-                           metavar=parse.__name__)
+def recipe(row, minutes):
+    """(a row of RECIPES for another budget, the steps that lead to it as lines of text)."""
+    k = minutes / row["minutes"]
+    root, side = k ** 0.5, k ** (1 / 6)
+    heads, layers = (max(1, round(side * row[f])) for f in ("n_heads", "n_layers"))
+    width = heads * row["d_model"] // row["n_heads"]
+    batch = 2 ** max(0, round(math.log2(row["batch_size"] * root ** 0.383)))
+    micro = row.get("micro_batch") and min(batch, row["micro_batch"])
+    return dict(row, minutes=minutes, n_layers=layers, d_model=width, n_heads=heads,
+                batch_size=batch, micro_batch=micro), [
+        f"1. FLOPs go with minutes: {k:.3g} times those that the recipe was tried with",
+        f"2. parameters and tokens each with their root, {root:.3g} (2203.15556, approach 1)",
+        f"3. depth and width each with the cube root of parameters: {layers} layers of {width}",
+        f"4. the batch with tokens^0.383 (2505.13738), to a power of two: {batch} sequences",
+        "5. learning rates stay: Muon's steps are scaled by shape (for AdamW set --base_width)"]
 
 # -----------------------------------------------------------------------------
 # Setting up a machine
@@ -181,7 +175,12 @@ def build(model_cfg, cfg, machine):
     else: model.compute_dtype = machine.dtype
     make = OPTIMIZERS[cfg.optimizer]
     decay = cfg.weight_decay if "weight_decay" in make.defaults else None
-    return model, make(param_groups(model, decay), lr=cfg.lr)
+    own = {**make.lrs, "matrix": make.defaults["lr"]}
+    lrs = {role: lr or own.get(role) for role, lr in dict(
+        matrix=cfg.lr, embedding=cfg.lr_embedding, head=cfg.lr_head, vector=cfg.lr_vector).items()}
+    optimizer = make(param_groups(model, decay, cfg.base_width, **lrs))
+    if machine.compile: optimizer.orthogonalize = torch.compile(orthogonalize)  # Muon's products
+    return model, optimizer
 
 # -----------------------------------------------------------------------------
 # One step
@@ -212,29 +211,24 @@ class Progress:
     step: int = 0
     seconds: float = 0.0   # sum of step times: what --minutes counts
     seen: int = 0          # sequences
-    evals: int = 0         # evaluations done
-    bad: int = 0           # steps skipped in a row
+    evals: int = 0         # evaluations due so far
+    bad: int = 0           # steps in a row without a finite loss
     loss_sum: float = 0.0  # over the steps since the last line of the log
     loss_steps: int = 0
+    level: tuple = ()      # of the loss, to tell a spike
 
 def checkpoints(run):
     """Paths, newest first."""
     return sorted(Path(run).glob("checkpoint-*.safetensors"), reverse=True)
 
-def device_of(model): return next(model.parameters()).device.type
-
-def generator_of(model):
-    """(get, set) for the state of the random generator of the model's device."""
-    backend = {"cuda": torch.cuda, "mps": torch.mps, "cpu": torch}[device_of(model)]
-    return backend.get_rng_state, backend.set_rng_state
-
 def save_checkpoint(run, model, optimizer, progress):
     """Writes a checkpoint, then the weights alone as a directory that sample.py reads."""
+    device, random = generator_of(model)
     tensors = {f"model/{name}": p for name, p in published(model).items()}
     tensors |= {f"optimizer/{name}": x for name, x in optimizer.state_tensors().items()}
-    tensors["generator"] = generator_of(model)[0]()
+    tensors["generator"] = random.get_rng_state()
     save_tensors(Path(run) / f"checkpoint-{progress.step:08d}.safetensors", tensors,
-                 {"progress": json.dumps(dataclasses.asdict(progress)), "device": device_of(model)})
+                 {"progress": json.dumps(dataclasses.asdict(progress)), "device": device})
     save_model(model, run)
     for old in checkpoints(run)[2:]: old.unlink()
 
@@ -250,7 +244,8 @@ def load_checkpoint(run, model, optimizer):
         part = lambda kind: {k[len(kind):]: v for k, v in tensors.items() if k.startswith(kind)}
         load_state(model, part("model/").items(), path)
         optimizer.load_state_tensors(part("optimizer/"))
-        if metadata["device"] == device_of(model): generator_of(model)[1](tensors["generator"])
+        device, random = generator_of(model)
+        if metadata["device"] == device: random.set_rng_state(tensors["generator"])
         else: print(f"{path} is of another device: the random generator starts anew")
         for other in damaged: other.rename(other.with_suffix(".damaged"))  # out of the rotation
         remove_leftovers(Path(run))  # of a kill in the midst of a save
@@ -276,32 +271,63 @@ class Stop:
 
     def ask(self, number, frame):
         self.asked = signal.Signals(number).name
-        for n, handler in self.old.items(): signal.signal(n, handler)
+        self.__exit__()
 
     def __exit__(self, *_):
-        for n, handler in self.old.items(): signal.signal(n, handler)
+        for number, handler in self.old.items(): signal.signal(number, handler)
 
 class Log:
-    """Prints a line and appends it as JSON to the run's log.jsonl. A run that goes on first drops
-    what came after its checkpoint: of the same step that is the evaluation, and nothing else."""
-    def __init__(self, run, progress):
-        self.path, rows = run and Path(run) / "log.jsonl", []
-        if not run: return
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try: row = json.loads(line)
-            except ValueError: continue  # cut short by a kill
-            at = row["step"] - progress.step
-            if at < 0 or at == 0 and "valid" not in row: rows.append(line + "\n")
-        with atomic_write(self.path, "w") as f: f.writelines(rows)
+    """Prints a line and appends it as JSON to the run's log.jsonl, if is_main. A run that goes on
+    first drops what came after its checkpoint: of the same step the evaluation, and nothing else.
+    Losses and gradient norms wait here, on the device, until a line is due, as reading them makes
+    a step wait (on a CPU, which has no queue, it is done at once)."""
+    def __init__(self, run, now, is_main=True):
+        self.run, self.is_main, self.waiting = run, is_main, []
+        if not (run and is_main): return
+        rows = [row for row in read_log(run) if (row["step"], "valid" in row) < (now.step, True)]
+        with atomic_write(Path(run) / "log.jsonl", "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
 
     def write(self, line, **row):
+        if not self.is_main: return
         print(line, flush=True)
-        if not self.path: return
         try:
-            with open(self.path, "a") as f: f.write(json.dumps(row) + "\n")
+            if self.run:
+                with open(Path(self.run) / "log.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
         except OSError as e:
-            raise UserError(f"{self.path}: got {e.strerror}, wanted to append to the log; free "
-                            "some space, then: python train.py --resume")
+            raise UserError(f"{self.run}/log.jsonl: got {e.strerror}, wanted to append to the log; "
+                            "free some space, then: python train.py --resume")
+
+    def add(self, loss, norm): self.waiting.append(torch.stack((loss, norm.to(loss.dtype))))
+
+    def read(self, now):
+        """Takes what waits into `now`. A step without a finite loss or gradient counted as one of
+        gradient zero; the third in a row ends the run. A spike is said, and clipped as any."""
+        pairs, level = torch.stack(self.waiting).tolist() if self.waiting else [], Level(*now.level)
+        for step, (loss, norm) in enumerate(pairs, now.step - len(pairs) + 1):
+            good = math.isfinite(loss) and math.isfinite(norm)
+            now.bad = 0 if good else now.bad + 1
+            if good: now.loss_sum, now.loss_steps = now.loss_sum + loss, now.loss_steps + 1
+            if not good or level.spikes(loss):
+                self.write(f"step {step:6d}  {'a spike' if good else 'no gradient taken'}: loss "
+                           f"{loss:.4f}, gradient norm {norm:.4g}", step=step, odd=loss)
+            if now.bad == 3:
+                raise SystemExit("three steps in a row without a finite loss; the last good "
+                                 f"checkpoint: {self.run and checkpoints(self.run)[0]}; begin "
+                                 "anew: smaller --lr, or other data")
+        self.waiting, now.level = [], level.now
+
+    def line(self, now, mark, x, vitals, model, loader, machine):
+        """The line of the steps since `mark`; x of the run is done; vitals: of the last look."""
+        tokens, flops = now.seen * loader.seq_len, model.flops_per_token()
+        rate = (tokens - mark.seen * loader.seq_len) / (now.seconds - mark.seconds)
+        row = dict(step=now.step, minutes=now.seconds / 60, loss=now.loss_sum / now.loss_steps,
+                   tokens=tokens, flops=tokens * flops, tokens_per_s=rate,
+                   mfu=rate * flops / machine.peak, **{k: float(v) for k, v in vitals.items()})
+        text = ("step {step:6d} {0:4.0f} % {minutes:6.2f} min  loss {loss:7.4f}  lr {lr:.1e}  norm "
+                "{norm:5.2f}  update {update:.0e}  logit {logit:3.0f} {tokens_per_s:9,.0f} tokens/s"
+                "  MFU {1:4.1f} %")
+        self.write(text.format(100 * min(x, 1), 100 * row["mfu"], **row), **row)
 
 def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluation=None,
         step=local_step, save=save_checkpoint, load=load_checkpoint, agree=lambda x: x,
@@ -311,28 +337,27 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
     `evaluate`; run is a directory, or None to keep nothing."""
     now = load(run, model, optimizer) if run and resume else Progress()
     loader.seek(now.seen)
-    log = Log(run if is_main else None, now)
-    forward = torch.compile(model, dynamic=False) if machine.compile else model
-    micro = cfg.micro_batch or cfg.batch_size
+    log = Log(run, now, is_main)
     schedule = lambda x: SCHEDULES[cfg.schedule](x, cfg.warmup, cfg.cooldown, cfg.final_lr)
     spent = lambda: agree(now.step / cfg.steps if cfg.steps else now.seconds / 60 / cfg.minutes)
     params = [p for group in optimizer.groups for p in group["params"]]
     if run and not now.step: save(run, model, optimizer, now)  # there is always one to resume
-    if machine.compile: warm_up(model, forward, loader, micro, machine, step)
+    forward, micro = warm_up(model, optimizer, loader, cfg, machine, step)
     model.train()
-    result, saved, mark, norm, scale = {}, time.perf_counter(), dataclasses.replace(now), 0.0, 0.0
+    result, saved, mark, vitals = {}, time.perf_counter(), dataclasses.replace(now), {}
     with Stop() as stop:
         while True:
             # In this order a kill at any moment loses nothing: the log's line, the checkpoint that
             # knows it was written, and only then the evaluation, which can be done again.
             x, asked = spent(), agree(stop.asked)
-            due, new = x >= (now.evals + 1) / cfg.evals, now.step > mark.step
-            if new and now.loss_steps and (due or now.step % cfg.log_steps == 0 or now.step == 1):
-                lr = cfg.lr * scale
-                if is_main: log_step(log, now, mark, x, norm, lr, model, loader, machine)
+            due = x >= (now.evals + 1) / cfg.evals
+            late = agree(time.perf_counter() - saved > 60 * cfg.save_minutes)
+            lined = due or now.step % cfg.log_steps == 0 or now.step == 1
+            if lined or late or asked: log.read(now)
+            if lined and now.loss_steps and now.step > mark.step:
+                log.line(now, mark, x, vitals, model, loader, machine)
                 now.loss_sum, now.loss_steps = 0.0, 0
                 mark = dataclasses.replace(now)
-            late = agree(time.perf_counter() - saved > 60 * cfg.save_minutes)
             if run and (asked or due or late):
                 save(run, model, optimizer, now)
                 saved = time.perf_counter()
@@ -340,23 +365,26 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
             if due:
                 now.evals = int(x * cfg.evals + 1e-9)
                 result = evaluation(forward) if evaluation else {}
-                if is_main and result: report(log, now, result)
+                if result:
+                    log.write("step {0:6d}  validation: bits_per_byte {bits_per_byte:.4f}, loss "
+                              "{loss:.4f} nats a token at context {context}, {1:.2f} min".format(
+                              now.step, now.seconds / 60, **result),
+                              step=now.step, minutes=now.seconds / 60, valid=result)
             if x >= 1: break
             start = time.perf_counter()
-            batches = take(loader, micro, machine.device)
+            batches, scale = take(loader, micro, machine.device), schedule(x)
             optimizer.zero_grad()
             loss = step(forward, batches)
-            norm, scale = clip_grad_norm(params, cfg.clip), schedule(x)
-            good = agree(bool(torch.isfinite(loss) & torch.isfinite(norm)))
-            if good: optimizer.step(scale)
-            synchronize(machine.device)
+            norm = clip_grad_norm(params, cfg.clip * torch.isfinite(loss))
+            look = not vitals or (now.step + 1) % cfg.log_steps == 0  # a line of the log follows
+            before = [p.detach().clone() for p in params] if look else None
+            optimizer.step(scale)
+            log.add(loss, norm)
             now.step, now.seen = now.step + 1, loader.seen
+            if look: vitals = dict(lr=optimizer.groups[0]["lr"] * scale, norm=norm,
+                                   **health(model, batches[0][0], params, before))
+            if look or machine.device.type == "cpu": log.read(now)
             now.seconds = agree(now.seconds + time.perf_counter() - start)
-            now.bad = 0 if good else now.bad + 1
-            if good: now.loss_sum, now.loss_steps = now.loss_sum + loss.item(), now.loss_steps + 1
-            elif is_main: log.write(f"step {now.step:6d}  skipped: loss {loss.item()}, gradient "
-                                    f"norm {norm.item()}", step=now.step, skipped=True)
-            if now.bad == 3: give_up(run)
     if asked and is_main:
         print(f"{asked}: stopped after step {now.step}" + (
             f", saved; go on with: python train.py --resume --run {run}" if run else ""))
@@ -364,161 +392,146 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
 
 def take(loader, micro, device):
     """The next batch as micro-batches on the device."""
-    tokens, targets = next(loader)
-    if device.type == "cuda": tokens, targets = tokens.pin_memory(), targets.pin_memory()
-    move = lambda x: x.to(device, non_blocking=device.type == "cuda")  # from pinned memory only
-    return [(move(a), move(b)) for a, b in zip(tokens.split(micro), targets.split(micro))]
+    cuda = device.type == "cuda"  # copies without waiting, from pinned memory only
+    move = lambda x: (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
+    return list(zip(*(map(move, x.split(micro)) for x in next(loader))))
 
-def warm_up(model, forward, loader, micro, machine, step):
-    """Compiles on a batch that is then put back: compiling is set-up, not training."""
-    (get, put), seen = generator_of(model), loader.seen
-    state, buffers = get(), [b.clone() for b in model.buffers()]
-    step(forward, take(loader, micro, machine.device)[:1])
+def warm_up(model, optimizer, loader, cfg, machine, step):
+    """-> (model, micro_batch). Compiles if asked to, and on a GPU finds how many sequences fit into
+    memory at once, on a step that is then taken back: this is set-up, not training. Halves
+    micro_batch until it fits; the batch stays."""
+    micro, (_, random), seen = cfg.micro_batch or cfg.batch_size, generator_of(model), loader.seen
+    if not machine.compile and machine.device.type != "cuda": return model, micro
+    state, buffers = random.get_rng_state(), [b.clone() for b in model.buffers()]
+    forward, fits = torch.compile(model, dynamic=False) if machine.compile else model, False
+    fresh = not optimizer.state_tensors()
+    while not fits:
+        try:
+            step(forward, take(loader, micro, machine.device)[:2])
+            if fresh: optimizer.step(0.0)  # its averages take memory, its products are compiled
+            fits = True
+        except torch.OutOfMemoryError:
+            if micro % 2: raise UserError(f"micro_batch: got {micro}, which does not fit into "
+                                          "memory, wanted less; set --micro_batch or --d_model")
+            micro //= 2
+            print(f"out of memory: micro_batch {micro}", flush=True)
+            for p in model.parameters(): p.grad = None
+        loader.seek(seen)
     synchronize(machine.device)
-    put(state)  # dropout must not notice, nor the biases of routers
+    random.set_rng_state(state)  # dropout must not notice, nor the biases of routers
     for b, old in zip(model.buffers(), buffers): b.copy_(old)
-    loader.seek(seen)
-
-def give_up(run):
-    raise SystemExit("three steps in a row without a finite loss; the last good checkpoint: "
-                     f"{run and checkpoints(run)[0]}; begin anew: smaller --lr, or other data")
-
-def log_step(log, now, mark, x, norm, lr, model, loader, machine):
-    tokens = now.seen * loader.seq_len
-    rate = (tokens - mark.seen * loader.seq_len) / (now.seconds - mark.seconds)
-    row = dict(step=now.step, minutes=now.seconds / 60, loss=now.loss_sum / now.loss_steps, lr=lr,
-               grad_norm=float(norm), tokens=tokens, tokens_per_s=rate,
-               mfu=rate * model.flops_per_token() / machine.peak)
-    log.write("step {step:6d}  {x:5.1f} %  {minutes:7.2f} min  loss {loss:7.4f}  lr {lr:.2e}  norm "
-              "{grad_norm:6.2f}  {tokens_per_s:9,.0f} tokens/s  MFU {percent:4.1f} %"
-              .format(x=100 * min(x, 1), percent=100 * row["mfu"], **row), **row)
-
-def report(log, now, result):
-    log.write(f"step {now.step:6d}  validation: bits_per_byte {result['bits_per_byte']:.4f}, loss "
-              f"{result['loss']:.4f} nats a token at context {result['context']}, "
-              f"{now.seconds / 60:.2f} min", step=now.step, minutes=now.seconds / 60, valid=result)
+    if fresh: optimizer.state = [[{} for _ in states] for states in optimizer.state]
+    return forward, micro
 
 # -----------------------------------------------------------------------------
 # Tools that look at a run
 
-def walk(model, optimizer, corpus, cfg, machine):
-    """One batch through every stage from text to moved weights; waits for Enter in a terminal. A
-    few steps come first, without a word: at the start zeros are all there is to see."""
-    def stage(title, lines):
-        print(f"\n== {title}")
-        for line in lines: print("   " + line)
+def walk(model, optimizer, loader, cfg, machine, tok):
+    """One batch through every stage from text to moved weights; waits for Enter in a terminal. Ten
+    steps come first, without a word: at the start zeros are all there is to see."""
+    def stage(title, *lines, tensors=()):
+        print(f"\n== {title}", *lines, sep="\n   ")
+        for name, t in tensors:
+            if not torch.is_tensor(t): continue  # a block puts out more, too
+            values = " ".join(f"{v:+.1e}" for v in t.detach().float().flatten()[:5].tolist())
+            print(f"   {name:38s} {str(tuple(t.shape)):17s} {values} ...")
         if sys.stdin.isatty(): input("   [Enter] ")
 
-    def shown(name, t):
-        values = " ".join(f"{v:+.1e}" for v in t.detach().float().flatten()[:5].tolist())
-        return f"{name:38s} {str(tuple(t.shape)):17s} {values} ..."
-
-    tok, first, outputs = corpus.tokenizer, re.compile(r"(?!layers\.)|layers\.0\b"), []
-    named = {name: p for name, p in model.named_parameters() if first.match(name)}
-    loader = Loader(open_tokens(corpus.train), model.cfg.seq_len, 2, cfg.seed)
-    for batch in (next(loader) for _ in range(10)):
+    loader = Loader(loader.tokens, loader.seq_len, 2, cfg.seed)
+    for i in range(11):
+        if i: optimizer.step(0.3)
         optimizer.zero_grad()
-        local_step(model, [[t.to(machine.device) for t in batch]])
-        optimizer.step(0.3)
-    batch = next(loader)
-    ids, piece = batch[0][0].tolist(), lambda i: repr(tok.decode([i]))
-    tokens, targets = (t.to(machine.device) for t in batch)
-    stage("1. text: the first of two sequences", tok.decode(ids)[:240].splitlines())
-    stage("2. tokens: ids, and the pieces they stand for",
-          [str(ids[:12]), " ".join(map(piece, ids[:12]))])
-    stage("3. targets: the same, one place on", [f"{t[0, :8].tolist()}" for t in batch])
-    hooks = [m.register_forward_hook(lambda m, _, out, name=name: outputs.append((name, out)))
-             for name, m in model.named_modules() if first.match(name)]
+        batches = take(loader, 2, machine.device)
+        loss = local_step(model, batches).item()
+    (tokens, targets), piece = batches[0], lambda i: repr(tok.decode([i]))
+    ids = tokens[0].tolist()
+    stage("1. text: the first of two sequences", *tok.decode(ids)[:240].splitlines())
+    stage("2. tokens: ids, and the pieces they stand for", ids[:12], " ".join(map(piece, ids[:12])))
+    stage("3. targets: the same, one place on", ids[:8], targets[0, :8].tolist())
+    first = lambda pairs: {n: x for n, x in pairs if re.match(r"(?!layers\.)|layers\.0\b", n)}
+    out, weights = [], first(model.named_parameters())
+    hooks = [m.register_forward_hook(lambda m, _, y, name=name: out.append((name, y)))
+             for name, m in first(model.named_modules()).items()]
     logits = model(tokens)[0]
     for hook in hooks: hook.remove()
-    stage("4. forward: what the modules put out, of the layers the first", [
-        shown(name, out) for name, out in outputs + [("logits", logits)] if torch.is_tensor(out)])
-    best = logits[0, -1].softmax(-1).topk(5)
-    stage("5. prediction: the likeliest tokens after the last, and their probabilities", [
-        f"{p:.4f}  {piece(i)}" for p, i in zip(best.values.tolist(), best.indices.tolist())])
-    optimizer.zero_grad()
-    loss = local_step(model, [(tokens, targets)]).item()
-    stage("6. loss: mean of -log p(target)", [f"{loss:.4f} nats; a uniform guess has ln "
-          f"{model.cfg.vocab_size} = {math.log(model.cfg.vocab_size):.4f}"])
-    stage("7. backward: gradients, in the shape of what they move", [
-        shown(name, p.grad) for name, p in named.items()])
+    stage("4. forward: what the modules put out, of the layers the first",
+          tensors=[*out, ("logits", logits)])
+    p = logits[0, -1].softmax(-1)
+    stage("5. prediction: the likeliest tokens after the last, and their probabilities",
+          *(f"{p[i]:.4f}  {piece(i)}" for i in p.topk(min(5, len(p))).indices.tolist()))
+    stage("6. loss: mean of -log p(target)",
+          f"{loss:.4f} nats; a uniform guess has ln {len(p)} = {math.log(len(p)):.4f}")
+    stage("7. backward: gradients, in the shape of what they move",
+          tensors=[(name, w.grad) for name, w in weights.items()])
     norm = clip_grad_norm(model.parameters(), cfg.clip).item()
-    old = {name: p.detach().clone() for name, p in named.items()}
+    old = {name: w.detach().clone() for name, w in weights.items()}
     optimizer.step(0.3)
     stage(f"8. update: the gradient, of norm {norm:.3f}, is clipped to {cfg.clip} if larger; then "
-          f"{cfg.optimizer} moves the weights, here at 0.3 lr = {0.3 * cfg.lr:.1e}", [
-        shown(f"{role(name, p):9s} {name[-28:]}", p - old[name]) for name, p in named.items()])
-    after = (model(tokens, targets)[0].sum() / (targets >= 0).sum()).item()
-    stage("9. the same batch again", [f"loss {loss:.4f} -> {after:.4f}"])
+          f"{cfg.optimizer} moves the weights, here at 0.3 lr",
+          tensors=[(f"{role(n, w):9s} {n[-28:]}", w - old[n]) for n, w in weights.items()])
+    stage("9. the same batch again", f"loss {loss:.4f} -> {local_step(model, batches).item():.4f}")
 
-def profile(model, optimizer, loader, cfg, machine, folder):
+def profile(model, optimizer, loader, cfg, machine, _):
     """Ten steps under torch.profiler: the ten costliest operations, and a trace for a browser."""
-    forward = torch.compile(model, dynamic=False) if machine.compile else model
-
-    def step():
-        optimizer.zero_grad()
-        local_step(forward, take(loader, cfg.micro_batch or cfg.batch_size, machine.device))
-        optimizer.step()
-
-    for _ in range(3): step()  # the first ones compile, and allocate
-    with torch.profiler.profile() as prof:
-        for _ in range(10): step()
+    forward, micro = warm_up(model, optimizer, loader, cfg, machine, local_step)
+    def steps(n):
+        for _ in range(n):
+            optimizer.zero_grad()
+            local_step(forward, take(loader, micro, machine.device))
+            optimizer.step()
         synchronize(machine.device)
+
+    steps(3)  # the first ones allocate
+    with torch.profiler.profile() as prof: steps(10)
     key = "self_cuda_time_total" if machine.device.type == "cuda" else "self_cpu_time_total"
     print(prof.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=40))
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    prof.export_chrome_trace(str(Path(folder) / "trace.json"))
-    print(f"trace: {folder}/trace.json (open it at ui.perfetto.dev or chrome://tracing)")
+    RUNS.mkdir(exist_ok=True)
+    prof.export_chrome_trace(str(RUNS / "trace.json"))
+    print(f"trace: {RUNS}/trace.json (open it at ui.perfetto.dev or chrome://tracing)")
 
-def board(runs):
-    """Finished runs by bits_per_byte; they compare where the text is the same."""
-    lines = []
-    for path in Path(runs).glob("*/result.json"):
-        try:
-            r = json.loads(path.read_text())
-            lines.append((r["text"], r["bits_per_byte"], f"{path.parent.name:26s}" + (
-                "{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}{parameters:12,d}  "
-                "{dataset} {text:.8}, {hardware}").format(**r)))
-        except (ValueError, KeyError, TypeError): print(f"{path}: damaged, left out")
-    if not lines: raise UserError(f"board: got no run under {runs}/; wanted one: python train.py")
-    print(f"{'run':26s} bits_per_byte context  minutes     FLOPs  parameters")
-    for _, _, line in sorted(lines): print(line)
+def noise(model, _, loader, cfg, machine, tok, parts=64):
+    """Measures the gradient noise scale on batches of 1/4 batch_size (with --resume: of a run)."""
+    b, total, small = max(1, cfg.batch_size // 4), 0, 0.0
+    loader = Loader(loader.tokens, loader.seq_len, b, cfg.seed)
+    for _ in tqdm(range(parts), leave=False):
+        model.zero_grad()
+        local_step(model, take(loader, min(b, cfg.micro_batch or b), machine.device))
+        g = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        small, total = small + g.square().sum().item() / parts, total + g / parts
+    scale = noise_scale(small, total.square().sum().item(), b, b * parts)
+    of_step = 1 / (1 + scale / cfg.batch_size)
+    print(f"gradient noise scale {scale:,.0f} sequences, {scale * loader.seq_len:,.0f} tokens: at "
+          f"batch_size {cfg.batch_size} a step brings {of_step:.0%} of what an endless batch would,"
+          f" a sequence {1 - of_step:.0%} of what it can")
 
-def plot(run):
-    """Draws runs/NAME/loss.png from the log if matplotlib is installed."""
-    try: from matplotlib.figure import Figure
-    except ImportError: return print("no picture: matplotlib is not installed")
-    rows = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-    points = {"training": [(r["minutes"], r["loss"]) for r in rows if "loss" in r],
-              "validation": [(r["minutes"], r["valid"]["loss"]) for r in rows if "valid" in r]}
-    picture = Figure(figsize=(7, 4))
-    axes = picture.subplots()
-    for label, of in points.items(): axes.plot(*zip(*of), ".-", label=label)
-    axes.set(xlabel="minutes", ylabel="loss (nats per token)")
-    axes.legend()
-    picture.savefig(Path(run) / "loss.png", dpi=120)
-    print(f"picture: {run}/loss.png")
+LOOKS = {"walk": walk, "profile": profile, "noise": noise}  # at a model; they leave no run
 
 # -----------------------------------------------------------------------------
 # The command line
-# The settings of a run are a dict of three: `train` and `model`, fields of the two configurations,
-# and `data`, hashes of the tokenizer and the texts. They are kept in its train.json.
+# The settings of a run are a dict: `train` and `model`, fields of the two configurations, `data`,
+# hashes of the tokenizer and the texts, and the steps of its `recipe`. Its train.json keeps them.
 
 FREE = ("device", "threads", "log_steps", "save_minutes", "data_dir", "mirror")  # may change later
+FIELDS = {f.name for c in (TrainConfig, ModelConfig) for f in dataclasses.fields(c)}
 
 def settle(given):
     """Flags over the preset's row over the recipe over the dataclasses' defaults -> settings."""
     cuda = pick_device(given.get("device", "auto")).type == "cuda"
-    recipe = "cpu" if not cuda else "cuda owt" if given.get("dataset") == "owt" else "cuda"
+    row = RECIPES["cpu" if not cuda else "cuda owt" if given.get("dataset") == "owt" else "cuda"]
+    minutes = given.get("minutes", row["minutes"])  # if it makes no sense TrainConfig says so
+    row, steps = recipe(row, minutes if minutes and 0 < minutes < math.inf else row["minutes"])
     name = given.get("preset", TrainConfig.preset)
     if given.get("tokenizer", "bpe") != "bpe" and "vocab_size" in given:
         raise UserError(f"vocab_size: got {given['vocab_size']}, wanted none, as the tokenizer "
                         f"{given['tokenizer']} has its own; leave --vocab_size out")
-    merged = {**RECIPES[recipe], **fields_of(name, given)}
+    merged = {**row, **fields_of(name, given)}
+    for small, large in ("n_kv_heads", "n_heads"), ("micro_batch", "batch_size"):
+        if merged.get(small) and small not in given:  # a row's, which need not divide a flag's
+            merged[small] = math.gcd(merged[small], merged[large])
     if given.get("steps") and "minutes" not in given: merged["minutes"] = None
     pick = lambda config: dataclasses.asdict(config(**{
         f.name: merged[f.name] for f in dataclasses.fields(config) if f.name in merged}))
-    return {"train": pick(TrainConfig), "model": pick(ModelConfig), "data": None}
+    return {"train": pick(TrainConfig), "model": pick(ModelConfig), "data": None, "recipe": steps}
 
 def resumed(run, given):
     """The settings a run was begun with. A flag given now that differs is an error, unless it
@@ -533,26 +546,21 @@ def resumed(run, given):
                             f"leave --{name} out, or begin a new run")
     return settings
 
-def free(path):
-    """The first of path-1, path-2, ... that does not exist."""
-    return next(p for p in (Path(f"{path}-{i}") for i in range(1, 10 ** 6)) if not p.exists())
+def free(name):
+    """The first of runs/NAME-1, runs/NAME-2, ... that does not exist."""
+    return next(p for p in (RUNS / f"{name}-{i}" for i in range(1, 10 ** 6)) if not p.exists())
 
 def run_directory(args):
     """Where the run lives: --run, or a free name; with --resume the newest unless named."""
-    runs, given = Path("runs"), vars(args)
-    if args.run: path = Path(args.run) if os.sep in args.run else runs / args.run
-    elif args.resume:
-        found = sorted(runs.glob("*/train.json"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise UserError("resume: got no run under runs/, wanted one; leave --resume out")
-        path = found[-1].parent
-    else:
-        stem = "-".join([Path(given.get("dataset", TrainConfig.dataset)).stem,
-                         given.get("preset", TrainConfig.preset)])
-        path = free(runs / stem)
-    if args.resume and not (path / "train.json").exists():
-        raise UserError(f"resume: got {path}, wanted a run that train.py began; leave --resume out")
-    if not args.resume and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if args.resume:
+        files = [args.run / "train.json"] if args.run else RUNS.glob("*/train.json")
+        found = sorted(filter(Path.exists, files), key=lambda p: p.stat().st_mtime)
+        if found: return found[-1].parent
+        raise UserError(f"resume: got {args.run or f'no run under {RUNS}/'}, wanted a run that "
+                        "train.py began; leave --resume out")
+    words = [getattr(args, name, getattr(TrainConfig, name)) for name in ("dataset", "preset")]
+    path = args.run or free("-".join(Path(word).stem for word in words))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"run: got {path}, which exists; wanted a new name; set --run, or go on "
                         f"with it: --resume --run {path}")
     return path
@@ -560,11 +568,11 @@ def run_directory(args):
 def get_corpus(run, cfg, settings, resume):
     """(Corpus, Loader). The settings of a run (None: of none) are written before the work, so that
     one that is killed meanwhile can be resumed, and taken back if they are wrong."""
-    def write():
+    def keep():
         if run:
             with atomic_write(run / "train.json", "w") as f: json.dump(settings, f, indent=1)
-    if not resume: write()
     model = settings["model"]
+    if not resume: keep()
     try:
         corpus = prepare(cfg.dataset, cfg.tokenizer, model["vocab_size"], cfg.data_dir, cfg.mirror)
         loader = Loader(open_tokens(corpus.train), model["seq_len"], cfg.batch_size, cfg.seed)
@@ -578,67 +586,59 @@ def get_corpus(run, cfg, settings, resume):
         raise UserError(f"data: got another text or tokenizer of {cfg.dataset} than {run} was "
                         "begun with, wanted the same; restore it, or begin a new run")
     settings["data"] = data
-    write()
+    keep()
     return corpus, loader
 
-def validation(corpus, limit):
-    """(tokens, bytes of their text) to evaluate on."""
-    tokens, tok = open_tokens(corpus.valid), corpus.tokenizer
-    if limit is None or len(tokens) <= limit: return tokens, corpus.info["valid"]["bytes"]
-    print(f"evaluations use the first {limit:,} of {len(tokens):,} validation tokens")
-    special = set(tok.special_tokens.values())
-    size = np.array([0 if i in special else len(tok.vocab[i]) for i in range(tok.vocab_size)])
-    return tokens[:limit], int(size[tokens[1:limit]].sum())
-
 def main(args):
-    if args.board: return board("runs")
+    if args.board: return board()
     if args.race: return race(args)
-    look = args.walk or args.profile  # these leave no run
+    args.resume |= bool(args.compare)
     run, given = run_directory(args), vars(args)
+    if args.compare: return compare(run, args.compare)
+    look = next((LOOKS[name] for name in LOOKS if given[name]), None)
     settings = resumed(run, given) if args.resume else settle(given)
     cfg = TrainConfig(**settings["train"])
-    print(f"{run}: {cfg}")
+    print(f"{run}: {cfg}", *settings["recipe"], sep="\n")
     if cfg.dataset == "owt" and pick_device(cfg.device).type != "cuda":
         print("no CUDA device: a small model trains on the same data for "
               + (f"{cfg.minutes} minutes" if cfg.minutes else f"{cfg.steps} steps"))
     corpus, loader = get_corpus(None if look else run, cfg, settings, args.resume)
-    tok, valid = corpus.tokenizer, corpus.info["valid"]
+    tok, text = corpus.tokenizer, corpus.info["valid"]["text"]
     machine = set_up(cfg)  # after `prepare`: a process is forked more safely before threads start
     model_cfg = ModelConfig(**{**settings["model"], "vocab_size": tok.vocab_size})
     model, optimizer = build(model_cfg, cfg, machine)
     model.eos, n = tok.eot, model.n_params()
-    valid_tokens, valid_bytes = validation(corpus, cfg.eval_tokens)
+    tokens, n_bytes = validation(corpus, cfg.eval_tokens)
     print(f"{machine.line}\n{model_cfg}\n{sum(n.values()):,} parameters {n}, "
           f"{model.flops_per_token():.3g} FLOPs to train on a token; one epoch is "
           f"{len(loader.tokens):,} tokens")
-    if look and args.resume: load_checkpoint(run, model, optimizer)
-    if args.walk: return walk(model, optimizer, corpus, cfg, machine)
-    if args.profile: return profile(model, optimizer, loader, cfg, machine, "runs")
+    if look:
+        if args.resume: load_checkpoint(run, model, optimizer)
+        return look(model, optimizer, loader, cfg, machine, tok)
     tok.save(run / "tokenizer.json")
     if not checkpoints(run):
         (run / "log.jsonl").unlink(missing_ok=True)
-        ladder = shannon(loader.tokens, valid_tokens, tok.vocab_size, valid_bytes)
+        ladder = shannon(loader.tokens, tokens, tok.vocab_size, n_bytes)
         note = ("the budget counts steps (batch, forward, backward, update); preparing data, "
                 "compiling, checkpoints and evaluations are outside")
         Log(run, Progress()).write(
-            "bits_per_byte of " + ", ".join(f"{k} {v:.3f}" for k, v in ladder.items()) + " models "
-            f"of the same tokens, up to 20 M; sha256 of the validation text {valid['text'][:16]}\n"
-            + note, step=0, ladder=ladder, text=valid["text"], note=note)
+            f"bits_per_byte of {', '.join(f'{k} {v:.3f}' for k, v in ladder.items())} models of "
+            f"the same tokens, up to 20 M; sha256 of the validation text {text[:16]}\n{note}",
+            step=0, ladder=ladder, text=text, note=note)
     check = lambda forward: evaluate(forward, in_order(
-        valid_tokens, model_cfg.seq_len, cfg.micro_batch or cfg.batch_size), valid_bytes,
-        machine.device)
+        tokens, model_cfg.seq_len, cfg.micro_batch or cfg.batch_size), n_bytes, machine.device)
     now, result = fit(model, optimizer, loader, cfg, machine, run, args.resume, check)
-    if result: finish(run, model, tok, cfg, now, result, machine, valid["text"])
+    if result: finish(run, model, tok, cfg, now, result, machine, text)
 
 def finish(run, model, tok, cfg, now, result, machine, text):
     """What a finished run leaves: result.json for --board, a picture, a sample."""
-    flops = now.seen * model.cfg.seq_len * model.flops_per_token()
+    tokens, minutes = now.seen * model.cfg.seq_len, now.seconds / 60
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
     if machine.device.type == "cuda": most = torch.cuda.max_memory_allocated(machine.device)
-    row = {**result, "minutes": now.seconds / 60, "flops": flops, "dataset": cfg.dataset,
-           "parameters": sum(model.n_params().values()), "hardware": device_name(machine.device),
-           "text": text, "memory_bytes": most,
-           "tokens_per_s": now.seen * model.cfg.seq_len / now.seconds}
+    row = dict(
+        result, minutes=minutes, flops=tokens * model.flops_per_token(), dataset=cfg.dataset,
+        parameters=sum(model.n_params().values()), hardware=device_name(machine.device), text=text,
+        memory_bytes=most, tokens_per_s=tokens / now.seconds, ms=1e3 * now.seconds / now.step)
     with atomic_write(run / "result.json", "w") as f: json.dump(row, f, indent=1)
     plot(run)
     print("sample:")
@@ -648,9 +648,7 @@ def finish(run, model, tok, cfg, now, result, machine, text):
     stream.flush()
     print(f"\nmore: python sample.py --run {run} --prompt TEXT\nvalidation bits_per_byte "
           f"{result['bits_per_byte']:.4f}, loss {result['loss']:.4f} nats a token at context "
-          f"{model.cfg.seq_len}, {now.seconds / 60:.2f} minutes, {now.step} steps")
-
-FIELDS = {f.name: f for c in (TrainConfig, ModelConfig) for f in dataclasses.fields(c)}
+          f"{model.cfg.seq_len}, {minutes:.2f} minutes, {now.step} steps")
 
 def race(args):
     """A run for each value of a field and each seed, all on the same budget, and a table. Each is a
@@ -661,38 +659,40 @@ def race(args):
         raise UserError(f"race: got {args.race!r} and {args.seeds} seeds, wanted FIELD=VALUE,VALUE "
                         "of a field in --help, a seed or more; leave --run and --resume out")
     for value in values.split(","):  # a mistake is found before anything is trained
-        read = reader(FIELDS[name])
-        try: settle({**given, name: read(value)})
-        except ValueError: raise UserError(f"race: got {name}={value}, wanted {read.__name__}")
-    print(f"{name:14s}  parameters  bits_per_byte     std  tokens/s  peak MB  runs")
+        settle({**given, **vars(build_parser().parse_args([f"--{name}={value}"]))})
+    print(f"{name:14s}  parameters  bits_per_byte     std  tokens/s  ms/step  peak MB  runs")
     for value in values.split(","):
         rows, stem = [], f"race-{name}-{Path(value).name}"
         for seed in range(args.seeds):
-            path = free(Path("runs") / stem)
+            path = free(stem)
             flags = {**given, "run": path, "seed": given.get("seed", 0) + seed, name: value}
             if subprocess.run([sys.executable, __file__, *(f"--{k}={v}" for k, v in flags.items())],
                               stdout=subprocess.DEVNULL).returncode:
                 raise UserError(f"race: got no result from {path}, for what is said above")
             rows.append(json.loads((path / "result.json").read_text()))
-        n, bits, rate, most = np.array([[r[key] for key in (
-            "parameters", "bits_per_byte", "tokens_per_s", "memory_bytes")] for r in rows]).T
+        n, bits, rate, ms, most = np.array([[r[key] for key in (
+            "parameters", "bits_per_byte", "tokens_per_s", "ms", "memory_bytes")] for r in rows]).T
         std = f"{bits.std(ddof=1):8.4f}" if len(bits) > 1 else f"{'-':>8s}"
         print(f"{value:14s}{n.mean():12,.0f}{bits.mean():15.4f}{std}{rate.mean():10,.0f}"
-              f"{most.mean() / 1e6:9,.0f}  {stem}", flush=True)
+              f"{ms.mean():9.1f}{most.mean() / 1e6:9,.0f}  {stem}", flush=True)
 
 def build_parser():
     parser = argparse.ArgumentParser(description="Trains a language model for a budget of minutes.")
-    add = parser.add_argument
-    add("--run", help="directory, or name under runs/, to keep the run in (default: a free name)")
+    add, place = parser.add_argument, lambda s: Path(s) if os.sep in s else RUNS / s
+    add("--run", type=place, metavar="RUN",
+        help="directory, or name under runs/, to keep the run in (default: a free name)")
     add("--resume", action="store_true", help="go on with --run, or the newest run (default: off)")
     add("--walk", action="store_true", help="one batch, stage by stage, and stop (default: off)")
     add("--profile", action="store_true", help="profile ten steps and stop (default: off)")
+    add("--noise", action="store_true", help="measure the gradient noise scale, of a run with "
+        "--resume, and stop (default: off)")
+    add("--compare", type=place, metavar="RUN",
+        help="a run to hold against --run, at equal cost, and stop (default: none)")
     add("--board", action="store_true", help="rank the runs under runs/ and stop (default: off)")
     add("--race", help="FIELD=VALUE,VALUE: a run of each, and a table (default: none)")
     add("--seeds", type=int, default=1, help="runs of each value of --race (default: 1)")
     recipes = {name: {**row, **PRESETS[TrainConfig.preset]} for name, row in RECIPES.items()}
-    add_fields(parser, TrainConfig, recipes)
-    add_fields(parser, ModelConfig, recipes)
+    for config in (TrainConfig, ModelConfig): add_fields(parser, config, recipes)
     return parser
 
 if __name__ == "__main__":
