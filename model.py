@@ -23,7 +23,7 @@ SHAPES
     V vocab_size, L n_layers. Order (B, H, T, Dh); weights (out, in); masks bool, True = may look.
 
 CONTENTS  ModelConfig / MIXERS / FFNS / Block, LM / PRESETS / runs / the lesson
-NOT HERE  operations and caches beneath (kernels.py), sharding (parallel.py), sampling (sample.py)
+NOT HERE  operations and caches beneath (kernels.py), sharding over devices, sampling (sample.py)
 RUN       python model.py          # parameters and FLOPs; last line "... of the FLOPs at 175B"
           python model.py bench    # tokens/s of each mixer at three lengths, and of experts
 REFERENCES  at each class and preset; of ReLU^2 2109.08668, of the soft-cap 2408.00118
@@ -439,7 +439,7 @@ class LM(nn.Module):
         assert self.cfg.pos != "learned" or seen + tokens.shape[1] <= self.cfg.seq_len, "too long"
         ctx = Context(self.cfg, tokens, pos, cache[0].next_pos() if cache else None)
         x = self.embed_tokens(tokens)  # (B, T, D)
-        if self.cfg.bigram:  # any two odd numbers: few pairs share a row
+        if self.cfg.bigram:  # hashed by two odd numbers, so that few pairs share a row
             pair = 36313 * ctx.before(cache and cache[-1]) + 27191 * tokens
             x = x + self.embed_bigram(pair % len(self.embed_bigram.weight))
         if self.cfg.embed_scale: x = x * math.sqrt(self.cfg.d_model)

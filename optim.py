@@ -26,7 +26,7 @@ THE COSTS
     Of the elementwise ones a handful of FLOPs per parameter and step, nothing next to the
     gradient's 6 per *token*; so what counts is memory: 4 bytes in float32 for each average kept
     (SGD 0, Momentum, AdaGrad, RMSProp, Muon 4, Adam 8), besides 4 for the weight and 4 for its
-    gradient. Those that see a matrix (m, n) take products, some 10 (m + n) FLOPs a parameter.
+    gradient. Those that see a matrix (m, n) take products, 4 to 9 (m + n) FLOPs a parameter.
 
 CONTENTS  Optimizer and the ladder / matrices / OPTIMIZERS / roles, groups, muP / clipping, health,
           noise / SCHEDULES / the lesson
