@@ -1031,6 +1031,7 @@ def test_noise_scale_solves_its_two_equations_and_level_tells_spikes():
     level, rng = optim.Level(), random.Random(0)
     usual = [level.spikes(4 - i / 1000 + rng.gauss(0, 0.1)) for i in range(1000)]
     assert not any(usual) and level.spikes(5.0) and not level.spikes(3.0)
+    assert not [level.spikes(6.0) for _ in range(300)][-1]  # what lasts becomes the level
 
 def test_frozen_parameters_stay_and_count_no_step():
     p, q = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
@@ -1044,6 +1045,7 @@ def test_groups_partition_the_parameters_and_only_matrices_decay():
         groups = optim.param_groups(m, weight_decay=0.1, embedding=0.5)
         grouped = [id(p) for g in groups for p in g["params"]]
         assert sorted(grouped) == sorted(map(id, m.parameters()))
+        assert "head" in [g["role"] for g in groups]  # a tied table moves as the head that it is
         for g in groups:
             assert (g["weight_decay"] > 0) == (g["role"] == "matrix")
             assert ("lr" in g) == (g["role"] == "embedding")
