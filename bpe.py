@@ -18,8 +18,7 @@ THE COSTS
     train       splitting is linear in the text and uses all cores; the merge loop works on distinct
                 pre-tokens, of which an index of pairs says what a merge changes
     encode      a look-up per pre-token, since words repeat; n log n for a new one of n bytes
-CONTENTS  tools for everyone / pre-tokens / train_reference / train / Tokenizer / files of ours and
-          of others / show, lesson, bench
+CONTENTS  tools for everyone / pre-tokens / training / Tokenizer / files / show, lesson, bench
 NOT HERE  compiled loops (tiktoken, Hugging Face tokenizers); unigram models (SentencePiece); models
           of raw bytes (ByT5, MegaByte, BLT), though a Tokenizer without merges is what they need
 RUN       python bpe.py    # the lesson; last line "... come back unchanged: True"
@@ -50,8 +49,8 @@ BLOCK = 1 << 19         # characters that are split and encoded at once [our cho
 CACHE_SIZE = 1 << 18    # pre-tokens whose ids are remembered [our choice]
 
 # -----------------------------------------------------------------------------
-# Tools for everyone: one way to tell a user what is wrong, one way to write a file, one way to
-# use all cores. They live here because this file imports none of the others.
+# Tools for everyone, since this file imports none of the others: to tell a user what is wrong, to
+# write a file, to use all cores.
 class UserError(SystemExit):
     """A user's mistake: UserError("what, got, wanted, do"). Prints that once; exit status 2."""
     code = 2   # were it the message, the interpreter would print that again and exit with 1
@@ -287,9 +286,8 @@ def train(path, vocab_size: int, special_tokens=(EOT,), pattern: str = "gpt2", w
 # -----------------------------------------------------------------------------
 # What models use. Encoding replays the merges in the order of learning, which is neither the
 # longest match nor one pass over the text: counts of the training text decide how a word is cut.
-# A str is a sequence of code points (ord, chr: 1,114,112 are possible, most texts use a few
-# hundred), a file one of bytes. UTF-8 maps one to the other, 1 to 4 bytes a code point, ASCII
-# unchanged. Not all bytes are UTF-8, and one byte of several means nothing: join, then decode.
+# A str is a sequence of code points (ord, chr: 1,114,112 are possible), a file one of bytes. UTF-8
+# maps one to the other, 1 to 4 bytes a code point. One byte of several means nothing: join first.
 class Memory(dict):   # the tokens of words, since words repeat; not of long ones, which hardly do
     def __missing__(self, word: str) -> str:
         tokens = self.encode_word(word)
@@ -381,17 +379,14 @@ class Tokenizer:
                 file.write(ids.astype(self.dtype))
             return file.tell() // self.dtype.itemsize
     def decode_bytes(self, ids) -> bytes:
-        try:
-            return b"".join([self.vocab[i] for i in ids])
+        try: return b"".join([self.vocab[i] for i in ids])
         except KeyError as error:
             raise UserError(f"decode: got id {error}; wanted 0 to {self.vocab_size - 1}") from None
     def decode(self, ids) -> str:
         """ids -> text. What a model samples need not be UTF-8: the unreadable shows as U+FFFD."""
         data = self.decode_bytes(ids)
-        try:
-            return data.decode("utf-8", "surrogatepass")   # as encode_word made it
-        except UnicodeDecodeError:
-            return data.decode(errors="replace")
+        try: return data.decode("utf-8", "surrogatepass")   # as encode_word made it
+        except UnicodeDecodeError: return data.decode(errors="replace")
     @functools.cached_property
     def hash(self) -> str:   # sha256 of tokenizer.json, which holds all that decides ids
         return hashlib.sha256(self.to_text().encode()).hexdigest()
@@ -420,9 +415,8 @@ def spell(token: bytes) -> str: return "".join(BYTE_CHARS[b] for b in token)
 def unspell(text: str) -> bytes: return bytes(CHAR_BYTES[char] for char in text)
 
 LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-def rules(pattern: str) -> list:   # how tokenizer.json says a row of SPLIT_PATTERNS
-    return [{"type": "Split", "pattern": {"Regex": SPLIT_PATTERNS[pattern]},
-             "behavior": "Isolated", "invert": False}, LEVEL]
+RULES = {name: [dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False),
+                LEVEL] for name, pattern in SPLIT_PATTERNS.items()}   # as tokenizer.json says it
 
 def to_json(tokenizer) -> str:
     """Hugging Face's format, and its `tokenizers` gives the same ids, unless the tokens are
@@ -435,25 +429,17 @@ def to_json(tokenizer) -> str:
         if times[special] > 1 or special.encode() in made:
             raise UserError(f"special tokens: got {special!r}, which tokenizer.json would mix "
                             'up with another token; wanted none like it; try "<|name|>"')
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": i, "content": special, **flags, "special": True}
+    added = [dict(id=i, content=special, single_word=False, lstrip=False, rstrip=False,
+                  normalized=False, special=True)
              for special, i in sorted(specials.items(), key=itemgetter(1))]
     model = {"type": "BPE", "unk_token": unk, "ignore_merges": tokenizer.ignore_merges,
              "vocab": {spelled[token]: i for token, i in ids.items()},
              "merges": [f"{spelled[left]} {spelled[right]}" for left, right in tokenizer.merges]}
-    pre = None if unk else {"type": "Sequence", "pretokenizers": rules(tokenizer.pattern)}
+    pre = None if unk else {"type": "Sequence", "pretokenizers": RULES[tokenizer.pattern]}
     return json.dumps({
         "version": "1.0", "added_tokens": added, "model": model, "pre_tokenizer": pre,
         "normalizer": tokenizer.normalizer and {"type": tokenizer.normalizer},
         "decoder": {"type": "Fuse"} if unk else LEVEL}, ensure_ascii=False, indent=1) + "\n"
-
-def pattern_of(pre):
-    """The row of SPLIT_PATTERNS that a pre_tokenizer means, or None."""
-    if pre is None: return "chars"
-    *split, level = pre.get("pretokenizers", [pre])
-    level = {"use_regex": True, **level, "trim_offsets": True}
-    if [*split, level] == [LEVEL | {"use_regex": True}]: return "gpt2"   # so says GPT-2's own file
-    return next((name for name in SPLIT_PATTERNS if [*split, level] == rules(name)), None)
 
 # With these a tokenizer.json asks for what we do not do: our ids would not be its own
 REFUSED = """truncation padding dropout continuing_subword_prefix end_of_word_suffix byte_fallback
@@ -463,13 +449,17 @@ def from_json(spec: dict):
     """Characters, as we write them, or byte-level BPE. A post_processor, which puts special tokens
     around a text, is left out."""
     model, added, pre = spec["model"], spec["added_tokens"], spec["pre_tokenizer"]
-    pattern, normalizer = pattern_of(pre), spec.get("normalizer") or {"type": None}
+    *split, level = pre.get("pretokenizers", [pre]) if pre else [LEVEL]
+    split.append({"use_regex": True, **level, "trim_offsets": True})
+    pattern = "gpt2" if split == [LEVEL | {"use_regex": True}] else "chars" if not pre else next(
+        (name for name in RULES if split == RULES[name]), None)   # the first: GPT-2's own file
+    normalizer = spec.get("normalizer") or {"type": None}
     unknown = [key for part in (spec, model, *added) for key in REFUSED if part.get(key)]
     unknown += ["pre_tokenizer"] * (not pattern) + ["type"] * (model["type"] != "BPE")
     unknown += ["normalizer"] * (normalizer not in ({"type": None}, {"type": "NFC"}))
-    after = spec.get("post_processor") or {"type": "ByteLevel"}
-    kinds = {part["type"] for part in after.get("processors", [after])}
-    unknown += ["post_processor"] * (not kinds <= {"ByteLevel", "TemplateProcessing"})
+    after = spec.get("post_processor") or {"processors": []}
+    unknown += ["post_processor" for part in after.get("processors", [after])
+                if part["type"] not in ("ByteLevel", "TemplateProcessing")]
     if unknown: raise ValueError(f"unknown {', '.join(unknown)}")
     specials = {token["content"]: token["id"] for token in added}
     vocab = {i: unspell(text) if pre and text not in specials else text.encode()
@@ -581,9 +571,10 @@ def library(folder) -> str:   # a text that every machine has: half of Python's 
 
 def lesson(path):
     text, cat = "Hello, \U0001F30D! \u4f60\u597d!", "the cat in the hat"   # a globe, Chinese
-    words, byte = CharTokenizer(split_words(text), [], "gpt2"), Tokenizer(vocab_of([], []))
+    words = CharTokenizer(split_words(text), [], "gpt2")
     print("1. A text in characters, in words, and in bytes, of which a character has 1 to 4")
-    show({"characters": CharTokenizer(text, []), "words": words, "bytes": byte}, text)
+    show({"characters": CharTokenizer(text, []), "words": words,
+          "bytes": Tokenizer(vocab_of([], []))}, text)
     print("   words, on another text:", words.decode(words.encode("Hello, world!")))
     print("\n2. BPE without pre-tokens, by hand:", cat)
     for n in range(4):
@@ -592,9 +583,9 @@ def lesson(path):
     print("\n3. BPE of Python's library: its first merges, and the ratio on another file")
     merges, text = train(path, 4096)[1], Path(argparse.__file__).read_text(encoding="utf-8")
     print("  ", *(repr(b"".join(pair))[1:] for pair in merges[:12]))
-    for size in (257, 512, 1024, 2048, 4096):   # a smaller vocabulary has the first of the merges
-        tokenizer = Tokenizer(vocab_of(merges[:size - 257], [EOT]), merges[:size - 257], [EOT])
-        print(f"   vocabulary {size:4d}: ratio {ratio(tokenizer, text):.3f}")
+    for n in (0, 255, 767, 1791, 3839):   # a smaller vocabulary has the first of the merges
+        tokenizer = Tokenizer(vocab_of(merges[:n], [EOT]), merges[:n], [EOT])
+        print(f"   vocabulary {n + 257:4d}: ratio {ratio(tokenizer, text):.3f}")
     print("\n4. What do a space in front, the end numbers are cut from, another script change?")
     for some in "hello", " hello", "1234567890", "1234567", "\u4f60\u597d", f"the end{EOT}self":
         show({repr(some): tokenizer}, some)
@@ -652,11 +643,10 @@ def run(args, folder):
         tokenizer = load_tokenizer(args.tokenizer)
         if args.out:
             n = tokenizer.encode_file(args.text, args.out)
-            print(f"{n:,} ids of type {tokenizer.dtype} in {args.out}")
-        else:
-            ids = tokenizer.encode(args.text)
-            print(*ids)
-            print(*(repr(tokenizer.vocab[i])[1:] for i in ids))   # bytes as Python writes them
+            return print(f"{n:,} ids of type {tokenizer.dtype} in {args.out}")
+        ids = tokenizer.encode(args.text)
+        print(*ids)
+        print(*(repr(tokenizer.vocab[i])[1:] for i in ids))   # bytes as Python writes them
     elif args.command == "decode":
         print(load_tokenizer(args.tokenizer).decode_bytes(args.ids).decode(errors="replace"))
     elif args.command == "show":
