@@ -155,6 +155,8 @@ def test_encode_replays_merges_and_no_cut_changes_an_id(tmp_path, monkeypatch, p
         assert text.startswith(start) and 46 + seed < len(start.encode()) <= 50 + seed
     assert next(tok.encode_iter(iter(lambda: "a b", None))) == 97   # of a text that never ends
     assert max(map(len, bpe.blocks(["a, b c d "] * 9999, []))) <= 200   # memory is bounded
+    path.write_bytes(b"a\xe4")   # ends within a character
+    assert [*bpe.read_blocks(path, [])] == ["a\ufffd"]
 
 def test_decode_undoes_encode_for_every_code_point_and_special_tokens_are_whole(trained, capfd):
     anything, plain = [*map(chr, range(0x110000))], trained[1]   # and lone halves of UTF-16 pairs
@@ -165,6 +167,7 @@ def test_decode_undoes_encode_for_every_code_point_and_special_tokens_are_whole(
     tok = bpe.Tokenizer(plain.vocab, plain.merges, [EOT, "<|a|>", "<|a|><|b|>"])
     assert tok.eot == 699 and tok.encode(f"<|a|><|b|><|a|>{EOT}") == [701, 700, 699]
     assert tok.encode(EOT, "text") == replay(tok, EOT)
+    assert bpe.CharTokenizer(["a"], ["bc"], "gpt2").encode("bc", "text") == [2]   # unknown
     with pytest.raises(UserError, match="no special token"): tok.encode("a" + EOT, "refuse")
     for word in "\u0120s", " self":   # " s" as GPT-2 spells it; a token already
         with pytest.raises(UserError): bpe.Tokenizer(tok.vocab, tok.merges, [word]).to_text()
@@ -181,7 +184,8 @@ def files(tok):   # a tokenizer in every format: name, content
             "merges.txt": merges, "t.json": tok.to_text(), "a.tiktoken": tok.to_text("a.tiktoken")}
 
 def test_every_format_gives_the_same_ids_and_the_hash_is_that_of_the_file(tmp_path, trained):
-    text, char = random_text(random.Random(0), 500) + EOT + "def ", bpe.CharTokenizer("h\u00e9\n")
+    text = random_text(random.Random(0), 500) + EOT + "def hello"
+    char = bpe.CharTokenizer("hello \u00e9\n", [EOT, "\u00e9"])
     for tok, names in (char, {}), (trained[1], files(trained[1])):
         tok.save(tmp_path)
         assert tok.hash == hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
