@@ -741,14 +741,15 @@ def foreign(path, kind, more={}, dtype="F32", files=1, harm=None, prefix=""):
     if files == 4: w["lm_head.weight"] = w["model.embed_tokens.weight"]  # tied, yet there twice
     if harm: harm(c, w)
     for i in range(files):
-        file = f"model-{i}.safetensors" if files > 1 else "model.safetensors"
+        file = f"model-{i}.safetensors"
         part = {prefix + n: w[n] for n in sorted(w)[i::files]}
         _, header, *blobs = kernels.pack(part, {})
         header = json.loads(header)
         del header["__metadata__"]  # ours alone has a checksum, and numbers at multiples of eight
         text = json.dumps(header).encode()
-        (path / file).write_bytes(b"".join((len(text).to_bytes(8, "little"), text, *blobs)))
         index |= dict.fromkeys(part, file)
+        if files == 1: file = "model.safetensors"  # it counts, whatever an index says
+        (path / file).write_bytes(b"".join((len(text).to_bytes(8, "little"), text, *blobs)))
     for file, what in (("config.json", c), ("model.safetensors.index.json", {"weight_map": index}),
                        ("generation_config.json", {"eos_token_id": [3, 5]})):  # it has precedence
         (path / file).write_text(json.dumps(what))
@@ -771,6 +772,9 @@ def test_published_models_give_the_logits_of_their_definition(tmp_path, kind, mo
     config = json.loads((tmp_path / "ours/config.json").read_text())
     assert config.get("rope_scaling") == (STRETCH if "rope" in str(more) else None)
     assert config["eos_token_id"] == m.eos == [3, 5]
+    if "files" in options:
+        (tmp_path / "model-1.safetensors").unlink()
+        with pytest.raises(UserError, match="model-1.safetensors"): model.load_model(tmp_path)
 
 @pytest.mark.parametrize("harm, says", [
     (lambda c, w: c.update(architectures=["Bert"]), "Bert.*GPT2LMHeadModel.*LlamaForCausalLM"),
@@ -784,13 +788,6 @@ def test_published_models_give_the_logits_of_their_definition(tmp_path, kind, mo
 def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path, harm, says):
     foreign(tmp_path, "LlamaForCausalLM", harm=harm)
     with pytest.raises(UserError, match=says): model.load_model(tmp_path)
-
-def test_a_shard_that_is_absent_is_named_unless_one_file_holds_all(tmp_path):
-    foreign(tmp_path, "LlamaForCausalLM", files=3)
-    (tmp_path / "model-1.safetensors").unlink()
-    with pytest.raises(UserError, match="model-1.safetensors"): model.load_model(tmp_path)
-    logits = foreign(tmp_path, "LlamaForCausalLM")
-    assert torch.allclose(model.load_model(tmp_path)(ids(2, 20))[0].double(), logits, atol=1e-4)
 
 # -----------------------------------------------------------------------------
 # optim.py
@@ -827,7 +824,7 @@ def test_optimizer_equals_its_definition_and_survives_saving_bit_for_bit(name, t
     sets = [[torch.nn.Parameter(x.clone()) for x in (*starts, torch.ones(4))] for _ in range(3)]
     optimizers = [new(sets[0]), new(sets[1]), TORCHS.get(name, new)(sets[2], lr=0.01)]
     for step, two in enumerate(gradients):
-        if step == 20:
+        if step == 17:  # between two turns of a basis
             model.save_tensors(tmp_path / "s", optimizers[1].state_tensors())
             optimizers[1] = new(sets[1])
             optimizers[1].load_state_tensors(model.load_tensors(tmp_path / "s")[0])
