@@ -18,6 +18,10 @@ import bpe, data, kernels, model, optim, sample, train
 from bpe import EOT, UserError
 
 HERE = Path(__file__).parent
+def call(script, *words):  # one text as one would type it, or its words
+    words = shlex.split(words[0]) if len(words) == 1 else map(str, words)
+    script.main(script.build_parser().parse_args(list(words)))
+
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
 # -----------------------------------------------------------------------------
@@ -963,8 +967,6 @@ TEXT = "".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(4
 TINY = "--n_layers 1 --d_model 16 --n_heads 2 --seq_len 16 --batch_size 4 --log_steps 1 --threads 1"
 ON_TEXT = "--device cpu --dataset . --tokenizer byte"
 WHOLE = f"{ON_TEXT} {TINY} --dtype float32 --dropout 0.1 --steps 60 --evals 2 --save_minutes 0"
-
-def call(script, flags): script.main(script.build_parser().parse_args(shlex.split(flags)))
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
