@@ -1141,7 +1141,7 @@ def test_walk_and_profile_leave_no_run(desk, capsys):
     assert "9. the same batch again" in out and "layers.0.self_attn.q_proj" in out
     before, after = re.search(r"loss (\S+) -> (\S+)", out).groups()
     assert float(after) <= float(before)
-    for look, says in ("profile", "aten::mm"), ("noise", "gradient noise scale"):
+    for look, says in ("profile", "aten::"), ("noise", "gradient noise scale"):
         call(train, f"{WHOLE} --{look}")
         assert says in capsys.readouterr().out
     assert (desk / "runs/trace.json").exists() and len([*desk.glob("runs/*/")]) == 1
