@@ -793,6 +793,35 @@ def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path, harm, says):
     foreign(tmp_path, "LlamaForCausalLM", harm=harm)
     with pytest.raises(UserError, match=says): model.load_model(tmp_path)
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral"])
+def test_transformers_agrees_both_ways(tmp_path, trained, family):
+    tf = pytest.importorskip("transformers")
+    sizes = dict(n_positions=64, n_embd=32, n_layer=2, n_head=4) if family == "gpt2" else dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=40, max_position_embeddings=64)
+    sizes |= {
+        "llama": dict(rope_parameters=dict(STRETCH, rope_theta=1e4)),
+        "mistral": dict(sliding_window=5),
+        "mixtral": dict(num_local_experts=4, num_experts_per_tok=2)}.get(family, {})
+    torch.manual_seed(0)
+    theirs = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(
+        family, vocab_size=61, bos_token_id=1, eos_token_id=2, initializer_range=0.2, **sizes))
+    theirs.eval().save_pretrained(tmp_path, max_shard_size="20KB")
+    ours = model.load_model(tmp_path)
+    model.save_model(ours, tmp_path / "ours")
+    back = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    trained[1].save(tmp_path / "ours")
+    text = "def read(self):  # it's" + EOT + "na\u00efve\n\n"  # no digits: Qwen2 cuts them its way
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert tokenizer.encode(text) == trained[1].encode(text)
+    with torch.no_grad():
+        want = theirs(ids(2, 20)).logits
+        assert (ours(ids(2, 20))[0] - want).abs().max() <= 1e-5
+        assert (back(ids(2, 20)).logits - want).abs().max() <= 1e-5
+    prompt, how = ids(1, 10), sample.Sampling(50, temperature=0.0)
+    greedy = theirs.generate(prompt, max_new_tokens=50, do_sample=False, eos_token_id=None)
+    assert sample.generate(ours, prompt.tolist(), how) == greedy[:, 10:].tolist()
+
 # -----------------------------------------------------------------------------
 # optim.py
 
