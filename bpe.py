@@ -185,16 +185,18 @@ def blocks(texts, special_tokens):
     that is not in what may become a special token (`heads` are the beginnings of these)."""
     heads = [s[:cut.start()] for s in special_tokens for cut in re.finditer(CUT, s)]
     next_cut = re.compile(CUT + "".join(f"(?<!{re.escape(head)})" for head in heads)).search
-    held, wanted = "", BLOCK
+    held, length, wanted = [], 0, BLOCK   # a list: to add to a long text again and again copies it
     for text in texts:
-        held, start = held + text, 0
-        if len(held) < wanted: continue
-        while cut := next_cut(held, start + BLOCK):
-            yield held[start:cut.start()]
+        held.append(text)
+        length += len(text)
+        if length < wanted: continue
+        text, start = "".join(held), 0
+        while cut := next_cut(text, start + BLOCK):
+            yield text[start:cut.start()]
             start = cut.start()
-        held = held[start:]
-        wanted = max(BLOCK, 2 * len(held))   # with nowhere to cut: look again at twice that
-    yield held
+        held, length = [text[start:]], len(text) - start
+        wanted = max(BLOCK, 2 * length)   # with nowhere to cut: look again at twice that
+    yield "".join(held)
 
 def read_blocks(path, special_tokens, end=None):
     """Yields the blocks of a file, or of its first `end` bytes; what is not UTF-8 reads U+FFFD."""
