@@ -1102,6 +1102,8 @@ def test_a_recipe_scales_to_other_budgets_by_the_laws_that_it_names(row):
         assert new["batch_size"] % (new["micro_batch"] or 1) == 0
         assert new["d_model"] * row["n_heads"] == row["d_model"] * new["n_heads"]
     assert [new[f] / row[f] for f in ("n_layers", "d_model")] == [2, 2]  # 64: parameters times 8
+    fits = train.settle(dict(device="cpu", preset="qwen3", n_heads=3, d_model=48))["model"]
+    assert fits["n_kv_heads"] == 1  # the preset's 2 do not divide 3 heads
 
 @pytest.mark.parametrize("where, n, error", [
     ("prepare", 1, KeyboardInterrupt), ("take", 32, KeyboardInterrupt),
