@@ -974,8 +974,8 @@ def build_parser():
     parser = argparse.ArgumentParser(description="Trains on many devices, under torchrun; alone, "
                                      "shows on a few forked processes what each axis costs.")
     place = lambda s: Path(s) if os.sep in s else train.RUNS / s
-    parser.add_argument("--run", type=place, help="directory, or name under runs/, to keep the run in"
-                        " (default: a free name)")
+    parser.add_argument("--into", "--run", dest="run", type=place, help="directory, or name under runs/"
+                        ", of the run (default: a free name); torchrun takes --run for its --run-path")
     parser.add_argument("--resume", action="store_true", help="go on with --run, or the newest run "
                         "(default: off, but when torchrun restarts)")
     for config in (ParallelConfig, TrainConfig, ModelConfig):
