@@ -1,12 +1,11 @@
-"""parallel.py - one model on many devices: who holds what, who talks to whom, and exactly the same.
+"""parallel.py - one model on many devices: who holds what, who talks to whom, and the same result.
 
 THE IDEA
     A model outgrows a device in memory, or a day in time. Then its work is cut along axes: the
     batch (dp), the width of its matrices (tp), its depth (pp), the text (cp), its experts (ep). A
-    process, called rank, holds its part and sends the rest of what others need. Each cut is a
-    pair: something is done going forward, and its mirror image going backward (a sum for a copy).
-    No cut changes what is computed: loss and gradients are those of one process, up to rounding.
-    Cuts are applied to a finished model from outside; model.py has never heard of ranks.
+    process, called rank, holds its part and sends what others need. Each cut is a pair: something
+    is done going forward, and its mirror image going backward (a sum for a copy). No cut changes
+    what is computed: loss and gradients are those of one process, up to rounding.
 
 THE MATHS (n ranks of a group, S bytes of a tensor)
     all_reduce = reduce_scatter, then all_gather: each sends (n-1)/n S around a ring, twice
@@ -19,19 +18,18 @@ THE COSTS (bytes a parameter in float32 with AdamW: weight, gradient, state; sen
     tp: 4 all_reduces of the stream a layer; sequence: as many bytes, but norms' memory / tp
     pp: the stream over each border, and back. cp: (n-1) blocks of keys and values, and back
 
-CONTENTS  ParallelConfig / collectives / the mesh / schedules / data: buckets and shards / tensors /
-          context / experts / the engine / checkpoints / training / the lesson
-NOT HERE  zero-bubble and interleaved schedules, fp8 on the wire, async tp; a model that does not
-          fit on one *host*: each rank draws all weights there first, so that they are the same
-RUN       python parallel.py                               # each strategy on forked processes
-          torchrun --nproc_per_node 2 parallel.py          # trains for a minute; last: bits_per_byte
+CONTENTS  ParallelConfig / collectives / mesh / schedules / buckets and shards / tensors / context /
+          experts / the engine / checkpoints / the lesson / training
+NOT HERE  interleaved schedules, fp8 on the wire, compiled layers; a model that does not fit on one
+          *host*: each rank draws all weights there first, so that they are the same
+RUN       python parallel.py                            # each axis on forked processes: who sends what
+          torchrun --nproc_per_node 2 parallel.py       # trains for a minute; last: bits_per_byte
           torchrun --nproc_per_node 8 --max-restarts 3 parallel.py --plan dp=2,tp=4 --shard full
 REFERENCES
-    Patarasuk, Yuan 2009 (ring all_reduce); Li et al. 2020 (2006.15704, buckets); Rajbhandari et al.
-    2020 (1910.02054, ZeRO: `optimizer` is its stage 1, `full` 3); Zhao et al. 2023 (2304.11277,
-    FSDP); Shoeybi et al. 2019 (1909.08053, tensors); Korthikanti et al. 2022 (2205.05198, sequence,
-    recomputing); Huang et al. 2019 (1811.06965, GPipe); Narayanan et al. 2021 (2104.04473, 1F1B);
-    Liu et al. 2023 (2310.01889, ring attention); Lepikhin et al. 2020 (2006.16668, experts)
+    Patarasuk, Yuan 2009 (rings); Li et al. 2020 (2006.15704, buckets); Rajbhandari et al. 2020
+    (1910.02054, ZeRO: `optimizer` is its stage 1, `full` 3); Shoeybi et al. 2019 (1909.08053, tp);
+    Korthikanti et al. 2022 (2205.05198, sequence); Huang et al. 2019 (1811.06965, GPipe); Narayanan
+    et al. 2021 (2104.04473, 1F1B); Liu et al. 2023 (2310.01889, cp); Lepikhin 2020 (2006.16668, ep)
 EXERCISE  Empty `one_f_one_b`; fill it until `pytest test_all.py -k schedule` is green again.
 """
 import argparse, dataclasses, json, math, os, re, shutil, signal, sys, tempfile
@@ -60,6 +58,8 @@ from train import Progress, TrainConfig, flag
 # -----------------------------------------------------------------------------
 # Configuration
 
+SHARDS = ("none", "optimizer", "full")
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """How a run is divided; its fields are flags."""
@@ -73,7 +73,7 @@ class ParallelConfig:
     timeout: float = flag(600.0, "seconds to wait for another rank before giving up")
 
     def __post_init__(self):
-        for name, rows in (("shard", ("none", "optimizer", "full")), ("pipeline", SCHEDULES)):
+        for name, rows in (("shard", SHARDS), ("pipeline", SCHEDULES)):
             refuse(getattr(self, name) in rows, name, getattr(self, name), " or ".join(rows))
 
 def refuse(ok, name, got, wanted, do=None):
@@ -90,31 +90,29 @@ def read_plan(text: str | None, world: int):
         plan[axis] = int(n)
     rest = plan["pp"] * plan["cp"] * plan["tp"]
     if "dp=" not in (text or ""): plan["dp"] = max(1, world // rest)
-    refuse(plan["dp"] * rest == world, "plan", f"{text}, {plan['dp'] * rest} ranks", "a product of "
-           f"{world}, the processes there are", f"set --plan or --nproc_per_node {plan['dp'] * rest}")
+    n = plan["dp"] * rest
+    refuse(n == world, "plan", f"{text}, a product of {n}", f"{world}, the number of processes",
+           f"set --plan, or --nproc_per_node {n}")
     refuse(plan["dp"] % plan["ep"] == 0, "plan", text, f"an ep that divides dp {plan['dp']}")
     return plan
 
 def check(c, d_ffs, plan, how):
     """Refuses by name what a plan cannot divide."""
-    (_, pp, cp, tp, ep), letters = plan.values(), set(c.mixers)
-    for name, ok, wanted in (
-            ("n_layers", c.n_layers % pp == 0, f"a multiple of pp {pp}"),
-            ("n_heads", c.n_heads % tp == 0, f"a multiple of tp {tp}"),
-            ("n_kv_heads", (c.n_kv_heads or 0) % tp == 0, f"a multiple of tp {tp}"),
-            ("d_ff", all(d % tp == 0 for d in d_ffs), f"a multiple of tp {tp}"),
-            ("d_model", not c.bigram or c.d_model % tp == 0, f"a multiple of tp {tp}"),
-            ("seq_len", cp == 1 or c.seq_len % (2 * cp) == 0, f"a multiple of 2 cp, {2 * cp}"),
-            ("mixers", tp == 1 or letters <= set("AWN"), f"A, W or N with tp {tp}"),
-            ("mixers", cp == 1 or letters <= set("AN"), f"A or N with cp {cp}"),
-            ("ffns", cp == 1 or "x" not in c.ffns, f"no x with cp {cp}, as it balances whole rows"),
-            ("ffns", ep == 1 or "x" in c.ffns, f"x, experts, with ep {ep}"),
-            ("n_experts", c.n_experts % ep == 0, f"a multiple of ep {ep}"),
-            ("dropout", c.dropout == 0 or tp * cp == 1, "0 with tp or cp")):
-        refuse(ok, name, getattr(c, name), wanted, f"set --{name}, or another --plan")
-    parts = tp * max(1, how.sequence)
-    refuse(not how.sequence or tp > 1 and c.seq_len // cp % parts == 0, "sequence", how.sequence,
-           f"a plan with tp, which divides the text of {c.seq_len // cp}")
+    sequence = plan["tp"] if how.sequence else 1
+    for name, axis, sizes, n in (
+            ("n_layers", "pp", [c.n_layers], 1), ("n_heads", "tp", [c.n_heads], 1),
+            ("n_kv_heads", "tp", [c.n_kv_heads or 0], 1), ("d_ff", "tp", d_ffs, 1),
+            ("d_model", "tp", [c.d_model], 1), ("seq_len", "cp", [c.seq_len], 2 * sequence),
+            ("n_experts", "ep", [c.n_experts], 1)):
+        n = n * plan[axis] if plan[axis] * sequence > 1 else 1
+        refuse(all(size % n == 0 for size in sizes), name, sizes, f"a multiple of {n}, for {plan}")
+    for name, axis, ok, wanted in (
+            ("mixers", "tp", set(c.mixers) <= set("AWN"), "A, W or N"),
+            ("mixers", "cp", set(c.mixers) <= set("AN"), "A or N"),
+            ("ffns", "cp", "x" not in c.ffns, "no x, as experts are balanced over whole rows"),
+            ("ffns", "ep", "x" in c.ffns, "x, experts"), ("dropout", "tp", not c.dropout, "0"),
+            ("dropout", "cp", not c.dropout, "0")):
+        refuse(ok or plan[axis] == 1, name, getattr(c, name), f"{wanted} with {axis}")
 
 # -----------------------------------------------------------------------------
 # Collectives
@@ -137,24 +135,25 @@ class Group:
         self.name, self.ranks, self.pg = name, ranks, pg
         self.n, self.rank = len(ranks), ranks.index(me)
 
-    def send(self, x, to):  # -> what must be kept until it is gone
+    def near(self, by): return self.ranks[(self.rank + by) % self.n]
+
+    def send(self, x, by):  # -> what must be kept until it is gone
         SENT[self.name] += x.nbytes
-        return dist.isend(x, self.ranks[(self.rank + to) % self.n], self.pg), x
+        return dist.isend(x, self.near(by), self.pg), x
 
     def shift(self, x, by=1):
         """Sends x to the next on the ring -> what the one before has sent."""
         SENT[self.name] += x.nbytes
-        x, out, near = x.contiguous(), torch.empty_like(x), lambda i: self.ranks[i % self.n]
-        ops = [dist.P2POp(dist.isend, x, near(self.rank + by), self.pg),
-               dist.P2POp(dist.irecv, out, near(self.rank - by), self.pg)]
-        for work in dist.batch_isend_irecv(ops): work.wait()
+        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, x, self.near(by), self.pg),
+                                            dist.P2POp(dist.irecv, out, self.near(-by), self.pg)]):
+            work.wait()
         return out
 
     def reduce_scatter(self, x, op=SUM):
         """(n, ...) -> (...): row `rank` of all members' x, added up."""
         n, r, x = self.n, self.rank, x.contiguous()
-        if n == 1: return lambda: x[0]
-        if not self.own:
+        if n > 1 and not self.own:
             out = torch.empty_like(x[0])
             work = REDUCE_SCATTER(out.view(-1), x.view(-1), op, self.pg, async_op=True)
             return lambda: (work.wait(), out)[1]
@@ -192,7 +191,7 @@ class Group:
         """Sums (or maxima) of a few numbers, which control the work: not counted as traffic."""
         x = torch.tensor(values, dtype=torch.float64)
         if self.n > 1: dist.all_reduce(x, op, self.pg)
-        return x.tolist()
+        return x
 
 class Both(torch.autograd.Function):
     """x -> forward(x), whose gradient g -> backward(g): a collective and its mirror image."""
@@ -200,7 +199,6 @@ class Both(torch.autograd.Function):
     def forward(ctx, x, forward, backward):
         ctx.mirror = backward
         return forward(x)
-
     @staticmethod
     def backward(ctx, g): return ctx.mirror(g), None, None
 
@@ -240,10 +238,8 @@ class Mesh:
         self.first, self.last = self.pp.rank == 0, self.pp.rank == pp - 1
 
 # -----------------------------------------------------------------------------
-# Schedules of a pipeline
-# A stage does forward and backward of micro-batches in an order, and waits for its neighbours. All
-# forward first (GPipe) keeps m activations; one forward, one backward (1F1B) at most p, in the same
-# time. A schedule is a list of ("F" or "B", micro-batch) for each stage, which needs no processes.
+# Schedules of a pipeline: lists of ("F" or "B", micro-batch) for each stage, which need no processes
+# All forward first (GPipe) keeps m activations; one forward, one backward (1F1B) p, in equal time.
 
 def gpipe(stage, p, m):
     return [("F", i) for i in range(m)] + [("B", i) for i in range(m)]
@@ -258,20 +254,20 @@ SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b}
 
 def simulate(schedule, p, m, forward=1.0, backward=2.0):
     """(fraction of the time that stages idle, most activations that each holds) in virtual time."""
-    left, done, clock = [schedule(s, p, m) for s in range(p)], {}, [0.0] * p
-    held, most = [0] * p, [0] * p
-    while any(left):
-        for s in (s for s in range(p) if left[s]):
-            kind, i = left[s][0]
-            needs = ("F", i, s - 1) if kind == "F" else ("B", i, s + 1) if s < p - 1 else ("F", i, s)
-            if needs[2] >= 0 and needs not in done: continue
-            clock[s] = max(clock[s], done.get(needs, 0)) + (forward if kind == "F" else backward)
-            done[kind, i, s] = clock[s]
-            held[s] += 1 if kind == "F" else -1
-            most[s] = max(most[s], held[s])
-            left[s] = left[s][1:]
-            break
-        else: raise AssertionError(f"a schedule that waits for itself: {left}")
+    left, done, clock, most = [schedule(s, p, m) for s in range(p)], {}, [0.0] * p, [0] * p
+    for s, order in enumerate(left):  # +1 for F, -1 for B: how many are held
+        held = [0]
+        for kind, _ in order: held.append(held[-1] + (1 if kind == "F" else -1))
+        most[s] = max(held)
+    needs = lambda s, kind, i: (("F", i, s - 1) if kind == "F" else
+                                ("B", i, s + 1) if s < p - 1 else ("F", i, s))
+    ready = lambda s: left[s] and (needs(s, *left[s][0]) in done or needs(s, *left[s][0])[2] < 0)
+    while any(left):  # a schedule that waits for itself finds no stage that is ready
+        s = next(filter(ready, range(p)))
+        (kind, i), *left[s] = left[s]
+        clock[s] = max(clock[s], done.get(needs(s, kind, i), 0.0)) + (
+            forward if kind == "F" else backward)
+        done[kind, i, s] = clock[s]
     return 1 - m * (forward + backward) / max(clock), most
 
 # -----------------------------------------------------------------------------
@@ -296,27 +292,24 @@ class Place:
     start: int = 0
     end: int | None = None
 
-    def padded(self, shape):
-        return [-(-s // self.n) * self.n if i == self.dim else s for i, s in enumerate(shape)]
-
-    def shard(self, wide): return wide if self.dim is None else wide.chunk(self.n, self.dim)[self.rank]
-
-    def wide(self, whole):
-        wide = whole.new_zeros(self.padded(whole.shape))
+    def shard(self, whole):
+        """(a padded copy of a whole tensor, the view of it that is this shard)."""
+        wide = whole.new_zeros([-(-s // self.n) * self.n if i == self.dim else s
+                                for i, s in enumerate(whole.shape)])
         wide[tuple(map(slice, whole.shape))] = whole
-        return wide
+        return wide, wide if self.dim is None else wide.chunk(self.n, self.dim)[self.rank]
 
     def take(self, whole):
-        """Its part of a whole tensor: flat, unless it is an undivided one."""
-        part = self.shard(self.wide(whole)).contiguous()
+        """Its part of a whole tensor, a copy: flat, unless it is an undivided one."""
+        part = self.shard(whole)[1].contiguous()
         return part if self.end is None else part.view(-1)[self.start:self.end]
 
     def put(self, whole, part):
         """The inverse: writes its part into a whole tensor."""
-        wide = self.wide(whole)
-        flat = self.shard(wide).flatten()  # a copy, if a shard is not one piece of memory
+        wide, shard = self.shard(whole)
+        flat = shard.flatten()
         flat[self.start:self.end] = part.flatten()
-        self.shard(wide).copy_(flat.view(self.shard(wide).shape))
+        shard.copy_(flat.view(shard.shape))
         whole.copy_(wide[tuple(map(slice, whole.shape))])
 
 class Bucket:
@@ -326,20 +319,21 @@ class Bucket:
         self.params, self.group, self.at, first = params, group, {}, next(iter(params.values()))
         self.full, self.each, self.arriving = shard == "full", shard == "none", None
         sizes, ends = {name: p.numel() for name, p in params.items()}, [0] * group.n
-        self.size = -(-sum(sizes.values()) // group.n)
         for name in sorted(sizes, key=sizes.get, reverse=True) if whole else sizes:
             i = ends.index(min(ends)) if whole else 0
             self.at[name], ends[i] = (i, ends[i]), ends[i] + sizes[name]
-        if whole: self.size = max(ends)
+        self.size = max(ends) if whole else -(-ends[0] // group.n)
         self.at = {name: i * self.size + start for name, (i, start) in self.at.items()}
         self.flat = first.new_zeros(group.n * self.size, dtype=dtype)
         self.master = torch.zeros_like(self.flat, dtype=first.dtype) if self.full else self.flat
         for name, p in params.items():
             self.view(self.master, name).copy_(p.data)
             p.data = self.view(self.flat, name)
-        if self.full: self.master = self.master.view(group.n, -1)[group.rank].clone()
+        if self.full: self.master = self.rows(self.master)[group.rank].clone()
         self.sum = torch.zeros_like(self.master)
         self.free()
+
+    def rows(self, flat): return flat.view(self.group.n, -1)
 
     def view(self, flat, name):
         shape = self.params[name].shape
@@ -353,8 +347,6 @@ class Bucket:
                 lo, hi = max(a, at), min(a + self.size, at + self.params[name].numel())
                 if lo < hi: yield (name, lo - at, hi - at, self.master[lo - base:hi - base],
                                    self.sum[lo - base:hi - base], i == self.group.rank)
-
-    def rows(self, flat): return flat.view(self.group.n, -1)
 
     def gather(self):
         """Sends for the weights, if they are neither here nor on their way."""
@@ -378,6 +370,7 @@ class Bucket:
     def reduce(self):
         """Sends the gradients off to be added up, each slice where it belongs."""
         self.adding = self.group.reduce_scatter(self.rows(self.grad))
+        self.free()
 
     def land(self):
         own, self.grad, self.adding = self.adding(), None, None
@@ -422,32 +415,27 @@ def cut_tensors(model, g, sequence):
     """Divides a model over group g -> ({parameter: dim it is cut along}, {parameters of whose
     gradient each rank has a part, as it saw a part of the stream or of the heads})."""
     p, cuts, parts = pairs(g), {}, set()
-    named = dict(model.named_modules())
-    for name, m in named.items():
-        word, inside = name.split(".")[-1], sequence and ".experts." not in name + "."
-        inside = inside and "shared_experts" not in name
-        if word in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+    for name, m in [*model.named_modules()]:
+        word, inside = name.split(".")[-1], sequence and "experts." not in name + "."
+        if word in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"):
             cuts.update((w, 0) for w in m.parameters())
+        if word in ("o_proj", "down_proj", "v_embed", "embed_bigram"): cuts[m.weight] = 1
         if word in ("o_proj", "down_proj"):
-            cuts[m.weight] = 1
             m.forward = partial(row_forward, m, p.scatter if inside else p.sum)
-        if word == "v_embed": cuts[m.weight] = 1
+            if inside and m.bias is not None: parts.add(m.bias)
         if word in ("q_norm", "k_norm") or sequence and isinstance(m, RMSNorm):
             parts.update(m.parameters())
-        if inside and word in ("o_proj", "down_proj") and m.bias is not None: parts.add(m.bias)
         if isinstance(m, (Attention, FFN)):
-            go_in = p.gather if inside else p.copy
-            m.register_forward_pre_hook(lambda _, args, f=go_in: (f(args[0]), *args[1:]))
+            m.register_forward_pre_hook(lambda _, args, go_in=p.gather if inside else p.copy: (
+                go_in(args[0]), *args[1:]))
         if isinstance(m, Attention):
             heads = {k: getattr(m.cfg, k) // g.n for k in ("n_heads", "n_kv_heads")}
             m.cfg = SimpleNamespace(**{**vars(m.cfg), **heads})
         if isinstance(m, MoE) and sequence:  # a router sees all tokens, and does so on every rank
             m.register_forward_pre_hook(lambda _, args: p.whole(args[0]))
             m.register_forward_hook(lambda _, args, out: (p.mine(out[0]), out[1]))
-        if word in ("embed_tokens", "lm_head"): cuts[m.weight] = 0
         if word == "embed_tokens": m.forward = partial(token_embedding, m, g)
-        if word == "embed_bigram":  # rows are found by a hash of their number: columns are cut
-            cuts[m.weight] = 1
+        if word == "embed_bigram":  # rows are found by a hash of their number, so columns are cut
             m.register_forward_hook(lambda _, args, y: pairs(g, -1).whole(y))
     return cuts, parts
 
@@ -468,14 +456,15 @@ def block_attention(q, kv, causal):
 
 def ring_attention(q, k, v, g):
     """Causal attention of each rank's queries to all ranks' keys and values."""
-    half, kv, block = q.shape[2] // 2, torch.stack((k, v)), partial(
-        checkpoint, block_attention, use_reentrant=False)
+    half, kv = q.shape[2] // 2, torch.stack((k, v))
+    block = partial(checkpoint, block_attention, use_reentrant=False)
     y, lse = block(q, kv, True)
     for i in range(1, g.n):
         kv = Both.apply(kv, g.shift, partial(g.shift, by=-1))
-        early = i <= g.rank  # of an earlier rank all see its first piece, else our second both
-        new, l = block(q, kv[:, :, :, :half], False) if early else block(q[:, :, half:], kv, False)
-        if not early: new, l = F.pad(new, (0, 0, half, 0)), F.pad(l, (0, 0, half, 0), value=-math.inf)
+        if i <= g.rank: new, l = block(q, kv[:, :, :, :half], False)  # from before: its first piece
+        else:  # from behind: our second piece sees both of it
+            new, l = block(q[:, :, half:], kv, False)
+            new, l = (F.pad(x, (0, 0, half, 0), value=fill) for x, fill in ((new, 0.0), (l, -math.inf)))
         both = torch.logaddexp(lse, l)
         y, lse = y * (lse - both).exp() + new * (l - both).exp(), both
     return y.to(q.dtype)
@@ -486,9 +475,7 @@ class RingContext(Context):
         parts = torch.arange(tokens.shape[1], device=tokens.device).chunk(2 * g.n)
         self.index, self.all, self.g = torch.cat((parts[g.rank], parts[-1 - g.rank])), tokens, g
         super().__init__(cfg, tokens[:, self.index], self.index.expand(len(tokens), -1))
-
     def attend(self, q, k, v, *_): return ring_attention(q, k, v, self.g)
-
     def before(self, cache=None): return F.pad(self.all, (1, -1), value=-1)[:, self.index]
 
 # -----------------------------------------------------------------------------
@@ -499,7 +486,7 @@ def remote_experts(moe, g, rows, load):
     load = load.view(g.n, -1)  # by rank, by expert there
     theirs = g.all_to_all(load, [1] * g.n, [1] * g.n)  # what each rank has for each of ours
     give, take = load.sum(1).tolist(), theirs.sum(1).tolist()
-    go, back = partial(g.all_to_all, give=give, take=take), partial(g.all_to_all, give=take, take=give)
+    go, back = (partial(g.all_to_all, give=a, take=b) for a, b in ((give, take), (take, give)))
     ours = torch.arange(load.shape[1], device=rows.device).repeat(g.n)
     order = ours.repeat_interleave(theirs.view(-1)).argsort(stable=True)  # by expert, not by sender
     parts = Both.apply(rows, go, back).index_select(0, order).split(theirs.sum(0).tolist())
@@ -509,25 +496,28 @@ def remote_experts(moe, g, rows, load):
 # -----------------------------------------------------------------------------
 # The engine: a finished model and its optimizer, divided, and what `fit` calls instead of its own
 
+def own_part(modules, g):
+    """Those of this rank, under the names that they have in the whole model."""
+    n = len(modules) // g.n
+    return nn.ModuleDict({str(i): modules[i] for i in range(g.rank * n, (g.rank + 1) * n)})
+
 class Engine(nn.Module):
     """`model` and `optimizer`, whole and the same on all ranks, become this rank's part."""
     def __init__(self, model, optimizer, mesh, how, device=torch.device("cpu")):
         super().__init__()
-        c, pp, ep, tp, self.rate = model.cfg, mesh.pp, mesh.ep, mesh.tp, model.flops_per_token()
-        check(c, {m.d_ff for m in model.modules() if isinstance(m, FFN)}, mesh.plan, how)
-        self.cfg, self.mesh, self.how, self.model, self.pairs = c, mesh, how, model, pairs(tp)
+        check(model.cfg, {m.d_ff for m in model.modules() if isinstance(m, FFN)}, mesh.plan, how)
+        self.cfg, self.mesh, self.how, self.model, tp = model.cfg, mesh, how, model, mesh.tp
+        self.pairs, flops = pairs(tp), model.flops_per_token()
+        self.flops_per_token = lambda: flops
         self.dtype = model.compute_dtype or next(model.parameters()).dtype
-        def own(modules, g):  # under the names that they have in the whole model
-            per = len(modules) // g.n
-            return nn.ModuleDict({str(i): modules[i] for i in range(g.rank * per, (g.rank + 1) * per)})
         whole = {name: p.detach() for name, p in model.named_parameters()}
-        model.layers = own(model.layers, pp)
+        model.layers = own_part(model.layers, mesh.pp)
         if not mesh.last: model.norm, model.lm_head = nn.Identity(), None
         for name in () if mesh.first else ("embed_tokens", "embed_bigram", "embed_positions"):
-            if hasattr(model, name) and not (c.tie and mesh.last and name == "embed_tokens"):
+            if hasattr(model, name) and not (self.cfg.tie and mesh.last and name == "embed_tokens"):
                 delattr(model, name)
-        for moe in (m for m in model.modules() if isinstance(m, MoE) and ep.n > 1):
-            moe.experts, moe.run = own(moe.experts, ep), partial(remote_experts, moe, ep)
+        for moe in (m for m in model.modules() if isinstance(m, MoE) and mesh.ep.n > 1):
+            moe.experts, moe.run = own_part(moe.experts, mesh.ep), partial(remote_experts, moe, mesh.ep)
         cuts, parts = cut_tensors(model, tp, how.sequence) if tp.n > 1 else ({}, ())
         for name, p in model.named_parameters():
             if p in cuts: p.data = Place(name, cuts[p], tp.rank, tp.n).take(p.data).clone()
@@ -535,59 +525,58 @@ class Engine(nn.Module):
         self.divide(optimizer, cuts, parts, whole)
 
     def divide(self, optimizer, cuts, parts, whole):
-        """Makes `units`, the buckets of each layer and, last, of what is outside; `pieces` of them,
+        """Makes `units`, the buckets of each layer and, last, of what is outside; `pieces` of them;
         and an optimizer that moves pieces."""
-        mesh, shard, units = self.mesh, self.how.shard, {math.inf: {}}  # inf: outside of layers
-        at = {id(p): (i, j) for i, g in enumerate(optimizer.groups) for j, p in enumerate(g["params"])}
-        where = {name: at[id(p)] for name, p in self.model.named_parameters() if p.requires_grad}
+        mesh, shard, units = self.mesh, self.how.shard, {math.inf: {}}
+        self.units, self.pieces, self.split, self.sums = [], [], [], {"tp": [], "ends": []}
+        where = {id(p): (i, j) for i, g in enumerate(optimizer.groups) for j, p in enumerate(g["params"])}
         for name, p in self.model.named_parameters():
-            if name not in where: continue  # frozen: the same on all ranks
-            matrix = p.ndim == 2 and optimizer.groups[where[name][0]]["role"] == "matrix"
+            if not p.requires_grad: continue  # frozen: the same on all ranks
+            matrix = p.ndim == 2 and optimizer.groups[where[id(p)][0]]["role"] == "matrix"
             key = (isinstance(optimizer, WHOLE) and matrix, mesh.ep.n > 1 and ".experts." in name,
                    mesh.pp.n > 1 and self.cfg.tie and name == "embed_tokens.weight")
             layer = int(name.split(".")[1]) if name.startswith("layers.") else math.inf
             units.setdefault(layer, {}).setdefault(key, {})[name] = p
-        groups, states = [{**g, "params": []} for g in optimizer.groups], [[] for _ in optimizer.groups]
-        self.units, self.pieces, self.split, self.sums = [], [], [], {"tp": [], "ends": []}
+        old, states = optimizer, [[] for _ in optimizer.groups]
+        self.optimizer = type(old)([{**g, "params": []} for g in old.groups])
         for _, unit in sorted(units.items()):
             self.units.append([])
             for (undivided, expert, ends), params in unit.items():
                 group = mesh.copies if expert else mesh.data
                 dtype = self.dtype if shard == "full" else next(iter(params.values())).dtype
-                bucket = Bucket(params, group, shard, undivided, dtype)
-                self.units[-1].append(bucket)
+                self.units[-1].append(bucket := Bucket(params, group, shard, undivided, dtype))
                 for name, lo, hi, w, g, own in bucket.pieces():
-                    (i, j), p, dim = where[name], params[name], cuts.get(params[name])
-                    all_of_it = hi - lo == math.prod(p.shape)
-                    def piece(data, place, one):  # one: does one rank of tp count for all?
-                        x = nn.Parameter(data, requires_grad=False)
-                        x.place, x.matrix, x.saved = place, p.ndim == 2, own and not (
-                            one and mesh.tp.rank or ends and not mesh.first)
-                        n = (group.n if bucket.each else 1) * (1 + ends) * (mesh.tp.n if one else 1)
-                        x.copies = n
-                        return x
-                    x = piece(w.view(p.shape) if all_of_it else w, Place(
-                        name, dim, mesh.tp.rank if dim is not None else 0, mesh.tp.n, lo,
-                        None if all_of_it else hi), dim is None)
-                    x.total = g.view(x.shape)
+                    (i, j), p = where[id(params[name])], params[name]
+                    dim, end = cuts.get(p), None if hi - lo == math.prod(p.shape) else hi
+                    x = nn.Parameter(w.view(p.shape) if end is None else w, requires_grad=False)
+                    x.total, x.place = g.view(x.shape), Place(
+                        name, dim, mesh.tp.rank if dim is not None else 0, mesh.tp.n, lo, end)
                     self.pieces.append(x)
                     if p in parts: self.sums["tp"].append(x)
                     if ends: self.sums["ends"].append(x)
-                    if undivided and dim is not None:  # every rank of tp updates all of it
-                        self.split.append((x, piece(whole[name].to(w.device, copy=True), Place(name), True)))
-                        x = self.split[-1][1]
-                    groups[i]["params"].append(x)
-                    states[i].append({k: x.place.take(s).to(w.device, copy=True) if torch.is_tensor(s)
+                    held = x
+                    if undivided and dim is not None:  # every rank of tp has, and updates, all of it
+                        x = nn.Parameter(whole[name].to(w.device, copy=True))
+                        x.place = Place(name)
+                        self.split.append((held, x))
+                    for y in {held, x}:
+                        once = y.place.dim is None  # of tp, all ranks have it
+                        y.saved = own and not (once and mesh.tp.rank or ends and not mesh.first)
+                        y.copies = ((group.n if bucket.each else 1) * (1 + ends)
+                                    * (mesh.tp.n if once else 1))
+                        y.matrix = p.ndim == 2
+                    self.optimizer.groups[i]["params"].append(x)
+                    states[i].append({k: x.place.take(s).to(w.device) if torch.is_tensor(s)
                                       and s.shape == whole[name].shape else s
-                                      for k, s in optimizer.state[i][j].items()})
-        self.optimizer = type(optimizer)(groups)
-        self.optimizer.state, step = states, self.optimizer.step
-        self.optimizer.step = partial(self.update, step)
+                                      for k, s in old.state[i][j].items()})
+        self.optimizer.state, self.move = states, self.optimizer.step
+        self.optimizer.step = self.update
 
-    def update(self, step, scale=1.0):
+    @torch.no_grad()
+    def update(self, scale=1.0):
         """A step of the optimizer on the pieces, which then go to those who hold them, too."""
         for x, master in self.split: master.grad = pairs(self.mesh.tp, x.place.dim).gather(x.grad)
-        step(scale)
+        self.move(scale)
         for x, master in self.split: x.copy_(x.place.take(master))
         for b in sum(self.units, []) if self.how.shard == "optimizer" else ():
             b.group.all_gather(b.rows(b.flat)[b.group.rank].clone(), b.rows(b.flat))()
@@ -605,7 +594,7 @@ class Engine(nn.Module):
         return same(x)
 
     def enter_again(self, i, g):
-        if self.flying is self.units[i]: self.land()
+        if {*self.flying} & {*self.units[i]}: self.land()
         for b in self.units[i]:
             b.arrive()
             if b.full: b.open()
@@ -613,12 +602,10 @@ class Engine(nn.Module):
         return g
 
     def leave_again(self, i, g=None):
+        if self.how.shard == "full": self.land()
         if self.how.shard == "full" or self.syncing:
-            if self.how.shard == "full": self.land()
-            for b in self.units[i]:
-                b.reduce()
-                b.free()
-            self.flying = self.flying + self.units[i] if self.flying else self.units[i]
+            for b in self.units[i]: b.reduce()
+            self.flying += self.units[i]
         return g
 
     def land(self):
@@ -635,8 +622,7 @@ class Engine(nn.Module):
         if torch.is_grad_enabled() and not x.requires_grad: x.requires_grad_()
         for i, layer in enumerate(model.layers.values()):
             x = Both.apply(x, partial(self.enter, i), partial(self.leave_again, i))
-            x, aux = (checkpoint(layer, x, ctx, use_reentrant=False) if how.recompute
-                      else layer(x, ctx))
+            x, aux = checkpoint(layer, x, ctx, use_reentrant=False) if how.recompute else layer(x, ctx)
             x = Both.apply(x, partial(self.leave, i), partial(self.enter_again, i))
             extra = extra + aux.get("loss", 0.0)
             if "load" in aux: loads.append(aux["load"])
@@ -648,59 +634,54 @@ class Engine(nn.Module):
         else: y = token_cross_entropy(x, weight, targets, cap, mesh.tp, self.cfg.vocab_size)
         return y, extra, loads
 
-    def receive(self, group, rows, T, by):
-        """(rows, T, D) from the stage before (1) or behind (-1)."""
-        T = T // self.mesh.cp.n // (self.mesh.tp.n if self.how.sequence else 1)
-        device = next(self.parameters()).device
-        x = torch.empty(rows, T, self.cfg.d_model, device=device, dtype=self.dtype)
-        dist.recv(x, group.ranks[group.rank - by], group.pg)
+    def receive(self, group, tokens, by):
+        """The stream (B, T, D) from the stage before (1), or its gradient from that behind (-1)."""
+        T = tokens.shape[1] // self.mesh.cp.n // (self.mesh.tp.n if self.how.sequence else 1)
+        x = torch.empty(len(tokens), T, self.cfg.d_model, device=tokens.device, dtype=self.dtype)
+        dist.recv(x, group.near(-by), group.pg)
         return x
 
     def step(self, _, batches):
         """As local_step: leaves the gradient of the mean loss over all ranks' targets."""
-        mesh, m, how = self.mesh, len(batches), self.how
-        counted, = mesh.dp.small(sum((targets >= 0).sum().item() for _, targets in batches))
+        mesh, m, total, loads, live, sent = self.mesh, len(batches), 0.0, [], {}, []
+        counted = mesh.dp.small(sum((y >= 0).sum().item() for _, y in batches)).item()
+        self.flying, self.syncing = [], False
         for b in sum(self.units, []):
             b.sum.zero_()
             if b in self.units[-1]: b.arrive()
             if b in self.units[-1] or not b.full: b.open()
-        order = SCHEDULES[how.pipeline](mesh.pp.rank, mesh.pp.n, m)
-        total, loads, live, sent, self.flying = 0.0, [], {}, [], []
+        order = SCHEDULES[self.how.pipeline](mesh.pp.rank, mesh.pp.n, m)
         for k, (kind, i) in enumerate(order):
-            shape = batches[i][0].shape
             if kind == "F":
-                x = None if mesh.first else self.receive(mesh.pp, *shape, 1)
+                x = None if mesh.first else self.receive(mesh.pp, batches[i][0], 1)
                 y, extra, load = self.run(*batches[i], x)
-                loads, extra = [a + b for a, b in zip(loads, load)] or load, extra / (m * mesh.dp.n)
-                if mesh.last:
-                    y = y.sum() / counted
-                    total, y = total + y.item(), y + extra
+                loads = [a + b for a, b in zip(loads, load)] or load
+                if mesh.last: total, y = total + y.detach().sum() / counted, y.sum() / counted
                 else: sent.append(mesh.pp.send(y.detach(), 1))
-                live[i] = x, y, extra
+                live[i] = x, y, extra / (m * mesh.dp.n)
             else:
                 (x, y, extra), self.syncing = live.pop(i), k == len(order) - 1
-                roots = [(y, None if mesh.last else self.receive(mesh.back, *shape, -1))]
-                if not mesh.last and torch.is_tensor(extra): roots.append((extra, None))
-                torch.autograd.backward(*zip(*roots))
+                ends = [(y, None if mesh.last else self.receive(mesh.back, batches[i][0], -1))]
+                if torch.is_tensor(extra): ends.append((extra, None))
+                torch.autograd.backward(*zip(*ends))
                 if not mesh.first: sent.append(mesh.back.send(x.grad, -1))
         for work, _ in sent: work.wait()
         self.leave_again(len(self.units) - 1)
         self.land()
-        for b in self.units[-1]: b.free()
         for x in self.pieces: x.grad = x.total
         for axis, some in self.sums.items():
-            flat = getattr(mesh, axis).all_reduce(torch.cat([x.grad.view(-1) for x in some])) if some else None
-            for x, g in zip(some, flat.split([x.numel() for x in some]) if some else ()):
-                x.grad.copy_(g.view(x.shape))
+            if not some: continue
+            flat = getattr(mesh, axis).all_reduce(torch.cat([x.grad.view(-1) for x in some]))
+            for x, g in zip(some, flat.split([x.numel() for x in some])): x.grad.copy_(g.view(x.shape))
         for bias, load in zip(self.model.buffers(), loads):
-            load = torch.tensor(mesh.dp.small(*load.tolist()))
+            load = mesh.dp.small(*load.tolist())
             bias += self.cfg.balance_bias * torch.sign(load.sum() / len(load) - load).to(bias)
-        return torch.tensor(mesh.stages.small(total), dtype=torch.float64)[0].to(batches[0][0].device)
+        return mesh.stages.small(float(total))[0].to(batches[0][0].device)
 
     def norms(self, *lists):
         """Common L2 norms, over all ranks, of lists of (tensor, on how many ranks it is)."""
-        squares = [sum(float(x.double().square().sum()) / n for x, n in some) for some in lists]
-        return torch.tensor(self.mesh.world.small(*squares), dtype=torch.float64).sqrt()
+        return self.mesh.world.small(*(sum(float(x.double().square().sum()) / n for x, n in some)
+                                       for some in lists)).sqrt()
 
     @torch.no_grad()
     def clip(self, params, max_norm):
@@ -712,113 +693,25 @@ class Engine(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens, targets=None):
-        """What train.evaluate sums up: nats of a batch that data ranks divide. Without targets, the
-        largest logit of this rank's own rows and of all others."""
-        mesh = self.mesh
-        if targets is not None: tokens, targets = (x.chunk(mesh.dp.n)[mesh.dp.rank] for x in (tokens, targets))
-        y = self.run(tokens, targets, None if mesh.first else self.receive(mesh.pp, *tokens.shape, 1))[0]
+        """What `evaluate` sums up: nats of a batch, which data ranks divide. Without targets, the
+        largest logit of all ranks' own rows."""
+        mesh, d = self.mesh, self.mesh.dp
+        if targets is not None: tokens, targets = (x.chunk(d.n)[d.rank] for x in (tokens, targets))
+        y = self.run(tokens, targets, None if mesh.first else self.receive(mesh.pp, tokens, 1))[0]
         if not mesh.last: mesh.pp.send(y, 1)[0].wait()
         for b in self.units[-1]: b.free()
-        if targets is None: y = mesh.world.small(float(y.abs().max()) if mesh.last else 0.0, op=MAX)
-        else: y = mesh.stages.small(float(y.double().sum()) if mesh.last else 0.0)
-        return torch.tensor(y, dtype=torch.float64), {}
+        if targets is not None: return mesh.stages.small(float(y.double().sum()) * mesh.last), {}
+        return mesh.world.small(float(y.abs().max()) * mesh.last, op=MAX), {}
 
     def watch(self, _, tokens, params, before):
         """As `health`, over all ranks."""
         self.eval()
         logit = self(tokens[:1])[0].item()
         self.train()
-        old, new = ([(x, p.copies) for x, p in zip(some, params) if p.matrix]
-                    for some in (before, [p - b for p, b in zip(params, before)]))
-        norm, moved = self.norms(old, new).tolist()
+        lists = [[(x, p.copies) for x, p in zip(some, params) if p.matrix]
+                 for some in (before, [p - b for p, b in zip(params, before)])]
+        norm, moved = self.norms(*lists).tolist()
         return dict(update=moved / norm, logit=logit)
-
-    def flops_per_token(self): return self.rate
-
-# -----------------------------------------------------------------------------
-# The lesson: what each axis costs a rank, measured on two forked processes and by formula
-
-SIZES = dict(vocab_size=512, seq_len=64, n_layers=4, d_model=64, n_heads=4, n_kv_heads=2)
-STRATEGIES = [("dp=2", {}), ("dp=2", {"shard": "optimizer"}), ("dp=2", {"shard": "full"}),
-              ("tp=2", {}), ("tp=2", {"sequence": True}), ("pp=2", {}), ("pp=2", {"pipeline": "gpipe"}),
-              ("cp=2", {}), ("dp=2,ep=2", {})]
-
-def traffic(engine, batches):
-    """Bytes that this rank sends in a step, by formula; float64, llama, as many tokens on each."""
-    e, c, n, size = engine, engine.cfg, 2, 8
-    layers, outside = (sum(b.flat.nbytes for b in sum(units, []) if b.group.n > 1)
-                       for units in (e.units[:-1], e.units[-1:]))
-    stream = sum(x.numel() for x, _ in batches) * c.d_model * size
-    part = (n - 1) / n  # what a ring sends of a tensor to add it up, or to gather it
-    data = part * ((3 if e.how.shard == "full" else 2) * layers + 2 * outside)
-    if e.mesh.tp.n > 1:  # 4 sums a layer, one of the embedding, one of the head; the loss; norms
-        ways, norms = (8 * c.n_layers + 5, 2 * c.n_layers + 1) if e.how.sequence else (8 * c.n_layers + 4, 0)
-        data += part * (ways * stream + 6 * stream / c.d_model + 2 * norms * c.d_model * size)
-    if e.mesh.pp.n > 1: data += stream
-    if e.mesh.cp.n > 1:  # keys and values go once around, their gradients once back
-        data += c.n_layers * 2 * (n - 1) * 2 * stream / n * c.n_kv_heads / c.n_heads
-    return data
-
-def memory(engine, batches):
-    """Step of the engine -> (loss, numbers of weights, gradients, state and saved activations)."""
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in engine.parameters()}
-    def save(t):
-        place = t.untyped_storage()
-        if place.data_ptr() not in weights: kept[place.data_ptr()] = place.nbytes()
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
-        loss = engine.step(None, batches).item()
-    engine.optimizer.step()
-    buckets = sum(engine.units, [])
-    numbers = [sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in some}.values())
-               for some in ([t for b in buckets for t in (b.flat, b.master)], [b.sum for b in buckets],
-                            engine.optimizer.state_tensors().values())]
-    return loss, [n / 8 for n in (*numbers, sum(kept.values()))]
-
-def teach(rank, world, path):
-    """What one of the lesson's processes does."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    for text, flags in STRATEGIES:
-        how, sizes = ParallelConfig(plan=text, ring=True, **flags), {}
-        if "ep" in text: sizes = dict(ffns="x", n_experts=4)
-        cfg = TrainConfig(batch_size=8, steps=1, minutes=None, optimizer="adamw", dtype="float64")
-        make = lambda: train.build(train.ModelConfig(**SIZES, **sizes), cfg, train.Machine(
-            torch.device("cpu"), torch.float64, False, 1.0, ""))
-        whole, _ = make()
-        n = sum(whole.n_params().values())
-        x, y = torch.randint(0, 512, (2, 8, 64), generator=torch.Generator().manual_seed(0))
-        want = train.local_step(whole, list(zip(x.split(4), y.split(4)))).item()
-        engine = Engine(*make(), Mesh(read_plan(text, world), True), how)
-        dp, micro = engine.mesh.dp, 4 if "dp" in text or "pp" in text else 8
-        x, y = x.chunk(dp.n)[dp.rank], y.chunk(dp.n)[dp.rank]
-        batches = list(zip(x.split(micro), y.split(micro)))
-        SENT.clear()
-        loss, numbers = memory(engine, batches)
-        grads = dict(whole.named_parameters())
-        gap = max(float((p.total - p.place.take(grads[p.place.name].grad)).abs().max())
-                  for p in engine.pieces)
-        gap, = engine.mesh.world.small(max(gap, abs(loss - want)), op=MAX)
-        formula = "by load" if "ep" in text else f"{traffic(engine, batches) / 1e6:10.4f}"
-        if rank == 0:
-            label = " ".join([text, *(k if v is True else v for k, v in flags.items())])
-            print(f"{label:18s}", *(f"{x / n:10.3f}" for x in numbers),
-                  f"{sum(SENT.values()) / 1e6:10.4f} {formula:>10s} {gap:9.0e}", flush=True)
-    dist.destroy_process_group()
-
-def lesson():
-    print("Two processes; llama of 4 layers, 8 sequences of 64 tokens, float64, AdamW. Of each rank:"
-          f"\nnumbers a parameter of the model (4 bytes each in float32), MB sent in a step\n{'':18s}",
-          *(f"{w:>10s}" for w in ("weights", "gradients", "state", "saved", "sent", "formula")), "  differs")
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(teach, (2, f"{folder}/meet"), nprocs=2, start_method="fork")
-    p = 4
-    for name, schedule in SCHEDULES.items():
-        for m in (4, 16):
-            idle, most = simulate(schedule, p, m)
-            print(f"pipeline of {p} stages, {name:5s} {m:2d} micro-batches: idle {idle:.4f}, by formula "
-                  f"{(p - 1) / (m + p - 1):.4f}; the first stage holds {most[0]} activations")
-    print("differs: the loss and all gradients, at most, from those of one process")
 
 # -----------------------------------------------------------------------------
 # Checkpoints: each rank writes its pieces to a file of its own, and where in the whole they belong.
@@ -827,68 +720,130 @@ def lesson():
 def save_shards(run, engine, optimizer, now):
     """shards-STEP/RANK.safetensors; the directory gets that name when all of it is there."""
     tensors, places, world = {}, {}, engine.mesh.world
-    held = [(p, s) for g, some in zip(optimizer.groups, optimizer.state)
-            for p, s in zip(g["params"], some) if p.saved]
-    for p, state in held:
+    for p, state in ((p, s) for g, some in zip(optimizer.groups, optimizer.state)
+                     for p, s in zip(g["params"], some) if p.saved):
         for k, x in {"": p, **state}.items():
             x, key = torch.as_tensor(x), str(len(places))
             place = p.place if x.shape == p.shape else Place(p.place.name)  # Shampoo's l, r; t
             tensors[key], places[key] = x, [k, *dataclasses.astuple(place)]
     for name, b in engine.model.named_buffers():
         tensors[name], places[name] = b, ["", *dataclasses.astuple(Place(name))]
-    path = Path(run) / f"shards-{now.step:08d}"
-    save_tensors(Path(f"{path}.part") / f"{world.rank:05d}.safetensors", tensors, {
-        k: json.dumps(v) for k, v in dict(places=places, world=world.n, progress=vars(now)).items()})
+    path, meta = Path(run) / f"shards-{now.step:08d}", dict(places=places, n=world.n, now=vars(now))
+    save_tensors(Path(f"{path}.part") / f"{world.rank:05d}.safetensors", tensors,
+                 {k: json.dumps(v) for k, v in meta.items()})
     world.small(0.0)  # all have written
     if world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.rename(f"{path}.part", path)
         for old in sorted(Path(run).glob("shards-????????"))[:-2]: shutil.rmtree(old)
 
-def read_shards(path, params):
-    """-> ({(parameter, "" or what of its state): whole tensor}, Progress)."""
-    whole, files = {}, sorted(path.iterdir())
-    for file in files:
-        tensors = read_tensors(file)
-        meta = {k: json.loads(v) for k, v in next(tensors)[1].items()}
-        for key, x in tensors:
-            k, *place = meta["places"][key]
-            name, place = place[0], Place(*place)
-            shape = x.shape if place == Place(name) else params[name].shape
-            place.put(whole.setdefault((name, k), x.new_zeros(shape)), x)
-    if len(files) != meta["world"]:
-        raise UserError(f"{path}: got {len(files)} files, wanted {meta['world']}")
-    return whole, Progress(**meta["progress"])
-
 @torch.no_grad()
 def load_whole(run, model, optimizer):
     """Fills a whole model and optimizer from the newest checkpoint of either kind -> Progress."""
     params = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    at = {id(p): (i, j) for i, g in enumerate(optimizer.groups) for j, p in enumerate(g["params"])}
+    state = {id(p): s for g, some in zip(optimizer.groups, optimizer.state)
+             for p, s in zip(g["params"], some)}
     step_of = lambda path: int(path.stem.split("-")[1])
     for path in sorted(Path(run).glob("shards-????????"), reverse=True):
-        if any(step_of(single) > step_of(path) for single in train.checkpoints(run)): break
-        try: whole, now = read_shards(path, params)
+        if any(step_of(other) > step_of(path) for other in train.checkpoints(run)): break
+        whole, files = {}, [*path.iterdir()]
+        try:
+            for file in files:
+                tensors = read_tensors(file)
+                meta = {k: json.loads(v) for k, v in next(tensors)[1].items()}
+                for key, x in tensors:
+                    k, *place = meta["places"][key]
+                    place = Place(*place)
+                    shape = x.shape if place == Place(place.name) else params[place.name].shape
+                    place.put(whole.setdefault((place.name, k), x.new_zeros(shape)), x)
+            if len(files) != meta["n"]: raise UserError(f"{path}: got {len(files)} of its files")
         except UserError:  # it has said which file and what is wrong
             print(f"{path} is left out; trying the one before it", flush=True)
             continue
         for (name, k), x in whole.items():
-            p = params[name]
-            if not k: p.copy_(x)
-            else:
-                i, j = at[id(p)]
-                optimizer.state[i][j][k] = int(x) if k == "t" else x.clone()
-        return now
+            if k: state[id(params[name])][k] = int(x) if k == "t" else x
+            else: params[name].copy_(x)
+        return Progress(**meta["now"])
     return train.load_checkpoint(run, model, optimizer)
+
+# -----------------------------------------------------------------------------
+# The lesson: what each axis costs a rank, measured on two forked processes and by formula
+
+SIZES = dict(vocab_size=512, seq_len=64, n_layers=4, d_model=64, n_heads=4, n_kv_heads=2)
+ROWS = [("dp=2", {}), ("dp=2", {"shard": "optimizer"}), ("dp=2", {"shard": "full"}), ("tp=2", {}),
+        ("tp=2", {"sequence": True}), ("pp=2", {}), ("cp=2", {}), ("dp=2,ep=2", {})]
+
+def traffic(engine, batches):
+    """Bytes that this rank of two sends in a step, by formula, of a llama in float64."""
+    c, how, mesh, part = engine.cfg, engine.how, engine.mesh, 1 / 2  # (n-1)/n of a tensor, on a ring
+    layers, outside = (sum(b.flat.nbytes for b in sum(units, []) if b.group.n > 1)
+                       for units in (engine.units[:-1], engine.units[-1:]))
+    stream = sum(x.numel() for x, _ in batches) * c.d_model * 8
+    total = part * ((3 if how.shard == "full" else 2) * layers + 2 * outside)
+    if mesh.tp.n > 1:  # 4 sums a layer, the embedding's, the head's, three of the loss; norms'
+        ways, norms = (5, 2 * c.n_layers + 1) if how.sequence else (4, 0)
+        total += part * ((8 * c.n_layers + ways + 6 / c.d_model) * stream + 16 * norms * c.d_model)
+    if mesh.cp.n > 1:  # keys and values go once around, their gradients once back
+        total += c.n_layers * 2 * 2 * stream / 2 * c.n_kv_heads / c.n_heads
+    return total + stream * (mesh.pp.n > 1)
+
+def measure(engine, batches):
+    """A step -> (loss, numbers of weights, gradients, state and what is saved for backward)."""
+    size = lambda some: sum({s.data_ptr(): s.nbytes() for s in (
+        t.untyped_storage() for t in some)}.values()) / 8
+    saved, buckets = [], sum(engine.units, [])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = engine.step(None, batches).item()
+    engine.optimizer.step()
+    weights = size(engine.parameters()) if not engine.how.shard == "full" else 0
+    return loss, [size([t for b in buckets for t in (b.flat, b.master)]), size([b.sum for b in buckets]),
+                  size(engine.optimizer.state_tensors().values()), size([*saved, *engine.parameters()]) - weights]
+
+def teach(rank, world, path):
+    """One of the lesson's processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    machine = train.Machine(torch.device("cpu"), torch.float64, False, 1.0, "")
+    cfg = TrainConfig(batch_size=8, steps=1, minutes=None, optimizer="adamw", dtype="float64")
+    for text, flags in ROWS:
+        how, experts = ParallelConfig(plan=text, ring=True, **flags), "ep" in text
+        model_cfg = ModelConfig(**SIZES, ffns="sx"[experts], n_experts=4 if experts else 8)
+        whole, _ = train.build(model_cfg, cfg, machine)
+        engine = Engine(*train.build(model_cfg, cfg, machine), Mesh(read_plan(text, world), True), how)
+        x, y = torch.randint(0, 512, (2, 8, 64), generator=torch.Generator().manual_seed(0))
+        loss = train.local_step(whole, list(zip(x.split(4), y.split(4)))).item()
+        dp, grads = engine.mesh.dp, {name: p.grad for name, p in whole.named_parameters()}
+        batches = list(zip(*(t.chunk(dp.n)[dp.rank].split(4) for t in (x, y))))
+        SENT.clear()
+        got, numbers = measure(engine, batches)
+        gaps = [float((p.total - p.place.take(grads[p.place.name])).abs().max()) for p in engine.pieces]
+        gap = engine.mesh.world.small(max(*gaps, abs(loss - got)), op=MAX).item()
+        n = sum(whole.n_params().values())
+        formula = "by load" if experts else f"{traffic(engine, batches) / 1e6:.4f}"
+        if rank == 0: print(f"{' '.join([text, *map(str, flags)]):14s}", *(f"{x / n:9.3f}" for x in numbers),
+                            f"{sum(SENT.values()) / 1e6:9.4f} {formula:>9s} {gap:9.0e}", flush=True)
+    dist.destroy_process_group()
+
+def lesson():
+    print("Two processes, llama, 4 layers, 8 sequences of 64 tokens, float64, AdamW. A rank's numbers a\n"
+          "parameter (times 4 bytes in float32), MB sent a step, and how far loss and gradients are from\n"
+          "those of one process", *(f"{w:>9s}" for w in (
+              "weights", "gradients", "state", "saved", "sent", "formula", "differs")))
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(teach, (2, f"{folder}/meet"), nprocs=2, start_method="fork")
+    for name, schedule in SCHEDULES.items():
+        idle, most = simulate(schedule, 4, 16)
+        print(f"pipeline of 4 stages and 16 micro-batches, {name}: idle {idle:.4f} of the time, by formula "
+              f"{3 / 19:.4f}; the first stage holds {most[0]} activations")
 
 # -----------------------------------------------------------------------------
 # Training: what torchrun starts on every rank
 
 def agree(world, x):
     """The largest x of all ranks: a number, a bool, or the name of a signal, which outranks None."""
-    signals = x is None or isinstance(x, str)
-    top, = world.small(signal.Signals[x] if isinstance(x, str) else float(x or 0), op=MAX)
-    return (signal.Signals(int(top)).name if top else None) if signals else type(x)(top)
+    named = x is None or isinstance(x, str)
+    top = world.small(float(signal.Signals[x] if isinstance(x, str) else x or 0), op=MAX).item()
+    return (signal.Signals(int(top)).name if top else None) if named else type(x)(top)
 
 def prepared(args, given, store, rank):
     """(run, resume, settings, corpus): the first rank prepares, which may take long; others wait."""
@@ -911,13 +866,12 @@ def train_ranks(args, how, given):
     plan = read_plan(how.plan, world)
     run, resume, settings, corpus = prepared(args, given, store, rank)
     cfg, tok = TrainConfig(**settings["train"]), corpus.tokenizer
-    rows = cfg.batch_size // plan["dp"]
+    rows, cpu = cfg.batch_size // plan["dp"], torch.device("cpu")
     micro = cfg.micro_batch or max(1, rows // (4 * plan["pp"] if plan["pp"] > 1 else 1))
     for name, got, n in (("batch_size", cfg.batch_size, plan["dp"]), ("micro_batch", rows, micro)):
         refuse(got % n == 0, name, got, f"a multiple of {n}, for the plan {plan}")
-    cores, beside = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cfg = dataclasses.replace(cfg, threads=cfg.threads or max(1, cores // beside),
-                              micro_batch=micro, compile=False)
+    threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cfg = dataclasses.replace(cfg, threads=cfg.threads or threads, micro_batch=micro, compile=False)
     cuda = train.pick_device(cfg.device).type == "cuda"
     if cuda: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
@@ -925,9 +879,9 @@ def train_ranks(args, how, given):
     machine = train.set_up(cfg)
     machine.peak *= world
     model_cfg = ModelConfig(**{**settings["model"], "vocab_size": tok.vocab_size})
-    make = lambda: train.build(model_cfg, cfg, dataclasses.replace(machine, device=torch.device("cpu")))
+    make = lambda: train.build(model_cfg, cfg, dataclasses.replace(machine, device=cpu))
     model, optimizer = make()
-    n = sum(model.n_params().values())
+    n, pad = sum(model.n_params().values()), -tok.vocab_size % plan["tp"]
     now = load_whole(run, model, optimizer) if resume else Progress()
     mesh = Mesh(plan, how.ring)
     engine = Engine(model, optimizer, mesh, how, machine.device)
@@ -935,12 +889,11 @@ def train_ranks(args, how, given):
                     mesh.dp.rank, mesh.dp.n)
     tokens, n_bytes = validation(corpus, cfg.eval_tokens)
     if rank == 0:
-        print(f"{run}: plan {plan}, {how}\n{cfg}\n{model_cfg}\n{machine.line}, each of {world}; {n:,} "
-              f"parameters, {sum(p.numel() for p in engine.parameters()):,} on this rank", flush=True)
-        if -model_cfg.vocab_size % plan["tp"]:
-            print(f"the vocabulary is padded with {-model_cfg.vocab_size % plan['tp']} rows for tp")
-    check = lambda engine: train.evaluate(engine, in_order(tokens, model_cfg.seq_len, micro * plan["dp"]),
-                                          n_bytes, machine.device)
+        print(f"{run}: plan {plan}, {how}\n{cfg}\n{model_cfg}\n{machine.line}, each of {world}\n{n:,} "
+              f"parameters; {sum(p.numel() for p in engine.parameters()):,} on this rank"
+              + f"; the vocabulary is padded by {pad}" * (pad > 0), flush=True)
+    check = lambda engine: train.evaluate(engine, in_order(
+        tokens, model_cfg.seq_len, micro * mesh.dp.n), n_bytes, machine.device)
     now, result = train.fit(
         engine, engine.optimizer, loader, cfg, machine, run, resume, check, engine.step, save_shards,
         lambda *_: now, partial(agree, mesh.world), rank == 0, engine.clip, engine.watch)
@@ -953,13 +906,12 @@ def train_ranks(args, how, given):
     dist.destroy_process_group()
 
 def main(args):
-    config = {f.name for f in dataclasses.fields(ParallelConfig)}
-    given = {k: v for k, v in vars(args).items() if k in train.FIELDS}
-    how = ParallelConfig(**{k: v for k, v in vars(args).items() if k in config})
+    pick = lambda names: {k: v for k, v in vars(args).items() if k in names}
+    how = ParallelConfig(**pick(ParallelConfig.__annotations__))
+    given = pick(train.FIELDS)
     if "RANK" not in os.environ:
-        refuse(not (given or args.run or args.resume or how != ParallelConfig()), "ranks", "a process "
-               "that torchrun did not start", "torchrun, as flags are for training", "run: torchrun "
-               "--nproc_per_node 2 parallel.py " + " ".join(sys.argv[1:]))
+        refuse(not (given or args.run or args.resume or how != ParallelConfig()), "flags", "some, and no "
+               "torchrun", "none, or torchrun", "run: torchrun --nproc_per_node 2 parallel.py ...")
         return lesson()
     try: train_ranks(args, how, given)
     except torch.OutOfMemoryError:
@@ -972,11 +924,11 @@ def main(args):
 
 def build_parser():
     parser = argparse.ArgumentParser(description="Trains on many devices, under torchrun; alone, "
-                                     "shows on a few forked processes what each axis costs.")
+                                     "shows on forked processes what each axis costs.")
     place = lambda s: Path(s) if os.sep in s else train.RUNS / s
-    parser.add_argument("--into", "--run", dest="run", type=place, help="directory, or name under runs/"
-                        ", of the run (default: a free name); torchrun takes --run for its --run-path")
-    parser.add_argument("--resume", action="store_true", help="go on with --run, or the newest run "
+    parser.add_argument("--into", "--run", dest="run", type=place, help="directory, or name under "
+                        "runs/, of the run (default: a free name); torchrun has a --run of its own")
+    parser.add_argument("--resume", action="store_true", help="go on with --into, or the newest run "
                         "(default: off, but when torchrun restarts)")
     for config in (ParallelConfig, TrainConfig, ModelConfig):
         train.add_fields(parser, config, train.RECIPES)
