@@ -11,25 +11,23 @@ THE MATHS (n ranks of a group, S bytes of a tensor)
     all_reduce = reduce_scatter, then all_gather: each sends (n-1)/n S around a ring, twice
     y = x [W1 W2] = [x W1, x W2]       columns: no sum        [x1 x2] [W1; W2] = x1 W1 + x2 W2
     softmax over blocks of keys: y = sum_b e^(L_b - L) y_b, L = log sum_b e^L_b, L_b of a block
-    a pipeline of p stages and m micro-batches idles (p-1) / (m+p-1) of the time
 
 THE COSTS (bytes a parameter in float32 with AdamW: weight, gradient, state; sent a step, of W S)
     none 4 + 4 + 8, optimizer 4 + 4 + 8/n: 2 (n-1)/n S     full (4 + 4 + 8)/n: 3 (n-1)/n S
-    tp: 4 all_reduces of the stream a layer; sequence: as many bytes, but norms' memory / tp
-    pp: the stream over each border, and back. cp: (n-1) blocks of keys and values, and back
+    tp: 4 all_reduces of the stream a layer. pp: the stream over each border, and back; p stages and
+    m micro-batches idle (p-1) / (m+p-1) of the time. cp: (n-1) blocks of keys and values, and back
 
-CONTENTS  ParallelConfig / collectives / mesh / schedules / buckets and shards / tensors / context /
-          experts / the engine / checkpoints / the lesson / training
+CONTENTS  ParallelConfig / collectives / mesh / schedules / tensors / context / experts / the engine
+          / checkpoints / the lesson / training (the buckets of data ranks are in optim.py)
 NOT HERE  interleaved schedules, fp8 on the wire, compiled layers; a model that does not fit on one
           *host*: each rank draws all weights there first, so that they are the same
-RUN       python parallel.py                            # each axis on forked processes: who sends what
+RUN       python parallel.py                            # each axis on two forked processes
           torchrun --nproc_per_node 2 parallel.py       # trains for a minute; last: bits_per_byte
           torchrun --nproc_per_node 8 --max-restarts 3 parallel.py --plan dp=2,tp=4 --shard full
 REFERENCES
-    Patarasuk, Yuan 2009 (rings); Li et al. 2020 (2006.15704, buckets); Rajbhandari et al. 2020
-    (1910.02054, ZeRO: `optimizer` is its stage 1, `full` 3); Shoeybi et al. 2019 (1909.08053, tp);
-    Korthikanti et al. 2022 (2205.05198, sequence); Huang et al. 2019 (1811.06965, GPipe); Narayanan
-    et al. 2021 (2104.04473, 1F1B); Liu et al. 2023 (2310.01889, cp); Lepikhin 2020 (2006.16668, ep)
+    Patarasuk, Yuan 2009 (rings); Li et al. 2020 (2006.15704, buckets); ZeRO 1910.02054 (`optimizer`
+    is its stage 1, `full` 3); tp 1909.08053; sequence 2205.05198; GPipe 1811.06965; 1F1B
+    2104.04473; ring attention 2310.01889; experts 2006.16668
 EXERCISE  Empty `one_f_one_b`; fill it until `pytest test_all.py -k schedule` is green again.
 """
 import argparse, dataclasses, json, math, os, re, shutil, signal, sys, tempfile
@@ -52,7 +50,7 @@ from bpe import UserError
 from data import Loader, in_order, validation
 from kernels import Context, RMSNorm, linear_cross_entropy, logits_of, up
 from model import FFN, Attention, MoE, ModelConfig, read_tensors, save_tensors
-from optim import SOAP, Muon, Shampoo
+from optim import WHOLE, Bucket, Place
 from train import Progress, TrainConfig, flag
 
 # -----------------------------------------------------------------------------
@@ -71,7 +69,6 @@ class ParallelConfig:
     recompute: bool = flag(False, "keep a layer's input alone, and run it again going backward")
     ring: bool = flag(False, "the collectives of this file in place of torch's")
     timeout: float = flag(600.0, "seconds to wait for another rank before giving up")
-
     def __post_init__(self):
         for name, rows in (("shard", SHARDS), ("pipeline", SCHEDULES)):
             refuse(getattr(self, name) in rows, name, getattr(self, name), " or ".join(rows))
@@ -116,10 +113,9 @@ def check(c, d_ffs, plan, how):
 
 # -----------------------------------------------------------------------------
 # Collectives
-# All are made of sending and receiving. In a ring each rank sends to the next and receives from the
-# one before, all at once: no link carries more than another, and none idles. reduce_scatter lets n
-# parts travel, each growing by what every rank adds; all_gather lets the finished parts travel once
-# more. torch's are that idea over many rings at once. Both return a function that waits.
+# In a ring each rank sends to the next and receives from the one before, at once: no link idles.
+# reduce_scatter lets n parts travel, each growing by what every rank adds; all_gather lets finished
+# parts travel once more. Both return a function that waits. torch's are rings, too, of many links.
 
 ALL_GATHER, REDUCE_SCATTER = (getattr(dist, f"{name}_single", None) or getattr(dist, old)
                               for name, old in (("all_gather", "all_gather_into_tensor"),
@@ -130,17 +126,13 @@ SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 class Group:
     """The n ranks that differ in some axes of the mesh alone; this one is the rank-th of them."""
     own = False  # the rings of this file?
-
     def __init__(self, name, ranks, me, pg):
         self.name, self.ranks, self.pg = name, ranks, pg
         self.n, self.rank = len(ranks), ranks.index(me)
-
     def near(self, by): return self.ranks[(self.rank + by) % self.n]
-
     def send(self, x, by):  # -> what must be kept until it is gone
         SENT[self.name] += x.nbytes
         return dist.isend(x, self.near(by), self.pg), x
-
     def shift(self, x, by=1):
         """Sends x to the next on the ring -> what the one before has sent."""
         SENT[self.name] += x.nbytes
@@ -149,7 +141,6 @@ class Group:
                                             dist.P2POp(dist.irecv, out, self.near(-by), self.pg)]):
             work.wait()
         return out
-
     def reduce_scatter(self, x, op=SUM):
         """(n, ...) -> (...): row `rank` of all members' x, added up."""
         n, r, x = self.n, self.rank, x.contiguous()
@@ -162,7 +153,6 @@ class Group:
             part, mine = self.shift(part), x[(r - i) % n]
             part = part + mine if op == SUM else torch.maximum(part, mine)
         return lambda: part
-
     def all_gather(self, x, out=None):
         """(...) -> (n, ...): all members' x, in order."""
         n, r, x = self.n, self.rank, x.contiguous()
@@ -173,20 +163,17 @@ class Group:
         out[r] = x
         for i in range(1, n): out[(r - i) % n] = x = self.shift(x)
         return lambda: out
-
     def all_reduce(self, x, op=SUM):
         """(...) -> (...), the same everywhere: the sum, or the maximum."""
         flat = F.pad(x.reshape(-1), (0, -x.numel() % self.n)).view(self.n, -1)
         whole = self.all_gather(self.reduce_scatter(flat, op)())()
         return whole.view(-1)[:x.numel()].view(x.shape)
-
     def all_to_all(self, x, give, take):
         """Rows of x, give[i] of them for member i, in order -> those for us, take[i] from i."""
         SENT[self.name] += x.nbytes - x.split(give)[self.rank].nbytes
         out = x.new_empty(sum(take), *x.shape[1:])
         dist.all_to_all_single(out, x.contiguous(), take, give, self.pg)
         return out
-
     def small(self, *values, op=SUM):
         """Sums (or maxima) of a few numbers, which control the work: not counted as traffic."""
         x = torch.tensor(values, dtype=torch.float64)
@@ -238,7 +225,7 @@ class Mesh:
         self.first, self.last = self.pp.rank == 0, self.pp.rank == pp - 1
 
 # -----------------------------------------------------------------------------
-# Schedules of a pipeline: lists of ("F" or "B", micro-batch) for each stage, which need no processes
+# Schedules of a pipeline: for each stage a list of ("F" or "B", micro-batch)
 # All forward first (GPipe) keeps m activations; one forward, one backward (1F1B) p, in equal time.
 
 def gpipe(stage, p, m):
@@ -254,11 +241,9 @@ SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b}
 
 def simulate(schedule, p, m, forward=1.0, backward=2.0):
     """(fraction of the time that stages idle, most activations that each holds) in virtual time."""
-    left, done, clock, most = [schedule(s, p, m) for s in range(p)], {}, [0.0] * p, [0] * p
-    for s, order in enumerate(left):  # +1 for F, -1 for B: how many are held
-        held = [0]
-        for kind, _ in order: held.append(held[-1] + (1 if kind == "F" else -1))
-        most[s] = max(held)
+    left, done, clock = [schedule(s, p, m) for s in range(p)], {}, [0.0] * p
+    most = [max(sum(1 if kind == "F" else -1 for kind, _ in order[:i + 1]) for i in range(2 * m))
+            for order in left]
     needs = lambda s, kind, i: (("F", i, s - 1) if kind == "F" else
                                 ("B", i, s + 1) if s < p - 1 else ("F", i, s))
     ready = lambda s: left[s] and (needs(s, *left[s][0]) in done or needs(s, *left[s][0])[2] < 0)
@@ -269,115 +254,6 @@ def simulate(schedule, p, m, forward=1.0, backward=2.0):
             forward if kind == "F" else backward)
         done[kind, i, s] = clock[s]
     return 1 - m * (forward + backward) / max(clock), most
-
-# -----------------------------------------------------------------------------
-# Data ranks: buckets and shards
-# Data ranks hold the same weights and see other sequences; gradients are added up. Parameters of a
-# layer share a flat buffer, a bucket, of n equal slices: one message in place of many small ones,
-# under way while backward goes on below. What follows needs a slice a rank: of the optimizer's
-# state ("optimizer"), or of weights and gradients, too, which are gathered when a layer is due and
-# freed behind it ("full"). Elementwise optimizers may cut anywhere; those that see a matrix (WHOLE)
-# need all of it, so that matrices go to slices undivided, the largest first.
-
-WHOLE = (Shampoo, SOAP, Muon)
-
-@dataclass(frozen=True)
-class Place:
-    """Which part of a parameter a tensor is: of n shards along `dim` (None: undivided) the rank-th,
-    padded with zeros if they are unequal, and of that, flattened, start to end (None: all)."""
-    name: str
-    dim: int | None = None
-    rank: int = 0
-    n: int = 1
-    start: int = 0
-    end: int | None = None
-
-    def shard(self, whole):
-        """(a padded copy of a whole tensor, the view of it that is this shard)."""
-        wide = whole.new_zeros([-(-s // self.n) * self.n if i == self.dim else s
-                                for i, s in enumerate(whole.shape)])
-        wide[tuple(map(slice, whole.shape))] = whole
-        return wide, wide if self.dim is None else wide.chunk(self.n, self.dim)[self.rank]
-
-    def take(self, whole):
-        """Its part of a whole tensor, a copy: flat, unless it is an undivided one."""
-        part = self.shard(whole)[1].contiguous()
-        return part if self.end is None else part.view(-1)[self.start:self.end]
-
-    def put(self, whole, part):
-        """The inverse: writes its part into a whole tensor."""
-        wide, shard = self.shard(whole)
-        flat = shard.flatten()
-        flat[self.start:self.end] = part.flatten()
-        shard.copy_(flat.view(shard.shape))
-        whole.copy_(wide[tuple(map(slice, whole.shape))])
-
-class Bucket:
-    """Parameters {name: p} of a group's ranks in a flat buffer; p.data and p.grad are views of it.
-    `master` and `sum` are weights and gradients as far as this rank keeps them."""
-    def __init__(self, params, group, shard, whole, dtype):
-        self.params, self.group, self.at, first = params, group, {}, next(iter(params.values()))
-        self.full, self.each, self.arriving = shard == "full", shard == "none", None
-        sizes, ends = {name: p.numel() for name, p in params.items()}, [0] * group.n
-        for name in sorted(sizes, key=sizes.get, reverse=True) if whole else sizes:
-            i = ends.index(min(ends)) if whole else 0
-            self.at[name], ends[i] = (i, ends[i]), ends[i] + sizes[name]
-        self.size = max(ends) if whole else -(-ends[0] // group.n)
-        self.at = {name: i * self.size + start for name, (i, start) in self.at.items()}
-        self.flat = first.new_zeros(group.n * self.size, dtype=dtype)
-        self.master = torch.zeros_like(self.flat, dtype=first.dtype) if self.full else self.flat
-        for name, p in params.items():
-            self.view(self.master, name).copy_(p.data)
-            p.data = self.view(self.flat, name)
-        if self.full: self.master = self.rows(self.master)[group.rank].clone()
-        self.sum = torch.zeros_like(self.master)
-        self.free()
-
-    def rows(self, flat): return flat.view(self.group.n, -1)
-
-    def view(self, flat, name):
-        shape = self.params[name].shape
-        return flat[self.at[name]:self.at[name] + math.prod(shape)].view(shape)
-
-    def pieces(self):
-        """Yields (name, start, end, weights, gradients, are they our slice) of all that we keep."""
-        for i in range(self.group.n) if self.each else [self.group.rank]:
-            a, base = i * self.size, i * self.size if self.full else 0
-            for name, at in self.at.items():
-                lo, hi = max(a, at), min(a + self.size, at + self.params[name].numel())
-                if lo < hi: yield (name, lo - at, hi - at, self.master[lo - base:hi - base],
-                                   self.sum[lo - base:hi - base], i == self.group.rank)
-
-    def gather(self):
-        """Sends for the weights, if they are neither here nor on their way."""
-        if self.full and not self.flat.untyped_storage().nbytes():
-            self.flat.untyped_storage().resize_(self.flat.nbytes)
-            self.arriving = self.group.all_gather(self.master.to(self.flat), self.rows(self.flat))
-
-    def arrive(self):
-        self.gather()
-        if self.arriving: self.arriving()
-        self.arriving = None
-
-    def free(self):
-        if self.full: self.flat.untyped_storage().resize_(0)
-
-    def open(self):
-        """Room for gradients: `full` has it while its layer goes backward."""
-        self.grad = torch.zeros_like(self.flat) if self.full else self.sum
-        for name, p in self.params.items(): p.grad = self.view(self.grad, name)
-
-    def reduce(self):
-        """Sends the gradients off to be added up, each slice where it belongs."""
-        self.adding = self.group.reduce_scatter(self.rows(self.grad))
-        self.free()
-
-    def land(self):
-        own, self.grad, self.adding = self.adding(), None, None
-        for p in self.params.values(): p.grad = None
-        if self.full: self.sum += own
-        elif self.each: self.group.all_gather(own, self.rows(self.sum))()
-        else: self.rows(self.sum)[self.group.rank] = own
 
 # -----------------------------------------------------------------------------
 # Tensors: the width of every layer, divided
@@ -415,10 +291,10 @@ def cut_tensors(model, g, sequence):
     """Divides a model over group g -> ({parameter: dim it is cut along}, {parameters of whose
     gradient each rank has a part, as it saw a part of the stream or of the heads})."""
     p, cuts, parts = pairs(g), {}, set()
+    rows = "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"
     for name, m in [*model.named_modules()]:
         word, inside = name.split(".")[-1], sequence and "experts." not in name + "."
-        if word in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"):
-            cuts.update((w, 0) for w in m.parameters())
+        if word in rows: cuts.update((w, 0) for w in m.parameters())
         if word in ("o_proj", "down_proj", "v_embed", "embed_bigram"): cuts[m.weight] = 1
         if word in ("o_proj", "down_proj"):
             m.forward = partial(row_forward, m, p.scatter if inside else p.sum)
@@ -461,10 +337,10 @@ def ring_attention(q, k, v, g):
     y, lse = block(q, kv, True)
     for i in range(1, g.n):
         kv = Both.apply(kv, g.shift, partial(g.shift, by=-1))
-        if i <= g.rank: new, l = block(q, kv[:, :, :, :half], False)  # from before: its first piece
-        else:  # from behind: our second piece sees both of it
+        if i <= g.rank: new, l = block(q, kv[:, :, :, :half], False)  # of one before: its first
+        else:  # of one behind: our second piece sees both
             new, l = block(q[:, :, half:], kv, False)
-            new, l = (F.pad(x, (0, 0, half, 0), value=fill) for x, fill in ((new, 0.0), (l, -math.inf)))
+            new, l = F.pad(new, (0, 0, half, 0)), F.pad(l, (0, 0, half, 0), value=-math.inf)
         both = torch.logaddexp(lse, l)
         y, lse = y * (lse - both).exp() + new * (l - both).exp(), both
     return y.to(q.dtype)
@@ -517,19 +393,20 @@ class Engine(nn.Module):
             if hasattr(model, name) and not (self.cfg.tie and mesh.last and name == "embed_tokens"):
                 delattr(model, name)
         for moe in (m for m in model.modules() if isinstance(m, MoE) and mesh.ep.n > 1):
-            moe.experts, moe.run = own_part(moe.experts, mesh.ep), partial(remote_experts, moe, mesh.ep)
+            moe.experts = own_part(moe.experts, mesh.ep)
+            moe.run = partial(remote_experts, moe, mesh.ep)
         cuts, parts = cut_tensors(model, tp, how.sequence) if tp.n > 1 else ({}, ())
         for name, p in model.named_parameters():
             if p in cuts: p.data = Place(name, cuts[p], tp.rank, tp.n).take(p.data).clone()
         model.to(device)
         self.divide(optimizer, cuts, parts, whole)
-
     def divide(self, optimizer, cuts, parts, whole):
         """Makes `units`, the buckets of each layer and, last, of what is outside; `pieces` of them;
         and an optimizer that moves pieces."""
         mesh, shard, units = self.mesh, self.how.shard, {math.inf: {}}
         self.units, self.pieces, self.split, self.sums = [], [], [], {"tp": [], "ends": []}
-        where = {id(p): (i, j) for i, g in enumerate(optimizer.groups) for j, p in enumerate(g["params"])}
+        where = {id(p): (i, s) for i, (g, some) in enumerate(zip(optimizer.groups, optimizer.state))
+                 for p, s in zip(g["params"], some)}  # group and state of a whole parameter
         for name, p in self.model.named_parameters():
             if not p.requires_grad: continue  # frozen: the same on all ranks
             matrix = p.ndim == 2 and optimizer.groups[where[id(p)][0]]["role"] == "matrix"
@@ -546,7 +423,7 @@ class Engine(nn.Module):
                 dtype = self.dtype if shard == "full" else next(iter(params.values())).dtype
                 self.units[-1].append(bucket := Bucket(params, group, shard, undivided, dtype))
                 for name, lo, hi, w, g, own in bucket.pieces():
-                    (i, j), p = where[id(params[name])], params[name]
+                    (i, state), p = where[id(params[name])], params[name]
                     dim, end = cuts.get(p), None if hi - lo == math.prod(p.shape) else hi
                     x = nn.Parameter(w.view(p.shape) if end is None else w, requires_grad=False)
                     x.total, x.place = g.view(x.shape), Place(
@@ -555,7 +432,7 @@ class Engine(nn.Module):
                     if p in parts: self.sums["tp"].append(x)
                     if ends: self.sums["ends"].append(x)
                     held = x
-                    if undivided and dim is not None:  # every rank of tp has, and updates, all of it
+                    if undivided and dim is not None:  # all of it, on every rank of tp
                         x = nn.Parameter(whole[name].to(w.device, copy=True))
                         x.place = Place(name)
                         self.split.append((held, x))
@@ -568,10 +445,9 @@ class Engine(nn.Module):
                     self.optimizer.groups[i]["params"].append(x)
                     states[i].append({k: x.place.take(s).to(w.device) if torch.is_tensor(s)
                                       and s.shape == whole[name].shape else s
-                                      for k, s in old.state[i][j].items()})
+                                      for k, s in state.items()})
         self.optimizer.state, self.move = states, self.optimizer.step
         self.optimizer.step = self.update
-
     @torch.no_grad()
     def update(self, scale=1.0):
         """A step of the optimizer on the pieces, which then go to those who hold them, too."""
@@ -580,67 +456,60 @@ class Engine(nn.Module):
         for x, master in self.split: x.copy_(x.place.take(master))
         for b in sum(self.units, []) if self.how.shard == "optimizer" else ():
             b.group.all_gather(b.rows(b.flat)[b.group.rank].clone(), b.rows(b.flat))()
-
     # Around each layer stand two identities, whose side effects move weights and gradients: those
     # of a layer are complete when that of its input is, as it comes last.
-
+    def each(self, i, *names):
+        for b in self.units[i] if i >= 0 else ():
+            for name in names: getattr(b, name)()
     def enter(self, i, x):
-        for b in self.units[i]: b.arrive()
-        for b in self.units[i + 1]: b.gather()  # while this one computes
+        self.each(i, "arrive")
+        self.each(i + 1, "gather")  # while this one computes
         return same(x)
-
     def leave(self, i, x):
-        for b in self.units[i]: b.free()
+        self.each(i, "free")
         return same(x)
-
     def enter_again(self, i, g):
         if {*self.flying} & {*self.units[i]}: self.land()
-        for b in self.units[i]:
-            b.arrive()
-            if b.full: b.open()
-        for b in self.units[i - 1] if i else (): b.gather()
+        self.each(i, "arrive", *["open"] * (self.how.shard == "full"))
+        self.each(i - 1, "gather")
         return g
-
     def leave_again(self, i, g=None):
         if self.how.shard == "full": self.land()
         if self.how.shard == "full" or self.syncing:
-            for b in self.units[i]: b.reduce()
+            self.each(i, "reduce")
             self.flying += self.units[i]
         return g
-
     def land(self):
         for b in self.flying: b.land()
         self.flying = []
-
     def run(self, tokens, targets=None, x=None):
-        """-> (the stream or, of the last stage, nats or logits; auxiliary loss; loads by expert)."""
+        """-> (the stream, or at the end nats or logits; auxiliary loss; loads by expert)."""
         mesh, model, how, p, extra, loads = self.mesh, self.model, self.how, self.pairs, 0.0, []
         ctx = RingContext(self.cfg, tokens, mesh.cp) if mesh.cp.n > 1 else Context(self.cfg, tokens)
         if mesh.cp.n > 1 and targets is not None: targets = targets[:, ctx.index]
-        for b in self.units[-1]: b.arrive()
+        self.each(len(self.units) - 1, "arrive")
         if mesh.first: x = p.mine(model.embed(ctx)) if how.sequence else model.embed(ctx)
         if torch.is_grad_enabled() and not x.requires_grad: x.requires_grad_()
         for i, layer in enumerate(model.layers.values()):
             x = Both.apply(x, partial(self.enter, i), partial(self.leave_again, i))
-            x, aux = checkpoint(layer, x, ctx, use_reentrant=False) if how.recompute else layer(x, ctx)
+            run = partial(checkpoint, layer, use_reentrant=False) if how.recompute else layer
+            x, aux = run(x, ctx)
             x = Both.apply(x, partial(self.leave, i), partial(self.enter_again, i))
             extra = extra + aux.get("loss", 0.0)
             if "load" in aux: loads.append(aux["load"])
         if not mesh.last: return x, extra, loads
-        x, cap, weight = model.norm(x), self.cfg.softcap, (model.lm_head or model.embed_tokens).weight
+        x, weight = model.norm(x), (model.lm_head or model.embed_tokens).weight
         if mesh.tp.n > 1: x = (p.gather if how.sequence else p.copy)(x)
-        if targets is None: y = logits_of(x, weight, cap)
-        elif mesh.tp.n == 1: y = linear_cross_entropy(x, weight, targets, cap)
-        else: y = token_cross_entropy(x, weight, targets, cap, mesh.tp, self.cfg.vocab_size)
-        return y, extra, loads
-
+        if targets is None: return logits_of(x, weight, self.cfg.softcap), extra, loads
+        loss = linear_cross_entropy if mesh.tp.n == 1 else partial(
+            token_cross_entropy, g=mesh.tp, vocab_size=self.cfg.vocab_size)
+        return loss(x, weight, targets, self.cfg.softcap), extra, loads
     def receive(self, group, tokens, by):
         """The stream (B, T, D) from the stage before (1), or its gradient from that behind (-1)."""
         T = tokens.shape[1] // self.mesh.cp.n // (self.mesh.tp.n if self.how.sequence else 1)
         x = torch.empty(len(tokens), T, self.cfg.d_model, device=tokens.device, dtype=self.dtype)
         dist.recv(x, group.near(-by), group.pg)
         return x
-
     def step(self, _, batches):
         """As local_step: leaves the gradient of the mean loss over all ranks' targets."""
         mesh, m, total, loads, live, sent = self.mesh, len(batches), 0.0, [], {}, []
@@ -672,17 +541,16 @@ class Engine(nn.Module):
         for axis, some in self.sums.items():
             if not some: continue
             flat = getattr(mesh, axis).all_reduce(torch.cat([x.grad.view(-1) for x in some]))
-            for x, g in zip(some, flat.split([x.numel() for x in some])): x.grad.copy_(g.view(x.shape))
+            sums = flat.split([x.numel() for x in some])
+            for x, g in zip(some, sums): x.grad.copy_(g.view(x.shape))
         for bias, load in zip(self.model.buffers(), loads):
             load = mesh.dp.small(*load.tolist())
             bias += self.cfg.balance_bias * torch.sign(load.sum() / len(load) - load).to(bias)
         return mesh.stages.small(float(total))[0].to(batches[0][0].device)
-
     def norms(self, *lists):
         """Common L2 norms, over all ranks, of lists of (tensor, on how many ranks it is)."""
         return self.mesh.world.small(*(sum(float(x.double().square().sum()) / n for x, n in some)
                                        for some in lists)).sqrt()
-
     @torch.no_grad()
     def clip(self, params, max_norm):
         """clip_grad_norm of all ranks' gradients."""
@@ -690,7 +558,6 @@ class Engine(nn.Module):
         scale = (max_norm.cpu() / (norm + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
         for x in self.pieces: x.grad.mul_(scale.to(x.grad)).nan_to_num_(0.0, 0.0, 0.0)
         return norm.to(self.pieces[0].device)
-
     @torch.no_grad()
     def forward(self, tokens, targets=None):
         """What `evaluate` sums up: nats of a batch, which data ranks divide. Without targets, the
@@ -702,7 +569,6 @@ class Engine(nn.Module):
         for b in self.units[-1]: b.free()
         if targets is not None: return mesh.stages.small(float(y.double().sum()) * mesh.last), {}
         return mesh.world.small(float(y.abs().max()) * mesh.last, op=MAX), {}
-
     def watch(self, _, tokens, params, before):
         """As `health`, over all ranks."""
         self.eval()
@@ -725,9 +591,9 @@ def save_shards(run, engine, optimizer, now):
         for k, x in {"": p, **state}.items():
             x, key = torch.as_tensor(x), str(len(places))
             place = p.place if x.shape == p.shape else Place(p.place.name)  # Shampoo's l, r; t
-            tensors[key], places[key] = x, [k, *dataclasses.astuple(place)]
+            tensors[key], places[key] = x, [k, *place]
     for name, b in engine.model.named_buffers():
-        tensors[name], places[name] = b, ["", *dataclasses.astuple(Place(name))]
+        tensors[name], places[name] = b, ["", *Place(name)]
     path, meta = Path(run) / f"shards-{now.step:08d}", dict(places=places, n=world.n, now=vars(now))
     save_tensors(Path(f"{path}.part") / f"{world.rank:05d}.safetensors", tensors,
                  {k: json.dumps(v) for k, v in meta.items()})
@@ -769,87 +635,73 @@ def load_whole(run, model, optimizer):
 # -----------------------------------------------------------------------------
 # The lesson: what each axis costs a rank, measured on two forked processes and by formula
 
-SIZES = dict(vocab_size=512, seq_len=64, n_layers=4, d_model=64, n_heads=4, n_kv_heads=2)
-ROWS = [("dp=2", {}), ("dp=2", {"shard": "optimizer"}), ("dp=2", {"shard": "full"}), ("tp=2", {}),
-        ("tp=2", {"sequence": True}), ("pp=2", {}), ("cp=2", {}), ("dp=2,ep=2", {})]
-
 def traffic(engine, batches):
     """Bytes that this rank of two sends in a step, by formula, of a llama in float64."""
-    c, how, mesh, part = engine.cfg, engine.how, engine.mesh, 1 / 2  # (n-1)/n of a tensor, on a ring
-    layers, outside = (sum(b.flat.nbytes for b in sum(units, []) if b.group.n > 1)
-                       for units in (engine.units[:-1], engine.units[-1:]))
+    c, mesh, units = engine.cfg, engine.mesh, engine.units
+    layers, outside = (sum(b.flat.nbytes for b in sum(some, []) if b.group.n > 1)
+                       for some in (units[:-1], units[-1:]))
     stream = sum(x.numel() for x, _ in batches) * c.d_model * 8
-    total = part * ((3 if how.shard == "full" else 2) * layers + 2 * outside)
-    if mesh.tp.n > 1:  # 4 sums a layer, the embedding's, the head's, three of the loss; norms'
-        ways, norms = (5, 2 * c.n_layers + 1) if how.sequence else (4, 0)
-        total += part * ((8 * c.n_layers + ways + 6 / c.d_model) * stream + 16 * norms * c.d_model)
-    if mesh.cp.n > 1:  # keys and values go once around, their gradients once back
-        total += c.n_layers * 2 * 2 * stream / 2 * c.n_kv_heads / c.n_heads
-    return total + stream * (mesh.pp.n > 1)
-
-def measure(engine, batches):
-    """A step -> (loss, numbers of weights, gradients, state and what is saved for backward)."""
-    size = lambda some: sum({s.data_ptr(): s.nbytes() for s in (
-        t.untyped_storage() for t in some)}.values()) / 8
-    saved, buckets = [], sum(engine.units, [])
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        loss = engine.step(None, batches).item()
-    engine.optimizer.step()
-    weights = size(engine.parameters()) if not engine.how.shard == "full" else 0
-    return loss, [size([t for b in buckets for t in (b.flat, b.master)]), size([b.sum for b in buckets]),
-                  size(engine.optimizer.state_tensors().values()), size([*saved, *engine.parameters()]) - weights]
+    total = (3 if engine.how.shard == "full" else 2) * layers + 2 * outside
+    if mesh.tp.n > 1:  # 4 sums a layer, the embedding's and the head's, three numbers of the loss
+        total += (8 * c.n_layers + 4 + 6 / c.d_model) * stream
+    if mesh.cp.n > 1:  # keys and values, and back their gradients
+        total += 2 * c.n_layers * 2 * stream * c.n_kv_heads / c.n_heads
+    return (total + 2 * stream * (mesh.pp.n > 1)) / 2  # a ring of two sends half of what it adds up
 
 def teach(rank, world, path):
     """One of the lesson's processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    machine = train.Machine(torch.device("cpu"), torch.float64, False, 1.0, "")
-    cfg = TrainConfig(batch_size=8, steps=1, minutes=None, optimizer="adamw", dtype="float64")
-    for text, flags in ROWS:
-        how, experts = ParallelConfig(plan=text, ring=True, **flags), "ep" in text
-        model_cfg = ModelConfig(**SIZES, ffns="sx"[experts], n_experts=4 if experts else 8)
-        whole, _ = train.build(model_cfg, cfg, machine)
-        engine = Engine(*train.build(model_cfg, cfg, machine), Mesh(read_plan(text, world), True), how)
+    size = lambda some: sum({s.data_ptr(): s.nbytes() for s in (
+        t.untyped_storage() for t in some)}.values()) / 8  # numbers, views counted once
+    for text, shard in [*(("dp=2", shard) for shard in SHARDS), *(
+            (text, "none") for text in ("tp=2", "pp=2", "cp=2", "dp=2,ep=2"))]:
+        cfg = ModelConfig(vocab_size=512, seq_len=64, d_model=64, n_kv_heads=2, ffns="sx"["ep" in text])
+        make = lambda: train.build(cfg, TrainConfig(optimizer="adamw"), train.Machine(
+            torch.device("cpu"), torch.float64, False, 1.0, ""))
+        (whole, _), how = make(), ParallelConfig(plan=text, shard=shard, ring=True)
+        engine = Engine(*make(), Mesh(read_plan(text, world), how.ring), how)
         x, y = torch.randint(0, 512, (2, 8, 64), generator=torch.Generator().manual_seed(0))
-        loss = train.local_step(whole, list(zip(x.split(4), y.split(4)))).item()
-        dp, grads = engine.mesh.dp, {name: p.grad for name, p in whole.named_parameters()}
+        loss = train.local_step(whole, list(zip(x.split(4), y.split(4))))
+        dp, n = engine.mesh.dp, sum(p.numel() for p in whole.parameters())
         batches = list(zip(*(t.chunk(dp.n)[dp.rank].split(4) for t in (x, y))))
         SENT.clear()
-        got, numbers = measure(engine, batches)
-        gaps = [float((p.total - p.place.take(grads[p.place.name])).abs().max()) for p in engine.pieces]
-        gap = engine.mesh.world.small(max(*gaps, abs(loss - got)), op=MAX).item()
-        n = sum(whole.n_params().values())
-        formula = "by load" if experts else f"{traffic(engine, batches) / 1e6:.4f}"
-        if rank == 0: print(f"{' '.join([text, *map(str, flags)]):14s}", *(f"{x / n:9.3f}" for x in numbers),
-                            f"{sum(SENT.values()) / 1e6:9.4f} {formula:>9s} {gap:9.0e}", flush=True)
+        gaps = [engine.step(None, batches) - loss]
+        engine.optimizer.step()
+        grads, buckets = {k: p.grad for k, p in whole.named_parameters()}, sum(engine.units, [])
+        gaps += [(p.total - p.place.take(grads[p.place.name])).abs().max() for p in engine.pieces]
+        gap = engine.mesh.world.small(max(abs(float(x)) for x in gaps), op=MAX).item()
+        kept = ([t for b in buckets for t in (b.flat, b.master)], [b.sum for b in buckets],
+                engine.optimizer.state_tensors().values())
+        sent, formula = sum(SENT.values()) / 1e6, f"{traffic(engine, batches) / 1e6:.4f}"
+        if rank == 0: print(f"{text:10s}{shard:10s}", *(f"{size(some) / n:9.3f}" for some in kept),
+                            f"{'by load' if 'ep' in text else formula:>9s} {sent:9.4f} {gap:9.0e}")
     dist.destroy_process_group()
 
 def lesson():
-    print("Two processes, llama, 4 layers, 8 sequences of 64 tokens, float64, AdamW. A rank's numbers a\n"
-          "parameter (times 4 bytes in float32), MB sent a step, and how far loss and gradients are from\n"
-          "those of one process", *(f"{w:>9s}" for w in (
-              "weights", "gradients", "state", "saved", "sent", "formula", "differs")))
+    print("Of a rank of two: numbers a parameter (4 bytes each in float32), MB sent in a step, how "
+          "far\nloss and gradients are from those of one process. Llama, 512 tokens, float64, AdamW"
+          "\nplan      shard    ", *(f"{w:>9s}" for w in ("weights", "gradients", "state", "formula",
+                                                        "sent", "differs")), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(teach, (2, f"{folder}/meet"), nprocs=2, start_method="fork")
     for name, schedule in SCHEDULES.items():
         idle, most = simulate(schedule, 4, 16)
-        print(f"pipeline of 4 stages and 16 micro-batches, {name}: idle {idle:.4f} of the time, by formula "
+        print(f"4 stages, 16 micro-batches, {name}: idle {idle:.4f} of the time, by formula "
               f"{3 / 19:.4f}; the first stage holds {most[0]} activations")
 
 # -----------------------------------------------------------------------------
 # Training: what torchrun starts on every rank
 
 def agree(world, x):
-    """The largest x of all ranks: a number, a bool, or the name of a signal, which outranks None."""
+    """The largest x of all ranks: a number, a bool, or a signal's name, which outranks None."""
     named = x is None or isinstance(x, str)
     top = world.small(float(signal.Signals[x] if isinstance(x, str) else x or 0), op=MAX).item()
     return (signal.Signals(int(top)).name if top else None) if named else type(x)(top)
 
 def prepared(args, given, store, rank):
-    """(run, resume, settings, corpus): the first rank prepares, which may take long; others wait."""
+    """(run, resume, settings, corpus): the first rank prepares, however long; others wait."""
     if rank == 0:
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a rank has died
-        args.resume |= again and any(train.RUNS.glob("*/train.json"))
         run, budget = train.run_directory(args), {} if "steps" in given else {"minutes": 1.0}
         settings = train.resumed(run, given) if args.resume else train.settle({**budget, **given})
         corpus, _ = train.get_corpus(run, TrainConfig(**settings["train"]), settings, args.resume)
@@ -862,7 +714,10 @@ def prepared(args, given, store, rank):
 
 def train_ranks(args, how, given):
     """One of the processes that torchrun starts."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # not 0: after a rank has died
     store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {attempt}", store)  # that of torchrun outlives its ranks
+    if rank == 0: args.resume |= attempt != "0" and any(train.RUNS.glob("*/train.json"))
     plan = read_plan(how.plan, world)
     run, resume, settings, corpus = prepared(args, given, store, rank)
     cfg, tok = TrainConfig(**settings["train"]), corpus.tokenizer
@@ -889,19 +744,19 @@ def train_ranks(args, how, given):
                     mesh.dp.rank, mesh.dp.n)
     tokens, n_bytes = validation(corpus, cfg.eval_tokens)
     if rank == 0:
-        print(f"{run}: plan {plan}, {how}\n{cfg}\n{model_cfg}\n{machine.line}, each of {world}\n{n:,} "
-              f"parameters; {sum(p.numel() for p in engine.parameters()):,} on this rank"
-              + f"; the vocabulary is padded by {pad}" * (pad > 0), flush=True)
+        print(f"{run}: plan {plan}, {how}", cfg, model_cfg, f"{machine.line}; {world} ranks",
+              f"{n:,} parameters" + f"; the vocabulary is padded by {pad}" * (pad > 0), sep="\n")
     check = lambda engine: train.evaluate(engine, in_order(
         tokens, model_cfg.seq_len, micro * mesh.dp.n), n_bytes, machine.device)
     now, result = train.fit(
-        engine, engine.optimizer, loader, cfg, machine, run, resume, check, engine.step, save_shards,
-        lambda *_: now, partial(agree, mesh.world), rank == 0, engine.clip, engine.watch)
+        engine, engine.optimizer, loader, cfg, machine, run, resume, check, engine.step,
+        save_shards, lambda *_: now, partial(agree, mesh.world), not rank, engine.clip, engine.watch)
     if rank == 0:  # what train.py would have left: one checkpoint, and the model for sample.py
         model, optimizer = make()
         model.eos = tok.eot
         train.save_checkpoint(run, model, optimizer, load_whole(run, model, optimizer))
-        if result: train.finish(run, model, tok, cfg, now, result, machine, settings["data"]["valid"])
+        text = settings["data"]["valid"]
+        if result: train.finish(run, model, tok, cfg, now, result, machine, text)
     mesh.world.small(0.0)
     dist.destroy_process_group()
 
@@ -910,15 +765,15 @@ def main(args):
     how = ParallelConfig(**pick(ParallelConfig.__annotations__))
     given = pick(train.FIELDS)
     if "RANK" not in os.environ:
-        refuse(not (given or args.run or args.resume or how != ParallelConfig()), "flags", "some, and no "
-               "torchrun", "none, or torchrun", "run: torchrun --nproc_per_node 2 parallel.py ...")
+        refuse(not (given or args.run or args.resume or how != ParallelConfig()), "flags", "some, "
+               "no torchrun", "torchrun, or none", "run: torchrun --nproc_per_node 2 parallel.py")
         return lesson()
     try: train_ranks(args, how, given)
     except torch.OutOfMemoryError:
         sys.exit("micro_batch: got one that does not fit into memory; set a smaller --micro_batch")
     except RuntimeError as e:  # of gloo and nccl alike
         if not re.search("gloo|NCCL|onnection|imed out", str(e)): raise
-        sys.exit(f"rank {os.environ['RANK']}: lost another rank, or waited {how.timeout:.0f} s for it "
+        sys.exit(f"rank {os.environ['RANK']}: lost another, or waited {how.timeout:.0f} s for it "
                  f"(--timeout): {str(e).splitlines()[0][:160]}; with torchrun --max-restarts 3 all "
                  "start again from the last checkpoint")
 
@@ -928,8 +783,8 @@ def build_parser():
     place = lambda s: Path(s) if os.sep in s else train.RUNS / s
     parser.add_argument("--into", "--run", dest="run", type=place, help="directory, or name under "
                         "runs/, of the run (default: a free name); torchrun has a --run of its own")
-    parser.add_argument("--resume", action="store_true", help="go on with --into, or the newest run "
-                        "(default: off, but when torchrun restarts)")
+    parser.add_argument("--resume", action="store_true", help="go on with --into, or the newest "
+                        "run (default: off, but when torchrun restarts)")
     for config in (ParallelConfig, TrainConfig, ModelConfig):
         train.add_fields(parser, config, train.RECIPES)
     return parser
