@@ -28,8 +28,8 @@ THE COSTS
     (SGD 0, Momentum, AdaGrad, RMSProp, Muon 4, Adam 8), besides 4 for the weight and 4 for its
     gradient. Those that see a matrix (m, n) take products, 4 to 9 (m + n) FLOPs a parameter.
 
-CONTENTS  Optimizer and the ladder / matrices / OPTIMIZERS / buckets and shards / roles, groups, muP /
-          clipping, health, noise / SCHEDULES / the lesson
+CONTENTS  Optimizer and the ladder / matrices / OPTIMIZERS / collectives, buckets and shards /
+          roles, groups, muP / clipping, health, noise / SCHEDULES / the lesson
 NOT HERE  who sends the shards of a state to whom (parallel.py)
 RUN       python optim.py    # costs, a narrow valley, muP; last line: "best lr of Adam ... at 512"
 REFERENCES
@@ -43,10 +43,13 @@ EXERCISE  Empty `Adam.update` and `wsd`; fill them until
           `pytest test_all.py -k "optimizer or schedule"` is green again.
 """
 import argparse, math
-from collections import namedtuple
+from collections import Counter, namedtuple
 from functools import partial
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -265,6 +268,97 @@ class Muon(AdamW):
 
 OPTIMIZERS = {"sgd": SGD, "momentum": Momentum, "adagrad": AdaGrad, "rmsprop": RMSProp,
               "adam": Adam, "adamw": AdamW, "shampoo": Shampoo, "soap": SOAP, "muon": Muon}
+
+# -----------------------------------------------------------------------------
+# Collectives
+# In a ring each rank sends to the next and receives from the one before, at once: no link idles.
+# reduce_scatter lets n parts travel, each growing by what every rank adds; all_gather lets finished
+# parts travel once more. Both return a function that waits. torch's are rings, too, of many links.
+
+ALL_GATHER, REDUCE_SCATTER = (getattr(dist, f"{name}_single", None) or getattr(dist, old)
+                              for name, old in (("all_gather", "all_gather_into_tensor"),
+                                                ("reduce_scatter", "reduce_scatter_tensor")))
+SENT = Counter()  # bytes that this process sent, by group (of torch's collectives we do not know)
+SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
+
+class Group:
+    """The n ranks that differ in some axes of the mesh alone; this one is the rank-th of them."""
+    own = False  # the rings of this file?
+    def __init__(self, name, ranks, me, pg):
+        self.name, self.ranks, self.pg = name, ranks, pg
+        self.n, self.rank = len(ranks), ranks.index(me)
+    def near(self, by): return self.ranks[(self.rank + by) % self.n]
+    def send(self, x, by):  # -> what must be kept until it is gone
+        SENT[self.name] += x.nbytes
+        return dist.isend(x, self.near(by), self.pg), x
+    def shift(self, x, by=1):
+        """Sends x to the next on the ring -> what the one before has sent."""
+        SENT[self.name] += x.nbytes
+        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, x, self.near(by), self.pg),
+                                            dist.P2POp(dist.irecv, out, self.near(-by), self.pg)]):
+            work.wait()
+        return out
+    def reduce_scatter(self, x, op=SUM):
+        """(n, ...) -> (...): row `rank` of all members' x, added up."""
+        n, r, x = self.n, self.rank, x.contiguous()
+        if n > 1 and not self.own:
+            out = torch.empty_like(x[0])
+            work = REDUCE_SCATTER(out.view(-1), x.view(-1), op, self.pg, async_op=True)
+            return lambda: (work.wait(), out)[1]
+        part = x[r - 1]  # sets out here, and is complete n - 1 ranks further on
+        for i in range(2, n + 1):
+            part, mine = self.shift(part), x[(r - i) % n]
+            part = part + mine if op == SUM else torch.maximum(part, mine)
+        return lambda: part
+    def all_gather(self, x, out=None):
+        """(...) -> (n, ...): all members' x, in order."""
+        n, r, x = self.n, self.rank, x.contiguous()
+        if out is None: out = x.new_empty(n, *x.shape)
+        if n > 1 and not self.own:
+            work = ALL_GATHER(out.view(-1), x.view(-1), self.pg, async_op=True)
+            return lambda: (work.wait(), out)[1]
+        out[r] = x
+        for i in range(1, n): out[(r - i) % n] = x = self.shift(x)
+        return lambda: out
+    def all_reduce(self, x, op=SUM):
+        """(...) -> (...), the same everywhere: the sum, or the maximum."""
+        flat = F.pad(x.reshape(-1), (0, -x.numel() % self.n)).view(self.n, -1)
+        whole = self.all_gather(self.reduce_scatter(flat, op)())()
+        return whole.view(-1)[:x.numel()].view(x.shape)
+    def all_to_all(self, x, give, take):
+        """Rows of x, give[i] of them for member i, in order -> those for us, take[i] from i."""
+        SENT[self.name] += x.nbytes - x.split(give)[self.rank].nbytes
+        out = x.new_empty(sum(take), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), take, give, self.pg)
+        return out
+    def small(self, *values, op=SUM):
+        """Sums (or maxima) of a few numbers, which control the work: not counted as traffic."""
+        x = torch.tensor(values, dtype=torch.float64)
+        if self.n > 1: dist.all_reduce(x, op, self.pg)
+        return x
+
+class Both(torch.autograd.Function):
+    """x -> forward(x), whose gradient g -> backward(g): a collective and its mirror image."""
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.mirror = backward
+        return forward(x)
+    @staticmethod
+    def backward(ctx, g): return ctx.mirror(g), None, None
+
+def same(x): return x.view_as(x)
+
+def pairs(g, dim=1):
+    """{name: function of a tensor}, over group g. What is the same on all ranks, but used for
+    different parts, has a gradient that must be added up; and the other way round."""
+    def gather(x): return torch.cat([*g.all_gather(x)()], dim)
+    def scatter(x): return g.reduce_scatter(torch.stack(x.chunk(g.n, dim)))()
+    def mine(x): return x.chunk(g.n, dim)[g.rank].contiguous()
+    table = dict(copy=(same, g.all_reduce), sum=(g.all_reduce, same), gather=(gather, scatter),
+                 scatter=(scatter, gather), mine=(mine, gather), whole=(gather, mine))
+    return SimpleNamespace(**{name: lambda x, pair=pair: Both.apply(x, *pair)
+                              for name, pair in table.items()})
 
 # -----------------------------------------------------------------------------
 # Data ranks: buckets and shards

@@ -17,10 +17,9 @@ THE COSTS (bytes a parameter in float32 with AdamW: weight, gradient, state; sen
     tp: 4 all_reduces of the stream a layer. pp: the stream over each border, and back; p stages and
     m micro-batches idle (p-1) / (m+p-1) of the time. cp: (n-1) blocks of keys and values, and back
 
-CONTENTS  ParallelConfig / collectives / mesh / schedules / tensors / context / experts / the engine
-          / checkpoints / the lesson / training (the buckets of data ranks are in optim.py)
-NOT HERE  interleaved schedules, fp8 on the wire, compiled layers; a model that does not fit on one
-          *host*: each rank draws all weights there first, so that they are the same
+CONTENTS  mesh / schedules / tensors / context / experts / engine / checkpoints / lesson / training
+          (collectives, buckets and shards of data ranks are in optim.py)
+NOT HERE  interleaved schedules, compiled layers; a model larger than a host: each draws all weights
 RUN       python parallel.py                            # each axis on two forked processes
           torchrun --nproc_per_node 2 parallel.py       # trains for a minute; last: bits_per_byte
           torchrun --nproc_per_node 8 --max-restarts 3 parallel.py --plan dp=2,tp=4 --shard full
@@ -31,7 +30,6 @@ REFERENCES
 EXERCISE  Empty `one_f_one_b`; fill it until `pytest test_all.py -k schedule` is green again.
 """
 import argparse, dataclasses, json, math, os, re, shutil, signal, sys, tempfile
-from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -50,7 +48,7 @@ from bpe import UserError
 from data import Loader, in_order, validation
 from kernels import Context, RMSNorm, linear_cross_entropy, logits_of, up
 from model import FFN, Attention, MoE, ModelConfig, read_tensors, save_tensors
-from optim import WHOLE, Bucket, Place
+from optim import MAX, SENT, WHOLE, Both, Bucket, Group, Place, pairs, same
 from train import Progress, TrainConfig, flag
 
 # -----------------------------------------------------------------------------
@@ -112,97 +110,6 @@ def check(c, d_ffs, plan, how):
         refuse(ok or plan[axis] == 1, name, getattr(c, name), f"{wanted} with {axis}")
 
 # -----------------------------------------------------------------------------
-# Collectives
-# In a ring each rank sends to the next and receives from the one before, at once: no link idles.
-# reduce_scatter lets n parts travel, each growing by what every rank adds; all_gather lets finished
-# parts travel once more. Both return a function that waits. torch's are rings, too, of many links.
-
-ALL_GATHER, REDUCE_SCATTER = (getattr(dist, f"{name}_single", None) or getattr(dist, old)
-                              for name, old in (("all_gather", "all_gather_into_tensor"),
-                                                ("reduce_scatter", "reduce_scatter_tensor")))
-SENT = Counter()  # bytes that this process sent, by group (of torch's collectives we do not know)
-SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
-
-class Group:
-    """The n ranks that differ in some axes of the mesh alone; this one is the rank-th of them."""
-    own = False  # the rings of this file?
-    def __init__(self, name, ranks, me, pg):
-        self.name, self.ranks, self.pg = name, ranks, pg
-        self.n, self.rank = len(ranks), ranks.index(me)
-    def near(self, by): return self.ranks[(self.rank + by) % self.n]
-    def send(self, x, by):  # -> what must be kept until it is gone
-        SENT[self.name] += x.nbytes
-        return dist.isend(x, self.near(by), self.pg), x
-    def shift(self, x, by=1):
-        """Sends x to the next on the ring -> what the one before has sent."""
-        SENT[self.name] += x.nbytes
-        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, x, self.near(by), self.pg),
-                                            dist.P2POp(dist.irecv, out, self.near(-by), self.pg)]):
-            work.wait()
-        return out
-    def reduce_scatter(self, x, op=SUM):
-        """(n, ...) -> (...): row `rank` of all members' x, added up."""
-        n, r, x = self.n, self.rank, x.contiguous()
-        if n > 1 and not self.own:
-            out = torch.empty_like(x[0])
-            work = REDUCE_SCATTER(out.view(-1), x.view(-1), op, self.pg, async_op=True)
-            return lambda: (work.wait(), out)[1]
-        part = x[r - 1]  # sets out here, and is complete n - 1 ranks further on
-        for i in range(2, n + 1):
-            part, mine = self.shift(part), x[(r - i) % n]
-            part = part + mine if op == SUM else torch.maximum(part, mine)
-        return lambda: part
-    def all_gather(self, x, out=None):
-        """(...) -> (n, ...): all members' x, in order."""
-        n, r, x = self.n, self.rank, x.contiguous()
-        if out is None: out = x.new_empty(n, *x.shape)
-        if n > 1 and not self.own:
-            work = ALL_GATHER(out.view(-1), x.view(-1), self.pg, async_op=True)
-            return lambda: (work.wait(), out)[1]
-        out[r] = x
-        for i in range(1, n): out[(r - i) % n] = x = self.shift(x)
-        return lambda: out
-    def all_reduce(self, x, op=SUM):
-        """(...) -> (...), the same everywhere: the sum, or the maximum."""
-        flat = F.pad(x.reshape(-1), (0, -x.numel() % self.n)).view(self.n, -1)
-        whole = self.all_gather(self.reduce_scatter(flat, op)())()
-        return whole.view(-1)[:x.numel()].view(x.shape)
-    def all_to_all(self, x, give, take):
-        """Rows of x, give[i] of them for member i, in order -> those for us, take[i] from i."""
-        SENT[self.name] += x.nbytes - x.split(give)[self.rank].nbytes
-        out = x.new_empty(sum(take), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), take, give, self.pg)
-        return out
-    def small(self, *values, op=SUM):
-        """Sums (or maxima) of a few numbers, which control the work: not counted as traffic."""
-        x = torch.tensor(values, dtype=torch.float64)
-        if self.n > 1: dist.all_reduce(x, op, self.pg)
-        return x
-
-class Both(torch.autograd.Function):
-    """x -> forward(x), whose gradient g -> backward(g): a collective and its mirror image."""
-    @staticmethod
-    def forward(ctx, x, forward, backward):
-        ctx.mirror = backward
-        return forward(x)
-    @staticmethod
-    def backward(ctx, g): return ctx.mirror(g), None, None
-
-def same(x): return x.view_as(x)
-
-def pairs(g, dim=1):
-    """{name: function of a tensor}, over group g. What is the same on all ranks, but used for
-    different parts, has a gradient that must be added up; and the other way round."""
-    def gather(x): return torch.cat([*g.all_gather(x)()], dim)
-    def scatter(x): return g.reduce_scatter(torch.stack(x.chunk(g.n, dim)))()
-    def mine(x): return x.chunk(g.n, dim)[g.rank].contiguous()
-    table = dict(copy=(same, g.all_reduce), sum=(g.all_reduce, same), gather=(gather, scatter),
-                 scatter=(scatter, gather), mine=(mine, gather), whole=(gather, mine))
-    return SimpleNamespace(**{name: lambda x, pair=pair: Both.apply(x, *pair)
-                              for name, pair in table.items()})
-
-# -----------------------------------------------------------------------------
 # The mesh: ranks in a box of dp x pp x cp x tp, tp innermost, as it talks most and neighbours are
 # nearest. Every group is a slice of it. dp is two axes, so that ep of its ranks can share experts.
 
@@ -223,6 +130,7 @@ class Mesh:
                 pg = dist.new_group(row) if len(row) > 1 else None  # all ranks make all groups
                 if me in row: setattr(self, name, Group(name, row, me, pg))
         self.first, self.last = self.pp.rank == 0, self.pp.rank == pp - 1
+        self.alone = Group("alone", [me], me, None)
 
 # -----------------------------------------------------------------------------
 # Schedules of a pipeline: for each stage a list of ("F" or "B", micro-batch)
@@ -257,10 +165,9 @@ def simulate(schedule, p, m, forward=1.0, backward=2.0):
 
 # -----------------------------------------------------------------------------
 # Tensors: the width of every layer, divided
-# The first matrices of a layer are cut by rows of their output (heads, hidden units), the last by
-# columns of its input: a copy goes in and a sum comes out, whatever is between. Embedding and head
-# are cut by tokens: no rank ever has all logits. With `sequence` the stream between layers is cut
-# along the text: the copy becomes an all_gather, the sum a reduce_scatter, norms work on a part.
+# The first matrices of a layer are cut by rows (heads, hidden units), the last by columns: a copy
+# goes in, a sum comes out. Embedding and head are cut by tokens: no rank has all logits. `sequence`
+# cuts the stream between layers along the text: copy becomes all_gather, the sum reduce_scatter.
 
 def row_forward(linear, leave, x):
     y = leave(F.linear(x, linear.weight.to(x.dtype)))
@@ -317,10 +224,9 @@ def cut_tensors(model, g, sequence):
 
 # -----------------------------------------------------------------------------
 # Context: a text too long for one rank
-# Each rank has two pieces of the text, the r-th from either end (zigzag): to the causal mask, an
-# early piece is little work and a late one much, and every such pair is the same. Keys and values
-# travel a ring; what each block of them gives is put together by its log-sum-exp. Autograd runs the
-# ring backwards, and makes each block's scores again.
+# Each rank has two pieces of the text, the r-th from either end: to the causal mask an early one is
+# little work and a late one much. Keys and values travel a ring; what each block of them gives is
+# put together by its log-sum-exp. Autograd runs the ring backwards, and makes scores again.
 
 def block_attention(q, kv, causal):
     """q (B, H, T, Dh), kv (2, B, Hkv, S, Dh) -> y and the log-sum-exp of its scores."""
@@ -373,9 +279,9 @@ def remote_experts(moe, g, rows, load):
 # The engine: a finished model and its optimizer, divided, and what `fit` calls instead of its own
 
 def own_part(modules, g):
-    """Those of this rank, under the names that they have in the whole model."""
     n = len(modules) // g.n
-    return nn.ModuleDict({str(i): modules[i] for i in range(g.rank * n, (g.rank + 1) * n)})
+    own = range(g.rank * n, (g.rank + 1) * n)  # under their names in the whole model
+    return nn.ModuleDict({str(i): modules[i] for i in own})
 
 class Engine(nn.Module):
     """`model` and `optimizer`, whole and the same on all ranks, become this rank's part."""
@@ -431,17 +337,15 @@ class Engine(nn.Module):
                     self.pieces.append(x)
                     if p in parts: self.sums["tp"].append(x)
                     if ends: self.sums["ends"].append(x)
-                    held = x
+                    held = [x]
                     if undivided and dim is not None:  # all of it, on every rank of tp
-                        x = nn.Parameter(whole[name].to(w.device, copy=True))
+                        held.append(x := nn.Parameter(whole[name].to(w.device, copy=True)))
                         x.place = Place(name)
-                        self.split.append((held, x))
-                    for y in {held, x}:
-                        once = y.place.dim is None  # of tp, all ranks have it
-                        y.saved = own and not (once and mesh.tp.rank or ends and not mesh.first)
-                        y.copies = ((group.n if bucket.each else 1) * (1 + ends)
-                                    * (mesh.tp.n if once else 1))
-                        y.matrix = p.ndim == 2
+                        self.split.append(held)
+                    for y in held:
+                        y.matrix, tp = p.ndim == 2, mesh.tp if y.place.dim is None else mesh.alone
+                        y.saved = own and not (tp.rank or ends and not mesh.first)
+                        y.copies = (group.n if bucket.each else 1) * (1 + ends) * tp.n
                     self.optimizer.groups[i]["params"].append(x)
                     states[i].append({k: x.place.take(s).to(w.device) if torch.is_tensor(s)
                                       and s.shape == whole[name].shape else s
@@ -645,7 +549,7 @@ def traffic(engine, batches):
     if mesh.tp.n > 1:  # 4 sums a layer, the embedding's and the head's, three numbers of the loss
         total += (8 * c.n_layers + 4 + 6 / c.d_model) * stream
     if mesh.cp.n > 1:  # keys and values, and back their gradients
-        total += 2 * c.n_layers * 2 * stream * c.n_kv_heads / c.n_heads
+        total += 2 * c.n_layers * 2 * stream
     return (total + 2 * stream * (mesh.pp.n > 1)) / 2  # a ring of two sends half of what it adds up
 
 def teach(rank, world, path):
@@ -656,7 +560,7 @@ def teach(rank, world, path):
         t.untyped_storage() for t in some)}.values()) / 8  # numbers, views counted once
     for text, shard in [*(("dp=2", shard) for shard in SHARDS), *(
             (text, "none") for text in ("tp=2", "pp=2", "cp=2", "dp=2,ep=2"))]:
-        cfg = ModelConfig(vocab_size=512, seq_len=64, d_model=64, n_kv_heads=2, ffns="sx"["ep" in text])
+        cfg = ModelConfig(vocab_size=512, seq_len=64, d_model=64, ffns="sx"["ep" in text])
         make = lambda: train.build(cfg, TrainConfig(optimizer="adamw"), train.Machine(
             torch.device("cpu"), torch.float64, False, 1.0, ""))
         (whole, _), how = make(), ParallelConfig(plan=text, shard=shard, ring=True)
@@ -681,8 +585,8 @@ def teach(rank, world, path):
 def lesson():
     print("Of a rank of two: numbers a parameter (4 bytes each in float32), MB sent in a step, how "
           "far\nloss and gradients are from those of one process. Llama, 512 tokens, float64, AdamW"
-          "\nplan      shard    ", *(f"{w:>9s}" for w in ("weights", "gradients", "state", "formula",
-                                                        "sent", "differs")), flush=True)
+          "\nplan      shard    ", *(f"{w:>9s}" for w in (
+              "weights", "gradients", "state", "formula", "sent", "differs")), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(teach, (2, f"{folder}/meet"), nprocs=2, start_method="fork")
     for name, schedule in SCHEDULES.items():
@@ -740,6 +644,7 @@ def train_ranks(args, how, given):
     now = load_whole(run, model, optimizer) if resume else Progress()
     mesh = Mesh(plan, how.ring)
     engine = Engine(model, optimizer, mesh, how, machine.device)
+    torch.manual_seed(cfg.seed + 10 ** 6 * now.step + mesh.data.rank)  # dropout: not alike on ranks
     loader = Loader(train.open_tokens(corpus.train), model_cfg.seq_len, cfg.batch_size, cfg.seed,
                     mesh.dp.rank, mesh.dp.n)
     tokens, n_bytes = validation(corpus, cfg.eval_tokens)
@@ -750,7 +655,8 @@ def train_ranks(args, how, given):
         tokens, model_cfg.seq_len, micro * mesh.dp.n), n_bytes, machine.device)
     now, result = train.fit(
         engine, engine.optimizer, loader, cfg, machine, run, resume, check, engine.step,
-        save_shards, lambda *_: now, partial(agree, mesh.world), not rank, engine.clip, engine.watch)
+        save_shards, lambda *_: now, partial(agree, mesh.world), not rank,
+        engine.clip, engine.watch)
     if rank == 0:  # what train.py would have left: one checkpoint, and the model for sample.py
         model, optimizer = make()
         model.eos = tok.eot
@@ -769,8 +675,6 @@ def main(args):
                "no torchrun", "torchrun, or none", "run: torchrun --nproc_per_node 2 parallel.py")
         return lesson()
     try: train_ranks(args, how, given)
-    except torch.OutOfMemoryError:
-        sys.exit("micro_batch: got one that does not fit into memory; set a smaller --micro_batch")
     except RuntimeError as e:  # of gloo and nccl alike
         if not re.search("gloo|NCCL|onnection|imed out", str(e)): raise
         sys.exit(f"rank {os.environ['RANK']}: lost another, or waited {how.timeout:.0f} s for it "
