@@ -629,7 +629,7 @@ def train_ranks(args, how, given):
     micro = cfg.micro_batch or max(1, rows // (4 * plan["pp"] if plan["pp"] > 1 else 1))
     for name, got, n in (("batch_size", cfg.batch_size, plan["dp"]), ("micro_batch", rows, micro)):
         refuse(got % n == 0, name, got, f"a multiple of {n}, for the plan {plan}")
-    threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     cfg = dataclasses.replace(cfg, threads=cfg.threads or threads, micro_batch=micro, compile=False)
     cuda = train.pick_device(cfg.device).type == "cuda"
     if cuda: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
