@@ -1,11 +1,10 @@
 """parallel.py - one model on many devices: who holds what, who talks to whom, and the same result.
 
 THE IDEA
-    A model outgrows a device in memory, or a day in time. Then its work is cut along axes: the
-    batch (dp), the width of its matrices (tp), its depth (pp), the text (cp), its experts (ep). A
-    process, called rank, holds its part and sends what others need. Each cut is a pair: something
-    is done going forward, and its mirror image going backward (a sum for a copy). No cut changes
-    what is computed: loss and gradients are those of one process, up to rounding.
+    A model that outgrows a device, or a day, is cut along axes: the batch (dp), the width of its
+    matrices (tp), its depth (pp), the text (cp), its experts (ep). A process, called rank, holds
+    its part and sends what others need. Each cut is a pair: something is done going forward, its
+    mirror image going backward (a sum for a copy). Loss and gradients are those of one process.
 
 THE MATHS (n ranks of a group, S bytes of a tensor)
     all_reduce = reduce_scatter, then all_gather: each sends (n-1)/n S around a ring, twice
@@ -23,10 +22,8 @@ NOT HERE  interleaved schedules, compiled layers; a model larger than a host: ea
 RUN       python parallel.py                            # each axis on two forked processes
           torchrun --nproc_per_node 2 parallel.py       # trains for a minute; last: bits_per_byte
           torchrun --nproc_per_node 8 --max-restarts 3 parallel.py --plan dp=2,tp=4 --shard full
-REFERENCES
-    Patarasuk, Yuan 2009 (rings); Li et al. 2020 (2006.15704, buckets); ZeRO 1910.02054 (`optimizer`
-    is its stage 1, `full` 3); tp 1909.08053; sequence 2205.05198; GPipe 1811.06965; 1F1B
-    2104.04473; ring attention 2310.01889; experts 2006.16668
+REFERENCES  buckets 2006.15704; ZeRO 1910.02054 (`optimizer` is stage 1, `full` 3); cp 2310.01889;
+    tp 1909.08053; sequence 2205.05198; GPipe 1811.06965; 1F1B 2104.04473; ep 2006.16668
 EXERCISE  Empty `one_f_one_b`; fill it until `pytest test_all.py -k schedule` is green again.
 """
 import argparse, dataclasses, json, math, os, re, shutil, signal, sys, tempfile
@@ -55,7 +52,6 @@ from train import Progress, TrainConfig, flag
 # Configuration
 
 SHARDS = ("none", "optimizer", "full")
-
 @dataclass(frozen=True)
 class ParallelConfig:
     """How a run is divided; its fields are flags."""
@@ -173,8 +169,7 @@ def row_forward(linear, leave, x):
     y = leave(F.linear(x, linear.weight.to(x.dtype)))
     return y if linear.bias is None else y + linear.bias.to(x.dtype)  # once, behind the sum
 
-def own_rows(g, weight, ids):
-    """(ids counted from the first row of this rank, 0 where they are another's; which are ours)."""
+def own_rows(g, weight, ids):  # -> (place of each among our rows, or 0; which are ours)
     local = ids - g.rank * len(weight)
     mine = (local >= 0) & (local < len(weight))
     return torch.where(mine, local, 0), mine
@@ -195,8 +190,7 @@ def token_cross_entropy(x, weight, targets, cap, g, vocab_size):
     return torch.where(targets >= 0, total.log() + top - own, 0.0)
 
 def cut_tensors(model, g, sequence):
-    """Divides a model over group g -> ({parameter: dim it is cut along}, {parameters of whose
-    gradient each rank has a part, as it saw a part of the stream or of the heads})."""
+    """-> ({parameter: dim it is cut along}, {parameters of whose gradients ranks have parts})."""
     p, cuts, parts = pairs(g), {}, set()
     rows = "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"
     for name, m in [*model.named_modules()]:
@@ -307,8 +301,7 @@ class Engine(nn.Module):
         model.to(device)
         self.divide(optimizer, cuts, parts, whole)
     def divide(self, optimizer, cuts, parts, whole):
-        """Makes `units`, the buckets of each layer and, last, of what is outside; `pieces` of them;
-        and an optimizer that moves pieces."""
+        """Makes `units`, the buckets of each layer and, last, of the rest, and their `pieces`."""
         mesh, shard, units = self.mesh, self.how.shard, {math.inf: {}}
         self.units, self.pieces, self.split, self.sums = [], [], [], {"tp": [], "ends": []}
         where = {id(p): (i, s) for i, (g, some) in enumerate(zip(optimizer.groups, optimizer.state))
@@ -452,7 +445,8 @@ class Engine(nn.Module):
             bias += self.cfg.balance_bias * torch.sign(load.sum() / len(load) - load).to(bias)
         return mesh.stages.small(float(total))[0].to(batches[0][0].device)
     def norms(self, *lists):
-        """Common L2 norms, over all ranks, of lists of (tensor, on how many ranks it is)."""
+            """Common L2 norms, over all ranks, of lists of (tensor, on how many ranks it is)."""
+ norms, over all ranks, of lists of (tensor, on how many ranks it is)."""
         return self.mesh.world.small(*(sum(float(x.double().square().sum()) / n for x, n in some)
                                        for some in lists)).sqrt()
     @torch.no_grad()
@@ -464,8 +458,7 @@ class Engine(nn.Module):
         return norm.to(self.pieces[0].device)
     @torch.no_grad()
     def forward(self, tokens, targets=None):
-        """What `evaluate` sums up: nats of a batch, which data ranks divide. Without targets, the
-        largest logit of all ranks' own rows."""
+        """What `evaluate` sums up: nats of a batch, cut for data ranks; or the largest logit."""
         mesh, d = self.mesh, self.mesh.dp
         if targets is not None: tokens, targets = (x.chunk(d.n)[d.rank] for x in (tokens, targets))
         y = self.run(tokens, targets, None if mesh.first else self.receive(mesh.pp, tokens, 1))[0]
@@ -553,7 +546,6 @@ def traffic(engine, batches):
     return (total + 2 * stream * (mesh.pp.n > 1)) / 2  # a ring of two sends half of what it adds up
 
 def teach(rank, world, path):
-    """One of the lesson's processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     size = lambda some: sum({s.data_ptr(): s.nbytes() for s in (
@@ -603,12 +595,25 @@ def agree(world, x):
     top = world.small(float(signal.Signals[x] if isinstance(x, str) else x or 0), op=MAX).item()
     return (signal.Signals(int(top)).name if top else None) if named else type(x)(top)
 
-def prepared(args, given, store, rank):
+def micro_batch(cfg, plan):
+    """Sequences that a data rank takes at once: all, or for a pipeline four turns for a stage."""
+    rows = cfg.batch_size // plan["dp"]
+    most = max(1, rows // (4 * plan["pp"] if plan["pp"] > 1 else 1))
+    micro = cfg.micro_batch or math.gcd(rows, most)
+    for name, got, n in (("batch_size", cfg.batch_size, plan["dp"]), ("micro_batch", rows, micro)):
+        refuse(got % n == 0, name, got, f"a multiple of {n}, for the plan {plan}")
+    refuse(not cfg.compile, "compile", cfg.compile, "none or false on many devices")
+    return micro
+
+def prepared(args, given, store, rank, plan, how):
     """(run, resume, settings, corpus): the first rank prepares, however long; others wait."""
     if rank == 0:
         run, budget = train.run_directory(args), {} if "steps" in given else {"minutes": 1.0}
         settings = train.resumed(run, given) if args.resume else train.settle({**budget, **given})
-        corpus, _ = train.get_corpus(run, TrainConfig(**settings["train"]), settings, args.resume)
+        cfg = TrainConfig(**settings["train"])
+        micro_batch(cfg, plan)  # a mistake is found before anything is written
+        check(ModelConfig(**settings["model"]), (), plan, how)
+        corpus, _ = train.get_corpus(run, cfg, settings, args.resume)
         corpus.tokenizer.save(run / "tokenizer.json")
         store.set("run", json.dumps([str(run), args.resume, settings]))
     store.wait(["run"], timedelta(days=7))
@@ -617,18 +622,14 @@ def prepared(args, given, store, rank):
     return Path(run), resume, settings, corpus
 
 def train_ranks(args, how, given):
-    """One of the processes that torchrun starts."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # not 0: after a rank has died
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"attempt {attempt}", store)  # that of torchrun outlives its ranks
     if rank == 0: args.resume |= attempt != "0" and any(train.RUNS.glob("*/train.json"))
     plan = read_plan(how.plan, world)
-    run, resume, settings, corpus = prepared(args, given, store, rank)
-    cfg, tok = TrainConfig(**settings["train"]), corpus.tokenizer
-    rows, cpu = cfg.batch_size // plan["dp"], torch.device("cpu")
-    micro = cfg.micro_batch or max(1, rows // (4 * plan["pp"] if plan["pp"] > 1 else 1))
-    for name, got, n in (("batch_size", cfg.batch_size, plan["dp"]), ("micro_batch", rows, micro)):
-        refuse(got % n == 0, name, got, f"a multiple of {n}, for the plan {plan}")
+    run, resume, settings, corpus = prepared(args, given, store, rank, plan, how)
+    cfg, tok, cpu = TrainConfig(**settings["train"]), corpus.tokenizer, torch.device("cpu")
+    micro = micro_batch(cfg, plan)
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     cfg = dataclasses.replace(cfg, threads=cfg.threads or threads, micro_batch=micro, compile=False)
     cuda = train.pick_device(cfg.device).type == "cuda"
