@@ -445,8 +445,7 @@ class Engine(nn.Module):
             bias += self.cfg.balance_bias * torch.sign(load.sum() / len(load) - load).to(bias)
         return mesh.stages.small(float(total))[0].to(batches[0][0].device)
     def norms(self, *lists):
-            """Common L2 norms, over all ranks, of lists of (tensor, on how many ranks it is)."""
- norms, over all ranks, of lists of (tensor, on how many ranks it is)."""
+        """Common L2 norms, over all ranks, of lists of (tensor, on how many ranks it is)."""
         return self.mesh.world.small(*(sum(float(x.double().square().sum()) / n for x, n in some)
                                        for some in lists)).sqrt()
     @torch.no_grad()
