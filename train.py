@@ -312,7 +312,7 @@ class Log:
                 self.write(f"step {step:6d}  {'a spike' if good else 'no gradient taken'}: loss "
                            f"{loss:.4f}, gradient norm {norm:.4g}", step=step, odd=loss)
             if now.bad == 3:
-                good = self.run and [*checkpoints(self.run), self.run][0]  # or only shards are there
+                good = self.run and [*checkpoints(self.run), self.run][0]  # or shards alone
                 raise SystemExit("three steps in a row without a finite loss; the last good "
                                  f"checkpoint: {good}; begin anew: smaller --lr, or other data")
         self.waiting, now.level = [], level.now
