@@ -1553,7 +1553,7 @@ def test_what_a_plan_cannot_divide_is_refused_by_name(text, world, words):
                        parallel.ParallelConfig())
 
 def test_a_rank_that_is_killed_does_not_change_the_losses(desk):
-    flags = (*TINY, "--steps", 30, "--dataset", "text.txt", "--tokenizer", "byte", "--device",
+    flags = (*TINY, "--steps", 16, "--dataset", "text.txt", "--tokenizer", "byte", "--device",
              "cpu", "--save_minutes", 0, "--evals", 1)
     call(train, *flags, "--run", "one")
     torchrun = subprocess.Popen(
@@ -1562,7 +1562,7 @@ def test_a_rank_that_is_killed_does_not_change_the_losses(desk):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = desk / "runs/two/log.jsonl"
     for _ in range(6000):
-        if log.exists() and log.read_text().count("\n") > 8: break
+        if log.exists() and log.read_text().count("\n") > 5: break
         time.sleep(0.01)
     ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
