@@ -371,14 +371,17 @@ class MoE(nn.Module):
         weight = weight.to(x.dtype).flatten()  # the softmax of one would not train the router
         order, load = chosen.flatten().argsort(), chosen.flatten().bincount(minlength=c.n_experts)
         row = order // c.n_active  # rows of x, those of an expert side by side
-        slices = flat.index_select(0, row).split(load.tolist())
-        out = torch.cat([expert(s)[0] for expert, s in zip(self.experts, slices)])
+        out = self.run(flat.index_select(0, row), load)
         out = out * weight.index_select(0, order)[:, None]
         y = torch.zeros_like(flat).index_add(0, row, out).view(x.shape)
         if self.shared_experts: y = y + self.shared_experts(x)[0]
         loss = c.balance * c.n_experts * (load / len(order) * p.mean(0)).sum()
         # Squared logsumexp keeps logits small (2202.08906).
         return y, {"loss": loss + c.router_z * z.logsumexp(1).square().mean(), "load": load}
+
+    def run(self, rows, load):  # rows by expert, so many of each; parallel.py sends them elsewhere
+        slices = rows.split(load.tolist())
+        return torch.cat([expert(s)[0] for expert, s in zip(self.experts, slices)])
 
     def flops(self, T):
         return {"ffn": 2 * T * (weights(self) - weights(*self.experts[self.cfg.n_active:]))}
@@ -438,14 +441,7 @@ class LM(nn.Module):
         seen = cache[0].n if cache and pos is None else 0
         assert self.cfg.pos != "learned" or seen + tokens.shape[1] <= self.cfg.seq_len, "too long"
         ctx = Context(self.cfg, tokens, pos, cache[0].next_pos() if cache else None)
-        x = self.embed_tokens(tokens)  # (B, T, D)
-        if self.cfg.bigram:  # hashed by two odd numbers, so that few pairs share a row
-            pair = 36313 * ctx.before(cache and cache[-1]) + 27191 * tokens
-            x = x + self.embed_bigram(pair % len(self.embed_bigram.weight))
-        if self.cfg.embed_scale: x = x * math.sqrt(self.cfg.d_model)
-        if self.cfg.pos == "learned": x = x + self.embed_positions(ctx.pos.clamp(min=0))
-        if self.cfg.pos == "sinusoidal": x = x + sinusoid(ctx.pos, self.cfg.d_model).to(x.dtype)
-        x, aux = self.drop(x).to(self.compute_dtype or x.dtype), {"loss": 0.0, "load": []}
+        x, aux = self.embed(ctx, cache), {"loss": 0.0, "load": []}
         for i, layer in enumerate(self.layers):
             x, extra = layer(x, ctx, cache[i] if cache else None)
             aux["loss"] = aux["loss"] + extra.get("loss", 0.0)
@@ -453,6 +449,17 @@ class LM(nn.Module):
         head = self.norm(x), (self.lm_head or self.embed_tokens).weight  # (B, T, D), (V, D)
         if targets is None: return logits_of(*head, self.cfg.softcap), aux
         return linear_cross_entropy(*head, targets, self.cfg.softcap), aux
+
+    def embed(self, ctx, cache=None):
+        """The stream before the first layer, (B, T, D)."""
+        x = self.embed_tokens(ctx.tokens)
+        if self.cfg.bigram:  # hashed by two odd numbers, so that few pairs share a row
+            pair = 36313 * ctx.before(cache and cache[-1]) + 27191 * ctx.tokens
+            x = x + self.embed_bigram(pair % len(self.embed_bigram.weight))
+        if self.cfg.embed_scale: x = x * math.sqrt(self.cfg.d_model)
+        if self.cfg.pos == "learned": x = x + self.embed_positions(ctx.pos.clamp(min=0))
+        if self.cfg.pos == "sinusoidal": x = x + sinusoid(ctx.pos, self.cfg.d_model).to(x.dtype)
+        return self.drop(x).to(self.compute_dtype or x.dtype)
 
     def new_cache(self, batch, size):
         """Room for `size` positions in `batch` rows: a cache a layer, and one of last tokens."""
