@@ -32,46 +32,49 @@ REFERENCES
 EXERCISE  Empty `top_p` and `pad_left`; fill them until `pytest test_all.py -k "sampl or generate"`
           is green again.
 """
-import argparse, codecs, json, math, sys, time
+import argparse, codecs, itertools, json, math, sys, time
+from collections import OrderedDict, deque
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from bpe import UserError, load_tokenizer
-from kernels import device_name
+from kernels import KVCache, StateCache, device_name, up
 from model import LM, ModelConfig, load_model, need_field
 
 # -----------------------------------------------------------------------------
 # Samplers
-# Each maps logits (V,) to logits (V,) in which what must not be drawn is -inf. They compose in the
+# Each maps logits (..., V) to logits in which what must not be drawn is -inf. They compose in the
 # order of the dict: what temperature does changes what top_p keeps.
 
 def temperature(z, t):
     """Divides the gaps between log-probabilities by t: below 1 favours the likely, above 1 the
     unlikely."""
-    return (z - z.max()) / t  # the shift changes no probability, and keeps a tiny t from overflow
+    return (z - z.amax(-1, keepdim=True)) / t  # the shift changes no probability, nor overflows
 
 def top_k(z, k):
     """Keeps the k likeliest; of equal ones the lower ids, so that exactly k stay."""
-    keep = z.sort(descending=True, stable=True).indices[:k]
-    return torch.full_like(z, float("-inf")).index_copy(0, keep, z[keep])
+    keep = z.sort(descending=True, stable=True).indices[..., :k]
+    return torch.full_like(z, float("-inf")).scatter(-1, keep, z.gather(-1, keep))
 
 def top_p(z, p):
     """Keeps the smallest set of likeliest tokens whose probabilities sum to at least p: a token
     stays if those before it sum to less than p, so the one that crosses p is in."""
     order = z.sort(descending=True, stable=True).indices
-    probs = z[order].softmax(-1)
-    keep = order[probs.cumsum(-1) - probs < p]
-    return torch.full_like(z, float("-inf")).index_copy(0, keep, z[keep])
+    probs = z.gather(-1, order).softmax(-1)
+    drop = probs.cumsum(-1) - probs >= p
+    return z.masked_fill(torch.empty_like(drop).scatter(-1, order, drop), float("-inf"))
 
 def min_p(z, p):
     """Keeps tokens at least p times as likely as the likeliest: strict when the model is sure,
     permissive when it is not."""
-    return z.masked_fill(z.softmax(-1) < p * z.softmax(-1).max(), float("-inf"))
+    probs = z.softmax(-1)
+    return z.masked_fill(probs < p * probs.amax(-1, keepdim=True), float("-inf"))
 
 SAMPLERS = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
 
@@ -83,8 +86,9 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    seed: int = 0                  # of the first prompt; prompt i uses seed + i
-    stop: int | list | None = None  # what ends the text (end-of-text), one or several; not returned
+    seed: int = 0                  # of the first text; text i uses seed + i
+    stop: int | list | None = None  # what ends a text (end-of-text), one or several; not returned
+    logps: bool = False            # keep the log-probability that the model gave each token
 
     def __post_init__(self):
         need = partial(need_field, self)
@@ -95,79 +99,408 @@ class Sampling:
         need(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "a probability")
         need(0 <= self.seed < 2 ** 62, "seed", "an integer from 0 to 2^62")
 
-def draw(logits, how, generator):
-    """logits (V,) -> token id."""
+    def stops(self): return self.stop if isinstance(self.stop, list) else [self.stop]
+
+def distribution(logits, how):
+    """logits (..., V) -> probabilities (..., V) in float64, of which tokens are drawn."""
     z = logits.cpu().double()  # in this order: some devices have no float64
-    if how.temperature == 0: return int(z.argmax())  # the first of equal ones
+    if how.temperature == 0: return F.one_hot(z.argmax(-1), z.shape[-1]).double()  # first of equals
     for name, sampler in SAMPLERS.items():
         value = getattr(how, name)
         if value is not None: z = sampler(z, value)
-    return int(torch.multinomial(z.softmax(-1), 1, generator=generator))
+    return z.softmax(-1)
+
+def choose(p, generator):
+    """Draws from p (V,): the first token up to which the sum exceeds a uniform number."""
+    total = p.cumsum(-1)
+    u = torch.rand(1, dtype=p.dtype, generator=generator) * total[-1]
+    return min(int(torch.searchsorted(total, u, right=True)), len(p) - 1)
+
+def draw(logits, how, generator):
+    """logits (V,) -> token id."""
+    return choose(distribution(logits, how), generator)
 
 # -----------------------------------------------------------------------------
-# Generation
-# Prompts of different lengths form one batch when padded on the left: all end in the same column,
-# where their next tokens are appended. Padding has position -1, which no token can see. Every row
-# has its own generator, so a prompt gives the same text alone or among others (up to rounding: in
-# another batch a float32 product may be summed in another order, and a near-tie fall differently).
+# Pages: the cache of many texts at once
+# How long a text gets nobody knows beforehand, and to reserve the longest for each would waste most
+# of the memory. So it is cut into blocks (vLLM, 2309.06180): a text takes another when its last is
+# full, and texts that begin alike read the same ones. The model sees none of this: in a forward
+# each layer has a cache with KVCache's contract, which gathers the blocks of the texts at hand.
 
-def pad_left(rows):
-    """Lists of ids -> tokens (B, T) and pos (B, T), -1 where padded."""
-    T = max(map(len, rows))
-    tokens = torch.tensor([[0] * (T - len(row)) + row for row in rows])
-    pos = torch.tensor([[-1] * (T - len(row)) + list(range(len(row))) for row in rows])
-    return tokens, pos
+class Pages:
+    """Blocks of `size` places for a token's keys and values in every layer. ref: how many texts
+    read a block. One that none reads is idle, but keeps what it holds until it is taken, the
+    longest idle first. A full block is known by its tokens and the number of the block before it,
+    so by all tokens up to there. A recurrence has states, a slot a text, instead of places; they
+    are kept where a prompt's last block is full, and only there can another text go on."""
+
+    def __init__(self, model, n_blocks, size):
+        self.size, self.ref, self.numbers = size, [0] * n_blocks, itertools.count(1)
+        self.idle = OrderedDict.fromkeys(range(1, n_blocks))  # block 0 takes what padding writes
+        self.known, self.name, self.states = {}, {}, OrderedDict()  # key: block, block: key, number
+        store = lambda x: x.new_zeros(n_blocks * size, *x.shape[1::2])  # (places, Hkv, Dh)
+        self.layers = [c.slot if isinstance(c, StateCache) else
+                       ([store(x) for x in c.columns[:2]], c.window) for c in model.new_cache(1, 1)]
+        self.fresh = [slot if torch.is_tensor(slot[0]) else None for slot in self.layers]
+
+    def take(self):
+        """An idle block, which is no longer known."""
+        block, _ = self.idle.popitem(last=False)
+        if block in self.name: del self.known[self.name.pop(block)[0]]
+        self.states.pop(block, None)
+        self.ref[block] = 1
+        return block
+
+    def share(self, blocks):
+        for block in blocks:
+            self.ref[block] += 1
+            self.idle.pop(block, None)
+
+    def give(self, blocks):
+        """A beginning is of use without its end, so the end is taken first."""
+        for block in reversed(blocks):
+            self.ref[block] -= 1
+            if self.ref[block] == 0:
+                self.idle[block] = None
+                if block not in self.name: self.idle.move_to_end(block, last=False)
+
+    def match(self, tokens):
+        """Known blocks that hold the beginning of `tokens`, at most all but the last token."""
+        blocks, number = [], 0
+        for i in range(0, len(tokens) - self.size, self.size):
+            block = self.known.get((number, tuple(tokens[i:i + self.size])))
+            if block is None: break
+            blocks.append(block)
+            number = self.name[block][1]
+        while any(self.fresh) and blocks and blocks[-1] not in self.states: blocks.pop()
+        return blocks
+
+    def learn(self, text):
+        """Makes the blocks that a text has filled known, and its states where a prompt ends."""
+        context, n = text.context, self.size
+        for i in range(len(text.numbers), text.done // n):
+            key = text.numbers[-1] if text.numbers else 0, tuple(context[i * n:(i + 1) * n])
+            if key not in self.known:
+                self.known[key] = text.blocks[i]
+                self.name[text.blocks[i]] = key, next(self.numbers)
+            text.numbers.append(self.name[self.known[key]][1])
+            if any(self.fresh) and text.done == (i + 1) * n and text.n_new == 0:
+                self.states[self.known[key]] = [s and [x.clone() for x in s] for s in text.states]
+                if len(self.states) > 64: self.states.popitem(last=False)  # they may be large
+
+class LayerCache:
+    """A layer's cache in a forward: a StateCache of slots side by side, or blocks as a KVCache."""
+    n, next_pos = 0, lambda self: None  # positions are given
+
+    def __init__(self, batch, layer, slots):
+        self.batch, self.layer = batch, layer
+        self.slot = slots[0] and [torch.cat(x) for x in zip(*slots)]
+
+    def update(self, *new):
+        if self.slot: self.slot = new[1:]
+        else:
+            stores, window = self.layer
+            write, read, mask = self.batch.places(window)
+            shape = len(mask), mask.shape[-1]
+            return *(self.through(*x, write, read, shape) for x in zip(stores, new)), mask
+
+    def through(self, store, x, write, read, shape):  # (B, Hkv, T, Dh) -> (B, Hkv, S, Dh)
+        store.index_copy_(0, write, x.transpose(1, 2).flatten(0, 1))  # (B T, Hkv, Dh)
+        flat = store.flatten(1)  # rows are copied whole
+        seen = flat[read] if isinstance(read, slice) else flat.index_select(0, read)
+        return seen.view(*shape, *store.shape[1:]).transpose(1, 2)
+
+class Batch:
+    """One forward: of each text some tokens behind the `done` ones that its blocks hold. Texts are
+    padded on the left, so that all end in the last column."""
+    def __init__(self, pages, rows, device):  # [(text, tokens)]
+        self.done, T = [text.done for text, _ in rows], max(len(new) for _, new in rows)
+        self.end, self.size, self.seen = [t.done + len(new) for t, new in rows], pages.size, {}
+        pad = lambda rows, fill, n: torch.tensor([[fill] * (n - len(r)) + r for r in rows],
+                                                 device=device)
+        self.tokens = pad([new for _, new in rows], 0, T)
+        self.pos = pad([[*range(*at)] for at in zip(self.done, self.end)], -1, T)
+        n = -(-max(self.end) // self.size)
+        self.blocks = [(text.blocks + [0] * n)[:n] for text, _ in rows]
+        self.table = torch.tensor(self.blocks, device=device)
+        self.caches = [LayerCache(self, layer, [text.states[i] for text, _ in rows])
+                       for i, layer in enumerate(pages.layers)]
+
+    def places(self, window):
+        """(places to write (B T,), places to read (B S,), mask (B, 1, T, S)), made once for all
+        layers of a window. One text in consecutive blocks is read as a slice, without a copy."""
+        if window in self.seen: return self.seen[window]
+        index = lambda at: self.table.gather(1, at // self.size) * self.size + at % self.size
+        first = [max(0, d - window + 1) if window else 0 for d in self.done]
+        S, pos, row = max(e - f for e, f in zip(self.end, first)), self.pos, self.blocks[0]
+        at = torch.arange(S, device=pos.device) + torch.tensor(first, device=pos.device)[:, None]
+        gap = pos[:, None, :, None] - at[:, None, None]  # (B, 1, T, S)
+        mask = (gap >= 0) & (gap < (window or 2 ** 62)) | (pos < 0)[:, None, :, None]
+        write = (index(pos.clamp(min=0)) * (pos >= 0)).flatten()
+        read = index(at.clamp(max=len(row) * self.size - 1)).flatten()
+        if len(pos) == 1 and row == [*range(row[0], row[0] + len(row))]:
+            read = slice(row[0] * self.size + first[0], row[0] * self.size + first[0] + S)
+        self.seen[window] = write, read, mask
+        return self.seen[window]
+
+# -----------------------------------------------------------------------------
+# The engine: many texts, one forward
+# Decoding reads all weights for one token of each text, so texts are decoded together, and when one
+# ends, the next takes its row at once (Orca, OSDI 2022). Prompts go through in chunks beside them,
+# so that a long one keeps nobody waiting. When blocks run out, the youngest text gives its own away
+# and computes them anew later. What a text says depends on none of this.
+
+class Text:
+    """One text in the making. Its context is tokens[begin:], of which `done` are in the cache."""
+    def __init__(self, prompt, how, on_token):
+        self.tokens, self.n_prompt, self.how, self.on_token = [*prompt], len(prompt), how, on_token
+        self.begin, self.done, self.blocks, self.numbers, self.states = 0, 0, [], [], None
+        self.generator, self.draft = torch.Generator().manual_seed(how.seed), None
+        self.logps, self.ended = [], None  # "stop", "length", or what whoever ends it says
+
+    new = property(lambda self: self.tokens[self.n_prompt:])
+    n_new = property(lambda self: len(self.tokens) - self.n_prompt)
+    context = property(lambda self: self.tokens[self.begin:])
+    waiting = property(lambda self: self.tokens[self.begin + self.done:])
+
+class Engine:
+    """add() texts, then step() until it says False. n_blocks: memory, of `block` tokens each;
+    chunk: tokens of prompts in a step; guess(text, k) -> up to k tokens that may come next, and the
+    distributions (k, V) that they were drawn from (section Speculation)."""
+    def __init__(self, model, n_blocks=0, block=16, chunk=256, max_batch=64, guess=None, k=4):
+        self.model, self.limit = model, model.cfg.seq_len
+        self.device = next(model.parameters()).device
+        self.pages = Pages(model, max(n_blocks, 1 - -self.limit // block), block)
+        self.recurrent = any(self.pages.fresh)
+        self.exact = any(getattr(layer.self_attn, "rates", 1) == 0 for layer in model.layers)
+        self.chunk, self.max_batch, self.guess, self.k = chunk, max_batch, guess, k * bool(guess)
+        self.running, self.queue = [], deque()
+        self.passes = self.guessed = self.accepted = 0
+
+    def add(self, prompt, how=Sampling(), on_token=None):
+        """-> the Text that goes on from a prompt (ids). on_token(id) hears what it says; if that
+        returns True, it ends there. To give it up, set its `ended`. Safe from any thread."""
+        assert 0 < len(prompt) <= self.limit, "prompts must hold 1 to seq_len tokens"
+        self.queue.append(Text(prompt, how, on_token))
+        return self.queue[-1]
+
+    def release(self, text):
+        text.done = min(text.done, len(text.context))  # it may end among good guesses
+        self.pages.learn(text)
+        self.pages.give(text.blocks)
+        text.done, text.blocks, text.numbers, text.states = 0, [], [], self.pages.fresh
+
+    def leave(self, text):
+        self.release(text)
+        self.running.remove(text)
+
+    def room(self, text, n):
+        """Blocks for n more tokens. If there are none, the youngest text gives its own away, and
+        waits; False if that was the text itself."""
+        need = -(-(text.done + n) // self.pages.size) - len(text.blocks)
+        while need > len(self.pages.idle):
+            youngest = self.running.pop()
+            self.release(youngest)
+            self.queue.appendleft(youngest)
+            if youngest is text: return False
+        text.blocks += [self.pages.take() for _ in range(need)]
+        return True
+
+    def admit(self, budget):
+        """Lets the first text of the queue in, if there is room for all of it, and if no other is
+        just reading what it begins with: n samples of a prompt read it once."""
+        while self.queue and self.queue[0].ended: self.queue.popleft()
+        if not self.queue or budget <= 0 or len(self.running) >= self.max_batch: return False
+        text, pages, size = self.queue[0], self.pages, self.pages.size
+        known, most = pages.match(text.context), (len(text.context) - 1) // size
+        n = size * (most if self.recurrent else min(most, len(known) + 1))
+        need = -(-len(text.context) // size) - sum(pages.ref[b] > 0 for b in known)
+        read = any(t.n_new == 0 and t.context[:n] == text.context[:n] for t in self.running)
+        if self.running and need > len(pages.idle) or len(known) < most and read: return False
+        self.running.append(self.queue.popleft())
+        pages.share(known)
+        text.blocks, text.done, text.numbers = known, len(known) * size, [
+            pages.name[b][1] for b in known]
+        text.states = pages.states[known[-1]] if known and self.recurrent else pages.fresh
+        return True
+
+    def plan(self):
+        """[(text, tokens to compute, distributions of the guesses at their end)] of this step."""
+        rows, budget, size, i = [], self.chunk, self.pages.size, 0
+        while i < len(self.running) or self.admit(budget):
+            text, guesses, q = self.running[i], [], []
+            self.pages.learn(text)
+            tokens = waiting = text.waiting
+            if len(waiting) > 1:  # a prompt, or a part; with states it is cut where a block is full
+                tokens = waiting[:budget]
+                end = text.done + len(tokens)
+                cut = (end - (end == len(text.context))) // size * size - text.done
+                if self.recurrent and cut > 0: tokens = tokens[:cut]
+                budget -= len(tokens)
+            most = min(self.k, self.limit - len(text.context), text.how.max_tokens - text.n_new - 1)
+            if text.n_new and most > 0 and len(tokens) == len(waiting):
+                guesses, q = self.guess(text, most)
+            if tokens:
+                if not self.room(text, len(tokens) + len(q)): break
+                rows.append((text, tokens + guesses, q))
+            i += 1
+        return rows
+
+    @torch.no_grad()
+    def step(self):
+        """A token for each text that has begun, `chunk` tokens of prompts -> is there more to do?
+        Texts of about the same length share a forward, so that less than half is padding."""
+        for text in [text for text in self.running if text.ended]: self.leave(text)
+        alike = lambda row: (row[0].done, len(row[1])) if self.exact else \
+            max(len(row[1]), 1 + 2 * self.k).bit_length()
+        for _, rows in itertools.groupby(sorted(self.plan(), key=alike), alike):
+            self.forward(list(rows))
+        return bool(self.running or self.queue)
+
+    def forward(self, rows):
+        batch = Batch(self.pages, [row[:2] for row in rows], self.device)
+        logits, _ = self.model(batch.tokens, pos=batch.pos, cache=batch.caches,
+                               last=1 + max(len(q) for *_, q in rows))
+        self.passes, speakers = self.passes + 1, {}
+        for r, (text, tokens, q) in enumerate(rows):
+            n, said = len(q), []
+            if n:
+                p = distribution(logits[r, -n - 1:], text.how)
+                said = verify(p, q, tokens[-n:], partial(choose, generator=text.generator))
+                self.guessed, self.accepted = self.guessed + n, self.accepted + len(said) - 1
+            wrong = n and n + 1 - len(said)
+            if not (wrong and self.recurrent):  # which cannot be taken back, and so begins anew
+                text.done += len(tokens) - wrong
+                text.states = [c.slot and [x[r:r + 1] for x in c.slot] for c in batch.caches]
+            if n: self.say(text, said, logits[r, -n - 1:])
+            elif not text.waiting:
+                setting = tuple(getattr(text.how, name) for name in SAMPLERS)
+                speakers.setdefault(setting, []).append((text, logits[r, -1:]))
+        for texts, z in (zip(*pairs) for pairs in speakers.values()):
+            if texts[0].how.temperature == 0: drawn = torch.cat(z).argmax(-1).tolist()
+            else: drawn = map(choose, distribution(torch.cat(z), texts[0].how),
+                              [text.generator for text in texts])
+            for text, token, row in zip(texts, drawn, z): self.say(text, [token], row)
+
+    def say(self, text, tokens, logits):
+        """Appends tokens that were drawn from logits (len(tokens), V), up to what ends the text."""
+        for token, z in zip(tokens, logits):
+            if token in text.how.stops(): text.ended = "stop"
+            else:
+                text.tokens.append(token)
+                if text.how.logps: text.logps.append(up(z).log_softmax(-1)[token].item())
+                if text.on_token and text.on_token(token) is True: text.ended = "stop"
+                elif text.n_new == text.how.max_tokens: text.ended = "length"
+            if text.ended: return self.leave(text)
+        if len(text.context) > self.limit:  # it goes on from its last half
+            self.release(text)
+            text.begin = len(text.tokens) - max(1, self.limit // 2)
+
+def generate_reference(model, prompt, how=Sampling(), on_token=None):
+    """One text, each token by a forward of all of it: what the engine must equal."""
+    tokens, begin, limit = list(prompt), 0, model.cfg.seq_len
+    generator, device = torch.Generator().manual_seed(how.seed), next(model.parameters()).device
+    for _ in range(how.max_tokens):
+        if len(tokens) - begin > limit: begin = len(tokens) - max(1, limit // 2)
+        z = model(torch.tensor([tokens[begin:]], device=device))[0][0, -1]
+        token = draw(z, how, generator)
+        if token in how.stops(): break
+        tokens.append(token)
+        if on_token and on_token(token) is True: break
+    return tokens[len(prompt):]
 
 @torch.no_grad()
-def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None):
-    """Continues each prompt (a list of ids, at least one, at most seq_len) -> lists of new ids.
+def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1, **engine):
+    """Continues each prompt (a list of ids, at least one, at most seq_len) n times -> lists of new
+    ids, those of a prompt side by side; list i draws with how.seed + i, and on_token(i, id) is
+    called as it grows. A text that outgrows the context goes on from its last half, whose positions
+    then count from 0. engine: arguments of Engine.
 
-    on_token(i, id) is called as prompt i grows. A text that outgrows the context goes on from its
-    last half, whose positions then count from 0; the rule looks at each row alone. With or without
-    a cache the tokens are the same (up to near-ties): without one, every step is a prefill."""
-    limit, device = model.cfg.seq_len, next(model.parameters()).device
-    assert all(0 < len(p) <= limit for p in prompts), "prompts must hold 1 to seq_len tokens"
-    rows, begin = [list(p) for p in prompts], [0] * len(prompts)
-    generators = [torch.Generator().manual_seed(how.seed + i) for i in range(len(prompts))]
-    live, cache, batch = list(range(len(prompts))), None, []
-    stop = how.stop if isinstance(how.stop, list) else [how.stop]
+    A list is the same alone, among others or without a cache, up to rounding: in another batch a
+    float32 product may be summed in another order, and a near-tie fall differently."""
+    each = [(prompt, replace(how, seed=how.seed + i), on_token and partial(on_token, i))
+            for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
     training = model.training
     model.eval()
-    for _ in range(how.max_tokens):
-        if cache is None or cache[0].n == limit:  # prefill: at first, and when the columns are full
-            batch = list(live)  # rows that have ended leave here
-            for r in batch:
-                if len(rows[r]) - begin[r] > limit: begin[r] = len(rows[r]) - max(1, limit // 2)
-            tokens, pos = pad_left([rows[r][begin[r]:] for r in batch])
-            cache = model.new_cache(len(batch), limit) if use_cache else None
-        else:  # decode: one column; a row that has ended gets padding
-            tokens = torch.tensor([[rows[r][-1]] for r in batch])
-            pos = torch.tensor([[len(rows[r]) - 1 - begin[r] if r in live else -1] for r in batch])
-        logits, _ = model(tokens.to(device), pos=pos.to(device), cache=cache)
-        for i, r in enumerate(batch):
-            if r not in live: continue
-            token = draw(logits[i, -1], how, generators[r])
-            if token in stop:
-                live.remove(r)
-                continue
-            rows[r].append(token)
-            if on_token: on_token(r, token)
-        if not live: break
-    model.train(training)
-    return [row[len(p):] for row, p in zip(rows, prompts)]
+    try:
+        if not use_cache: return [generate_reference(model, *row) for row in each]
+        lengths = sorted(min(model.cfg.seq_len, len(p) + how.max_tokens) for p, *_ in each)
+        blocks = 1 + sum(1 + x // engine.get("block", 16) for x in lengths[-64:])
+        engine = Engine(model, **{"n_blocks": blocks, **engine})
+        texts = [[engine.add(*row) for row in each[j::n]] for j in range(n)]  # first all prompts
+        while engine.step(): pass
+    finally: model.train(training)
+    return [text.new for of_prompt in zip(*texts) for text in of_prompt]
 
 class TextStream:
     """Turns ids into text as they come, the same as `decode` of all of them: a character may be
-    spread over several tokens, so bytes that are the beginning of one are held back."""
-    def __init__(self, tokenizer, write):
-        self.vocab, self.write = tokenizer.vocab, write
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    spread over several tokens, so bytes that are the beginning of one are held back; and so is what
+    may be the beginning of a string that stops the text. put -> has it come to a stop?"""
+    def __init__(self, tokenizer, write, stops=()):
+        self.vocab, self.write, self.stops, self.held = tokenizer.vocab, write, stops, ""
+        self.decoder, self.ended = codecs.getincrementaldecoder("utf-8")("replace"), False
 
-    def put(self, token):
-        self.write(self.decoder.decode(self.vocab[token]))
+    def put(self, token, final=False):
+        self.held += self.decoder.decode(self.vocab.get(token, b""), final)
+        ends = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        back = max((n for stop in self.stops for n in range(1, len(stop))
+                    if self.held.endswith(stop[:n]) and not final), default=0)
+        out, self.ended = self.held[:min([len(self.held) - back, *ends])], bool(ends)
+        self.held = self.held[len(out):]
+        if out: self.write(out)
+        return self.ended
 
     def flush(self):
-        self.write(self.decoder.decode(b"", final=True))
+        if not self.ended: self.put(None, final=True)
+
+# -----------------------------------------------------------------------------
+# Speculation: several tokens a pass, from the same distribution
+# A pass over k + 1 tokens takes hardly longer than over one, as both read all weights. So something
+# cheap guesses k tokens, and the model looks at all at once (2211.17192). A guess x, drawn from q,
+# is kept with probability min(1, p(x) / q(x)); the first that is not is drawn anew from what p has
+# more than q, (p - q)+. Then x comes with min(p, q) + (p - q)+ = p: what the guesses are changes
+# the speed, and nothing else. At an acceptance rate a, a pass gives (1 - a^(k+1)) / (1 - a) tokens.
+
+def verify(p, q, guesses, choose):
+    """p (k+1, V) of the model, q (k, V) that guesses were drawn from -> 1 to k + 1 tokens;
+    choose(probabilities) draws an index."""
+    for i, x in enumerate(guesses):
+        keep = min(1.0, float(p[i, x] / q[i][x]))
+        if choose(torch.tensor([1 - keep, keep], dtype=p.dtype)): continue
+        rest = (p[i] - q[i]).clamp(min=0)
+        return [*guesses[:i], choose(rest / rest.sum())]
+    return [*guesses, choose(p[-1])]
+
+def look_up(vocab_size, n=2):
+    """Guesses that a text goes on as it did where its last n tokens stood before: free, and good
+    for code, quotes and tables."""
+    def guess(text, k):
+        t = text.tokens
+        for i in range(len(t) - n - 1, -1, -1):
+            if t[i] == t[-n] and t[i:i + n] == t[-n:]:
+                guesses = t[i + n:i + n + k]
+                return guesses, F.one_hot(torch.tensor(guesses), vocab_size).double()
+        return [], []
+    return guess
+
+def draft_of(model):
+    """Guesses of a smaller model with the same tokens, drawn as the text's own settings say."""
+    @torch.no_grad()
+    def guess(text, k):
+        if len(text.context) + k > model.cfg.seq_len: return [], []
+        if not text.draft or text.draft[0] != text.begin:
+            text.draft = text.begin, model.new_cache(1, model.cfg.seq_len)
+        cache, q, guesses = text.draft[1], [], []
+        n = min(cache[0].n, len(text.context) - 1)  # beyond stand guesses that were wrong
+        for c in cache: c.truncate(n)
+        new = text.context[n:]
+        for _ in range(k):
+            tokens = torch.tensor([new], device=model.embed_tokens.weight.device)
+            q.append(distribution(model(tokens, cache=cache, last=1)[0][0, -1], text.how))
+            new = [choose(q[-1], text.generator)]
+            guesses += new
+        return guesses, torch.stack(q)
+    return guess
 
 # -----------------------------------------------------------------------------
 # Likelihood: how well a model predicts a text that it has not seen
