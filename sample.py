@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from bpe import UserError, load_tokenizer
-from kernels import KVCache, StateCache, device_name, up
+from kernels import StateCache, device_name, up
 from model import LM, ModelConfig, load_model, need_field
 
 # -----------------------------------------------------------------------------
@@ -121,72 +121,11 @@ def draw(logits, how, generator):
     return choose(distribution(logits, how), generator)
 
 # -----------------------------------------------------------------------------
-# Pages: the cache of many texts at once
+# A cache in blocks, for many texts at once
 # How long a text gets nobody knows beforehand, and to reserve the longest for each would waste most
 # of the memory. So it is cut into blocks (vLLM, 2309.06180): a text takes another when its last is
 # full, and texts that begin alike read the same ones. The model sees none of this: in a forward
 # each layer has a cache with KVCache's contract, which gathers the blocks of the texts at hand.
-
-class Pages:
-    """Blocks of `size` places for a token's keys and values in every layer. ref: how many texts
-    read a block. One that none reads is idle, but keeps what it holds until it is taken, the
-    longest idle first. A full block is known by its tokens and the number of the block before it,
-    so by all tokens up to there. A recurrence has states, a slot a text, instead of places; they
-    are kept where a prompt's last block is full, and only there can another text go on."""
-
-    def __init__(self, model, n_blocks, size):
-        self.size, self.ref, self.numbers = size, [0] * n_blocks, itertools.count(1)
-        self.idle = OrderedDict.fromkeys(range(1, n_blocks))  # block 0 takes what padding writes
-        self.known, self.name, self.states = {}, {}, OrderedDict()  # key: block, block: key, number
-        store = lambda x: x.new_zeros(n_blocks * size, *x.shape[1::2])  # (places, Hkv, Dh)
-        self.layers = [c.slot if isinstance(c, StateCache) else
-                       ([store(x) for x in c.columns[:2]], c.window) for c in model.new_cache(1, 1)]
-        self.fresh = [slot if torch.is_tensor(slot[0]) else None for slot in self.layers]
-
-    def take(self):
-        """An idle block, which is no longer known."""
-        block, _ = self.idle.popitem(last=False)
-        if block in self.name: del self.known[self.name.pop(block)[0]]
-        self.states.pop(block, None)
-        self.ref[block] = 1
-        return block
-
-    def share(self, blocks):
-        for block in blocks:
-            self.ref[block] += 1
-            self.idle.pop(block, None)
-
-    def give(self, blocks):
-        """A beginning is of use without its end, so the end is taken first."""
-        for block in reversed(blocks):
-            self.ref[block] -= 1
-            if self.ref[block] == 0:
-                self.idle[block] = None
-                if block not in self.name: self.idle.move_to_end(block, last=False)
-
-    def match(self, tokens):
-        """Known blocks that hold the beginning of `tokens`, at most all but the last token."""
-        blocks, number = [], 0
-        for i in range(0, len(tokens) - self.size, self.size):
-            block = self.known.get((number, tuple(tokens[i:i + self.size])))
-            if block is None: break
-            blocks.append(block)
-            number = self.name[block][1]
-        while any(self.fresh) and blocks and blocks[-1] not in self.states: blocks.pop()
-        return blocks
-
-    def learn(self, text):
-        """Makes the blocks that a text has filled known, and its states where a prompt ends."""
-        context, n = text.context, self.size
-        for i in range(len(text.numbers), text.done // n):
-            key = text.numbers[-1] if text.numbers else 0, tuple(context[i * n:(i + 1) * n])
-            if key not in self.known:
-                self.known[key] = text.blocks[i]
-                self.name[text.blocks[i]] = key, next(self.numbers)
-            text.numbers.append(self.name[self.known[key]][1])
-            if any(self.fresh) and text.done == (i + 1) * n and text.n_new == 0:
-                self.states[self.known[key]] = [s and [x.clone() for x in s] for s in text.states]
-                if len(self.states) > 64: self.states.popitem(last=False)  # they may be large
 
 class LayerCache:
     """A layer's cache in a forward: a StateCache of slots side by side, or blocks as a KVCache."""
@@ -197,49 +136,50 @@ class LayerCache:
         self.slot = slots[0] and [torch.cat(x) for x in zip(*slots)]
 
     def update(self, *new):
-        if self.slot: self.slot = new[1:]
-        else:
-            stores, window = self.layer
-            write, read, mask = self.batch.places(window)
-            shape = len(mask), mask.shape[-1]
-            return *(self.through(*x, write, read, shape) for x in zip(stores, new)), mask
-
-    def through(self, store, x, write, read, shape):  # (B, Hkv, T, Dh) -> (B, Hkv, S, Dh)
-        store.index_copy_(0, write, x.transpose(1, 2).flatten(0, 1))  # (B T, Hkv, Dh)
-        flat = store.flatten(1)  # rows are copied whole
-        seen = flat[read] if isinstance(read, slice) else flat.index_select(0, read)
-        return seen.view(*shape, *store.shape[1:]).transpose(1, 2)
+        if self.slot:
+            self.slot = new[1:]
+            return
+        (*stores, window), out = self.layer, []
+        write, read, mask = self.batch.places(window)
+        for store, x in zip(stores, new):  # a row of a store is a token's (Hkv Dh)
+            store.index_copy_(0, write, x.transpose(1, 2).flatten(0, 1).flatten(1))
+            seen = store[read] if isinstance(read, slice) else store.index_select(0, read)
+            seen = seen.view(len(x), mask.shape[-1], x.shape[1], x.shape[3])
+            out.append(seen.transpose(1, 2))  # (B, Hkv, S, Dh)
+        return *out, mask
 
 class Batch:
     """One forward: of each text some tokens behind the `done` ones that its blocks hold. Texts are
     padded on the left, so that all end in the last column."""
-    def __init__(self, pages, rows, device):  # [(text, tokens)]
-        self.done, T = [text.done for text, _ in rows], max(len(new) for _, new in rows)
-        self.end, self.size, self.seen = [t.done + len(new) for t, new in rows], pages.size, {}
-        pad = lambda rows, fill, n: torch.tensor([[fill] * (n - len(r)) + r for r in rows],
-                                                 device=device)
-        self.tokens = pad([new for _, new in rows], 0, T)
-        self.pos = pad([[*range(*at)] for at in zip(self.done, self.end)], -1, T)
-        n = -(-max(self.end) // self.size)
-        self.blocks = [(text.blocks + [0] * n)[:n] for text, _ in rows]
-        self.table = torch.tensor(self.blocks, device=device)
-        self.caches = [LayerCache(self, layer, [text.states[i] for text, _ in rows])
-                       for i, layer in enumerate(pages.layers)]
+    def __init__(self, engine, rows):  # [(text, tokens, ...)]
+        self.done, T = [row[0].done for row in rows], max(len(row[1]) for row in rows)
+        self.end, n = [row[0].done + len(row[1]) for row in rows], engine.size
+        self.device, self.size, self.seen = engine.device, n, {}
+        pad = lambda rows, fill: self.tensor([[fill] * (T - len(row)) + row for row in rows])
+        self.tokens = pad([row[1] for row in rows], 0)
+        self.pos = pad([[*range(*at)] for at in zip(self.done, self.end)], -1)
+        n = -(-max(self.end) // n)
+        self.blocks = [(row[0].blocks + [0] * n)[:n] for row in rows]
+        self.caches = [LayerCache(self, layer, [row[0].states[i] for row in rows])
+                       for i, layer in enumerate(engine.layers)]
+
+    def tensor(self, x): return torch.tensor(x, device=self.device)
 
     def places(self, window):
         """(places to write (B T,), places to read (B S,), mask (B, 1, T, S)), made once for all
         layers of a window. One text in consecutive blocks is read as a slice, without a copy."""
         if window in self.seen: return self.seen[window]
-        index = lambda at: self.table.gather(1, at // self.size) * self.size + at % self.size
+        table, size, pos, row = self.tensor(self.blocks), self.size, self.pos, self.blocks[0]
+        index = lambda at: (table.gather(1, at // size) * size + at % size).flatten()
         first = [max(0, d - window + 1) if window else 0 for d in self.done]
-        S, pos, row = max(e - f for e, f in zip(self.end, first)), self.pos, self.blocks[0]
-        at = torch.arange(S, device=pos.device) + torch.tensor(first, device=pos.device)[:, None]
+        S = max(e - f for e, f in zip(self.end, first))
+        at = torch.arange(S, device=self.device) + self.tensor(first)[:, None]  # (B, S)
         gap = pos[:, None, :, None] - at[:, None, None]  # (B, 1, T, S)
         mask = (gap >= 0) & (gap < (window or 2 ** 62)) | (pos < 0)[:, None, :, None]
-        write = (index(pos.clamp(min=0)) * (pos >= 0)).flatten()
-        read = index(at.clamp(max=len(row) * self.size - 1)).flatten()
-        if len(pos) == 1 and row == [*range(row[0], row[0] + len(row))]:
-            read = slice(row[0] * self.size + first[0], row[0] * self.size + first[0] + S)
+        write, read = index(pos.clamp(min=0)) * (pos >= 0).flatten(), row[0] * size + first[0]
+        if len(self.blocks) == 1 and row == [*range(row[0], row[0] + len(row))]:
+            read = slice(read, read + S)
+        else: read = index(at.clamp(max=len(row) * size - 1))
         self.seen[window] = write, read, mask
         return self.seen[window]
 
@@ -252,58 +192,108 @@ class Batch:
 
 class Text:
     """One text in the making. Its context is tokens[begin:], of which `done` are in the cache."""
-    def __init__(self, prompt, how, on_token):
-        self.tokens, self.n_prompt, self.how, self.on_token = [*prompt], len(prompt), how, on_token
+    def __init__(self, prompt, how, on_token, on_end):
+        self.tokens, self.n_prompt, self.how = [*prompt], len(prompt), how
+        self.on_token, self.on_end, self.draft = on_token, on_end, None
         self.begin, self.done, self.blocks, self.numbers, self.states = 0, 0, [], [], None
-        self.generator, self.draft = torch.Generator().manual_seed(how.seed), None
+        self.generator = torch.Generator().manual_seed(how.seed)
         self.logps, self.ended = [], None  # "stop", "length", or what whoever ends it says
 
     new = property(lambda self: self.tokens[self.n_prompt:])
     n_new = property(lambda self: len(self.tokens) - self.n_prompt)
     context = property(lambda self: self.tokens[self.begin:])
-    waiting = property(lambda self: self.tokens[self.begin + self.done:])
 
 class Engine:
-    """add() texts, then step() until it says False. n_blocks: memory, of `block` tokens each;
-    chunk: tokens of prompts in a step; guess(text, k) -> up to k tokens that may come next, and the
-    distributions (k, V) that they were drawn from (section Speculation)."""
-    def __init__(self, model, n_blocks=0, block=16, chunk=256, max_batch=64, guess=None, k=4):
-        self.model, self.limit = model, model.cfg.seq_len
-        self.device = next(model.parameters()).device
-        self.pages = Pages(model, max(n_blocks, 1 - -self.limit // block), block)
-        self.recurrent = any(self.pages.fresh)
-        self.exact = any(getattr(layer.self_attn, "rates", 1) == 0 for layer in model.layers)
+    """add() texts, then step() until it says False. n_blocks of memory hold `size` tokens each in
+    every layer; chunk: tokens of prompts in a step; guess(text, k): see Speculation. ref: how many
+    texts read a block. One that none reads is idle, but keeps what it holds until it is taken, the
+    longest idle first. A full block is known by its tokens and the number of the block before it,
+    so by all tokens up to there. A recurrence has, instead of places, states, a slot a text; they
+    are kept where a prompt's last block is full, and only there can another text go on."""
+    def __init__(self, model, n_blocks=0, size=16, chunk=256, max_batch=64, guess=None, k=4,
+                 use_cache=True):
+        self.model, self.limit, self.size = model, model.cfg.seq_len, size
+        self.use_cache = use_cache  # False: all of a text goes through the model for each token
         self.chunk, self.max_batch, self.guess, self.k = chunk, max_batch, guess, k * bool(guess)
+        n_blocks = max(n_blocks, 1 - -self.limit // size)  # one text must find room
+        self.device = next(model.parameters()).device
+        self.ref, self.idle = [0] * n_blocks, OrderedDict.fromkeys(range(1, n_blocks))  # 0: padding
+        self.known, self.name, self.kept = {}, {}, {}  # key: block, block: (key, number), : states
+        store = lambda x: x.new_zeros(n_blocks * size, x.shape[1] * x.shape[3])
+        self.layers = [c.slot if isinstance(c, StateCache) else
+                       (*map(store, c.columns[:2]), c.window) for c in model.new_cache(1, 1)]
+        self.fresh = [c.slot if isinstance(c, StateCache) else None for c in model.new_cache(1, 1)]
+        self.recurrent, self.numbers = any(self.fresh), itertools.count(1)
+        self.alike = lambda row: max(len(row[1]), 1 + 2 * self.k).bit_length()  # share a forward
+        if any(getattr(layer.self_attn, "rates", 1) == 0 for layer in model.layers):
+            self.alike = lambda row: (row[0].done, len(row[1]))  # Hyena's states grow
         self.running, self.queue = [], deque()
         self.passes = self.guessed = self.accepted = 0
 
-    def add(self, prompt, how=Sampling(), on_token=None):
+    def add(self, prompt, how=Sampling(), on_token=None, on_end=None):
         """-> the Text that goes on from a prompt (ids). on_token(id) hears what it says; if that
         returns True, it ends there. To give it up, set its `ended`. Safe from any thread."""
         assert 0 < len(prompt) <= self.limit, "prompts must hold 1 to seq_len tokens"
-        self.queue.append(Text(prompt, how, on_token))
-        return self.queue[-1]
+        text = Text(prompt, how, on_token, on_end)
+        self.queue.append(text)
+        return text
+
+    def match(self, context):
+        """Known blocks that hold its beginning, at most all but the last token."""
+        blocks, number, n = [], 0, self.size
+        for i in range(0, len(context) - n, n):
+            block = self.known.get((number, tuple(context[i:i + n])))
+            if block is None: break
+            blocks, number = [*blocks, block], self.name[block][1]
+        while self.recurrent and blocks and blocks[-1] not in self.kept: blocks.pop()
+        return blocks
+
+    def learn(self, text):
+        """Makes the blocks that a text has filled known, and its states where a prompt ends."""
+        n = self.size
+        for i in range(len(text.numbers), text.done // n):
+            key = (text.numbers or [0])[-1], tuple(text.context[i * n:(i + 1) * n])
+            block = self.known.setdefault(key, text.blocks[i])
+            if block not in self.name: self.name[block] = key, next(self.numbers)
+            text.numbers.append(self.name[block][1])
+            if self.recurrent and text.done == (i + 1) * n and text.n_new == 0:
+                self.kept[block] = [slot and [x.clone() for x in slot] for slot in text.states]
+                if len(self.kept) > 64: del self.kept[next(iter(self.kept))]  # they may be large
+
+    def take(self):
+        """An idle block, which is no longer known."""
+        block, _ = self.idle.popitem(last=False)
+        if block in self.name: del self.known[self.name.pop(block)[0]]
+        self.kept.pop(block, None)
+        self.ref[block] = 1
+        return block
 
     def release(self, text):
+        """Gives its blocks back. A beginning is of use without its end: the end is taken first."""
         text.done = min(text.done, len(text.context))  # it may end among good guesses
-        self.pages.learn(text)
-        self.pages.give(text.blocks)
-        text.done, text.blocks, text.numbers, text.states = 0, [], [], self.pages.fresh
+        self.learn(text)
+        for block in reversed(text.blocks):
+            self.ref[block] -= 1
+            if self.ref[block] == 0:
+                self.idle[block] = None
+                if block not in self.name: self.idle.move_to_end(block, last=False)
+        text.done, text.blocks, text.numbers, text.states = 0, [], [], self.fresh
 
     def leave(self, text):
         self.release(text)
         self.running.remove(text)
+        if text.on_end: text.on_end()
 
     def room(self, text, n):
-        """Blocks for n more tokens. If there are none, the youngest text gives its own away, and
+        """Blocks for n more tokens. If there are none, the youngest text gives its own away and
         waits; False if that was the text itself."""
-        need = -(-(text.done + n) // self.pages.size) - len(text.blocks)
-        while need > len(self.pages.idle):
+        need = -(-(text.done + n) // self.size) - len(text.blocks)
+        while need > len(self.idle):
             youngest = self.running.pop()
             self.release(youngest)
             self.queue.appendleft(youngest)
             if youngest is text: return False
-        text.blocks += [self.pages.take() for _ in range(need)]
+        text.blocks += [self.take() for _ in range(need)]
         return True
 
     def admit(self, budget):
@@ -311,38 +301,41 @@ class Engine:
         just reading what it begins with: n samples of a prompt read it once."""
         while self.queue and self.queue[0].ended: self.queue.popleft()
         if not self.queue or budget <= 0 or len(self.running) >= self.max_batch: return False
-        text, pages, size = self.queue[0], self.pages, self.pages.size
-        known, most = pages.match(text.context), (len(text.context) - 1) // size
-        n = size * (most if self.recurrent else min(most, len(known) + 1))
-        need = -(-len(text.context) // size) - sum(pages.ref[b] > 0 for b in known)
-        read = any(t.n_new == 0 and t.context[:n] == text.context[:n] for t in self.running)
-        if self.running and need > len(pages.idle) or len(known) < most and read: return False
+        text, n = self.queue[0], self.size
+        context, known = text.context, self.match(text.context)
+        most = (len(context) - 1) // n
+        shared = context[:n * (most if self.recurrent else len(known) + 1)]
+        need = -(-len(context) // n) - sum(self.ref[block] > 0 for block in known)
+        if self.running and need > len(self.idle) or len(known) < most and any(
+            t.n_new == 0 and t.context[:len(shared)] == shared for t in self.running): return False
+        for block in known:
+            self.ref[block] += 1
+            self.idle.pop(block, None)
+        text.blocks, text.done = known, n * len(known)
+        text.numbers = [self.name[block][1] for block in known]
+        text.states = self.kept[known[-1]] if known and self.recurrent else self.fresh
         self.running.append(self.queue.popleft())
-        pages.share(known)
-        text.blocks, text.done, text.numbers = known, len(known) * size, [
-            pages.name[b][1] for b in known]
-        text.states = pages.states[known[-1]] if known and self.recurrent else pages.fresh
         return True
 
     def plan(self):
         """[(text, tokens to compute, distributions of the guesses at their end)] of this step."""
-        rows, budget, size, i = [], self.chunk, self.pages.size, 0
+        rows, budget, i = [], self.chunk, 0
         while i < len(self.running) or self.admit(budget):
             text, guesses, q = self.running[i], [], []
-            self.pages.learn(text)
-            tokens = waiting = text.waiting
+            self.learn(text)
+            tokens = waiting = text.tokens[text.begin + text.done:]
+            left = self.limit - text.done - len(waiting)
             if len(waiting) > 1:  # a prompt, or a part; with states it is cut where a block is full
                 tokens = waiting[:budget]
                 end = text.done + len(tokens)
-                cut = (end - (end == len(text.context))) // size * size - text.done
+                cut = (end - (tokens == waiting)) // self.size * self.size - text.done
                 if self.recurrent and cut > 0: tokens = tokens[:cut]
                 budget -= len(tokens)
-            most = min(self.k, self.limit - len(text.context), text.how.max_tokens - text.n_new - 1)
-            if text.n_new and most > 0 and len(tokens) == len(waiting):
-                guesses, q = self.guess(text, most)
-            if tokens:
-                if not self.room(text, len(tokens) + len(q)): break
-                rows.append((text, tokens + guesses, q))
+            k = max(0, min(self.k, left, text.how.max_tokens - text.n_new - 1))
+            if text.n_new == 0 or tokens != waiting: k = 0
+            if tokens and not self.room(text, len(tokens) + k): break
+            if k: guesses, q = self.guess(text, k)
+            if tokens: rows.append((text, tokens + guesses, q))
             i += 1
         return rows
 
@@ -351,31 +344,30 @@ class Engine:
         """A token for each text that has begun, `chunk` tokens of prompts -> is there more to do?
         Texts of about the same length share a forward, so that less than half is padding."""
         for text in [text for text in self.running if text.ended]: self.leave(text)
-        alike = lambda row: (row[0].done, len(row[1])) if self.exact else \
-            max(len(row[1]), 1 + 2 * self.k).bit_length()
-        for _, rows in itertools.groupby(sorted(self.plan(), key=alike), alike):
+        for _, rows in itertools.groupby(sorted(self.plan(), key=self.alike), self.alike):
             self.forward(list(rows))
         return bool(self.running or self.queue)
 
     def forward(self, rows):
-        batch = Batch(self.pages, [row[:2] for row in rows], self.device)
+        batch, speakers = Batch(self, rows), {}
         logits, _ = self.model(batch.tokens, pos=batch.pos, cache=batch.caches,
                                last=1 + max(len(q) for *_, q in rows))
-        self.passes, speakers = self.passes + 1, {}
+        self.passes += 1
         for r, (text, tokens, q) in enumerate(rows):
-            n, said = len(q), []
-            if n:
-                p = distribution(logits[r, -n - 1:], text.how)
-                said = verify(p, q, tokens[-n:], partial(choose, generator=text.generator))
-                self.guessed, self.accepted = self.guessed + n, self.accepted + len(said) - 1
-            wrong = n and n + 1 - len(said)
+            at_end = text.done + len(tokens) - len(q) == len(text.context)
+            wrong, said = 0, None
+            if len(q):
+                said = verify(distribution(logits[r, -len(q) - 1:], text.how), q, tokens[-len(q):],
+                              partial(choose, generator=text.generator))
+                wrong = len(q) + 1 - len(said)
+                self.guessed, self.accepted = self.guessed + len(q), self.accepted + len(said) - 1
             if not (wrong and self.recurrent):  # which cannot be taken back, and so begins anew
                 text.done += len(tokens) - wrong
                 text.states = [c.slot and [x[r:r + 1] for x in c.slot] for c in batch.caches]
-            if n: self.say(text, said, logits[r, -n - 1:])
-            elif not text.waiting:
-                setting = tuple(getattr(text.how, name) for name in SAMPLERS)
-                speakers.setdefault(setting, []).append((text, logits[r, -1:]))
+            if said: self.say(text, said, logits[r, -len(q) - 1:])
+            elif at_end:
+                setting = [getattr(text.how, name) for name in SAMPLERS]
+                speakers.setdefault(str(setting), []).append((text, logits[r, -1:]))
         for texts, z in (zip(*pairs) for pairs in speakers.values()):
             if texts[0].how.temperature == 0: drawn = torch.cat(z).argmax(-1).tolist()
             else: drawn = map(choose, distribution(torch.cat(z), texts[0].how),
@@ -394,39 +386,25 @@ class Engine:
             if text.ended: return self.leave(text)
         if len(text.context) > self.limit:  # it goes on from its last half
             self.release(text)
-            text.begin = len(text.tokens) - max(1, self.limit // 2)
-
-def generate_reference(model, prompt, how=Sampling(), on_token=None):
-    """One text, each token by a forward of all of it: what the engine must equal."""
-    tokens, begin, limit = list(prompt), 0, model.cfg.seq_len
-    generator, device = torch.Generator().manual_seed(how.seed), next(model.parameters()).device
-    for _ in range(how.max_tokens):
-        if len(tokens) - begin > limit: begin = len(tokens) - max(1, limit // 2)
-        z = model(torch.tensor([tokens[begin:]], device=device))[0][0, -1]
-        token = draw(z, how, generator)
-        if token in how.stops(): break
-        tokens.append(token)
-        if on_token and on_token(token) is True: break
-    return tokens[len(prompt):]
+            text.begin, text.draft = len(text.tokens) - max(1, self.limit // 2), None
+        if not self.use_cache: self.release(text)
 
 @torch.no_grad()
-def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1, **engine):
+def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1, **options):
     """Continues each prompt (a list of ids, at least one, at most seq_len) n times -> lists of new
     ids, those of a prompt side by side; list i draws with how.seed + i, and on_token(i, id) is
     called as it grows. A text that outgrows the context goes on from its last half, whose positions
-    then count from 0. engine: arguments of Engine.
-
-    A list is the same alone, among others or without a cache, up to rounding: in another batch a
-    float32 product may be summed in another order, and a near-tie fall differently."""
+    then count from 0. A list is the same alone, among others or without a cache, up to rounding: in
+    another batch a float32 product may be summed in another order, and a near-tie fall differently.
+    options: of Engine."""
     each = [(prompt, replace(how, seed=how.seed + i), on_token and partial(on_token, i))
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
     training = model.training
     model.eval()
     try:
-        if not use_cache: return [generate_reference(model, *row) for row in each]
         lengths = sorted(min(model.cfg.seq_len, len(p) + how.max_tokens) for p, *_ in each)
-        blocks = 1 + sum(1 + x // engine.get("block", 16) for x in lengths[-64:])
-        engine = Engine(model, **{"n_blocks": blocks, **engine})
+        n_blocks = 1 + sum(1 + x // options.get("size", 16) for x in lengths[-64:])
+        engine = Engine(model, **{"n_blocks": n_blocks, "use_cache": use_cache, **options})
         texts = [[engine.add(*row) for row in each[j::n]] for j in range(n)]  # first all prompts
         while engine.step(): pass
     finally: model.train(training)
@@ -487,16 +465,15 @@ def draft_of(model):
     """Guesses of a smaller model with the same tokens, drawn as the text's own settings say."""
     @torch.no_grad()
     def guess(text, k):
-        if len(text.context) + k > model.cfg.seq_len: return [], []
-        if not text.draft or text.draft[0] != text.begin:
-            text.draft = text.begin, model.new_cache(1, model.cfg.seq_len)
-        cache, q, guesses = text.draft[1], [], []
-        n = min(cache[0].n, len(text.context) - 1)  # beyond stand guesses that were wrong
+        context, guesses, q = text.context, [], []
+        if len(context) + k > model.cfg.seq_len: return [], []
+        cache = text.draft = text.draft or model.new_cache(1, model.cfg.seq_len)
+        n = min(cache[0].n, len(context) - 1)  # beyond stand guesses that were wrong
         for c in cache: c.truncate(n)
-        new = text.context[n:]
+        new = context[n:]
         for _ in range(k):
-            tokens = torch.tensor([new], device=model.embed_tokens.weight.device)
-            q.append(distribution(model(tokens, cache=cache, last=1)[0][0, -1], text.how))
+            z, _ = model(torch.tensor([new], device=model.embed_tokens.weight.device), cache=cache)
+            q.append(distribution(z[0, -1], text.how))
             new = [choose(q[-1], text.generator)]
             guesses += new
         return guesses, torch.stack(q)
