@@ -1,38 +1,40 @@
 """sample.py - text from a model: one token at a time, each drawn from the distribution it predicts.
 
 THE IDEA
-    A language model gives the probability of every next token. To write, draw one, append it, and
-    ask again. Two things make it practical. The *cache*: keys and values of earlier tokens do not
-    change, so they are kept, and a new token costs one row of attention instead of a whole pass.
-    The *sampler*: the model's long tail of unlikely tokens is wrong more often than it is
-    surprising, so the tail is cut off (top_k, top_p, min_p) or pressed down (temperature).
+    A language model gives the probability of every next token. To write, draw one, append it, ask
+    again. The *cache* keeps keys and values of earlier tokens, so that a token costs one row of
+    attention and not a whole pass. The *sampler* cuts off or presses down the long tail of unlikely
+    tokens, which is wrong more often than surprising. The *engine* writes many texts at once, as
+    reading the weights costs the same for one. *Speculation* lets something cheap guess ahead.
 
-THE MATHS (z logits, p = softmax(z))
+THE MATHS (z logits, p = softmax(z), q of a guess)
     temperature t   softmax(z / t); t -> 0 is greedy, always the likeliest token
-    top_k           keep the k likeliest
+    top_k, min_p    keep the k likeliest; those at least min_p times as likely as the likeliest
     top_p           keep the smallest set of likeliest tokens whose sum is at least p
-    min_p           keep the tokens at least min_p times as likely as the likeliest
     what is kept is renormalised, which is what adding -inf to the other logits does
+    speculation     keep a guess x with probability min(1, p(x)/q(x)), else draw from (p - q)+
 
-THE COSTS
-    Prefill: the prompt's T tokens go through at once, 2 N T FLOPs on weights read once: bound by
-    arithmetic. Decoding: each token reads all N weights for 2 N FLOPs: bound by memory, and a batch
-    of prompts shares the reading. For a text of T tokens, without a cache O(T^2) tokens go through
-    the model, and attention does O(T^3) work; with one O(T) and O(T^2).
+THE COSTS (N weights, B texts, S tokens each in the cache)
+    Prefill: T tokens at once, 2 N T FLOPs on weights read once: bound by arithmetic. Decoding: a
+    token reads all N weights for 2 N FLOPs: bound by memory. A step takes (weights + B caches) /
+    bandwidth, B texts share the weights, nobody shares a cache. Without a cache a text of T tokens
+    puts T^2 / 2 through the model.
 
-CONTENTS  samplers / generate / streaming text / likelihood, Shannon's ladder / devices and runs /
-          lesson and command line
-NOT HERE  serving many users at once: paged caches, continuous batching, speculative decoding
+CONTENTS  samplers / blocks / the engine / streaming / speculation / eight bits / likelihood /
+          chat templates / devices and runs / lesson and command line
+NOT HERE  kernels that attend to blocks in place (they are gathered here), CUDA graphs, many GPUs
 RUN       python sample.py         # the lesson, offline; last line "... a batch shares the reading"
           python sample.py --run runs/NAME --prompt "def "    # streams text of that run
+          python sample.py eval --run runs/NAME --file text.txt --int8
 REFERENCES
     Fan et al. 2018 (1805.04833) top-k; Holtzman et al. 2020 (1904.09751) top-p; Nguyen et al. 2024
-    (2407.01082) min-p; Pope et al. 2022 (2211.05102) costs of inference; Shannon 1948 (n-grams);
-    Witten, Bell 1991 (smoothing)
-EXERCISE  Empty `top_p` and `pad_left`; fill them until `pytest test_all.py -k "sampl or generate"`
+    (2407.01082) min-p; Pope et al. 2022 (2211.05102) costs; Kwon et al. 2023 (2309.06180) blocks;
+    Yu et al. 2022 (Orca, OSDI) batching; Leviathan et al. 2023 (2211.17192) speculation; Dettmers
+    et al. 2022 (2208.07339) eight bits; Shannon 1948 (n-grams); Witten, Bell 1991 (smoothing)
+EXERCISE  Empty `top_p` and `verify`; fill them until `pytest test_all.py -k "sampl or verified"`
           is green again.
 """
-import argparse, codecs, itertools, json, math, sys, time
+import argparse, codecs, csv, hashlib, itertools, json, math, sys, time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,11 +43,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
-from bpe import UserError, load_tokenizer
-from kernels import StateCache, device_name, up
-from model import LM, ModelConfig, load_model, need_field
+from bpe import EOT, UserError, load_tokenizer
+from kernels import DEVICES, Linear, StateCache, device_name, up
+from model import LM, ModelConfig, load_model, meta_model, need_field
 
 # -----------------------------------------------------------------------------
 # Samplers
@@ -123,17 +126,17 @@ def draw(logits, how, generator):
 # -----------------------------------------------------------------------------
 # A cache in blocks, for many texts at once
 # How long a text gets nobody knows beforehand, and to reserve the longest for each would waste most
-# of the memory. So it is cut into blocks (vLLM, 2309.06180): a text takes another when its last is
-# full, and texts that begin alike read the same ones. The model sees none of this: in a forward
-# each layer has a cache with KVCache's contract, which gathers the blocks of the texts at hand.
+# of the memory. So it is cut into blocks: a text takes another when its last is full, and texts
+# that begin alike read the same ones. The model sees none of this: in a forward each layer has a
+# cache with the contract of KVCache, which gathers the blocks of the texts at hand.
 
 class LayerCache:
     """A layer's cache in a forward: a StateCache of slots side by side, or blocks as a KVCache."""
-    n, next_pos = 0, lambda self: None  # positions are given
-
     def __init__(self, batch, layer, slots):
         self.batch, self.layer = batch, layer
-        self.slot = slots[0] and [torch.cat(x) for x in zip(*slots)]
+        self.slot = None if layer else [torch.cat(parts) for parts in zip(*slots)]
+
+    def next_pos(self): return None  # positions are given
 
     def update(self, *new):
         if self.slot:
@@ -151,19 +154,17 @@ class LayerCache:
 class Batch:
     """One forward: of each text some tokens behind the `done` ones that its blocks hold. Texts are
     padded on the left, so that all end in the last column."""
-    def __init__(self, engine, rows):  # [(text, tokens, ...)]
-        self.done, T = [row[0].done for row in rows], max(len(row[1]) for row in rows)
-        self.end, n = [row[0].done + len(row[1]) for row in rows], engine.size
-        self.device, self.size, self.seen = engine.device, n, {}
-        pad = lambda rows, fill: self.tensor([[fill] * (T - len(row)) + row for row in rows])
-        self.tokens = pad([row[1] for row in rows], 0)
-        self.pos = pad([[*range(*at)] for at in zip(self.done, self.end)], -1)
-        n = -(-max(self.end) // n)
-        self.blocks = [(row[0].blocks + [0] * n)[:n] for row in rows]
-        self.caches = [LayerCache(self, layer, [row[0].states[i] for row in rows])
-                       for i, layer in enumerate(engine.layers)]
-
-    def tensor(self, x): return torch.tensor(x, device=self.device)
+    def __init__(self, engine, texts, new):  # new: a list of tokens for each
+        self.size, self.tensor = engine.size, partial(torch.tensor, device=engine.device)
+        self.seen, self.done, T = {}, [text.done for text in texts], max(map(len, new))
+        self.end = [text.done + len(tokens) for text, tokens in zip(texts, new)]
+        self.tokens = self.tensor([[0] * (T - len(tokens)) + tokens for tokens in new])
+        self.pos = self.tensor([[-1] * (T + a - b) + [*range(a, b)]
+                                for a, b in zip(self.done, self.end)])
+        n = -(-max(self.end) // self.size)
+        self.blocks = [(text.blocks + [0] * n)[:n] for text in texts]
+        self.caches = [LayerCache(self, layer, slots) for layer, *slots in
+                       zip(engine.layers, *(text.states for text in texts))]
 
     def places(self, window):
         """(places to write (B T,), places to read (B S,), mask (B, 1, T, S)), made once for all
@@ -173,30 +174,29 @@ class Batch:
         index = lambda at: (table.gather(1, at // size) * size + at % size).flatten()
         first = [max(0, d - window + 1) if window else 0 for d in self.done]
         S = max(e - f for e, f in zip(self.end, first))
-        at = torch.arange(S, device=self.device) + self.tensor(first)[:, None]  # (B, S)
+        at = torch.arange(S, device=pos.device) + self.tensor(first)[:, None]  # (B, S)
         gap = pos[:, None, :, None] - at[:, None, None]  # (B, 1, T, S)
         mask = (gap >= 0) & (gap < (window or 2 ** 62)) | (pos < 0)[:, None, :, None]
-        write, read = index(pos.clamp(min=0)) * (pos >= 0).flatten(), row[0] * size + first[0]
-        if len(self.blocks) == 1 and row == [*range(row[0], row[0] + len(row))]:
-            read = slice(read, read + S)
-        else: read = index(at.clamp(max=len(row) * size - 1))
+        write, a = index(pos.clamp(min=0)) * (pos >= 0).flatten(), row[0] * size + first[0]
+        alone = len(pos) == 1 and row == [*range(row[0], row[0] + len(row))]
+        read = slice(a, a + S) if alone else index(at.clamp(max=len(row) * size - 1))
         self.seen[window] = write, read, mask
         return self.seen[window]
 
 # -----------------------------------------------------------------------------
 # The engine: many texts, one forward
 # Decoding reads all weights for one token of each text, so texts are decoded together, and when one
-# ends, the next takes its row at once (Orca, OSDI 2022). Prompts go through in chunks beside them,
-# so that a long one keeps nobody waiting. When blocks run out, the youngest text gives its own away
-# and computes them anew later. What a text says depends on none of this.
+# ends, the next takes its row at once. Prompts go through in chunks beside them, so that a long one
+# keeps nobody waiting. When blocks run out, the youngest text gives its own away and computes them
+# anew later. What a text says depends on none of this.
 
 class Text:
-    """One text in the making. Its context is tokens[begin:], of which `done` are in the cache."""
-    def __init__(self, prompt, how, on_token, on_end):
-        self.tokens, self.n_prompt, self.how = [*prompt], len(prompt), how
-        self.on_token, self.on_end, self.draft = on_token, on_end, None
-        self.begin, self.done, self.blocks, self.numbers, self.states = 0, 0, [], [], None
-        self.generator = torch.Generator().manual_seed(how.seed)
+    """One text in the making. Its context is tokens[begin:], of which `done` are in the cache, and
+    `learned` blocks known."""
+    def __init__(self, prompt, how, on_token, states):
+        self.tokens, self.n_prompt, self.how, self.on_token = [*prompt], len(prompt), how, on_token
+        self.begin, self.done, self.learned, self.blocks, self.states = 0, 0, 0, [], states
+        self.generator, self.draft = torch.Generator().manual_seed(how.seed), None
         self.logps, self.ended = [], None  # "stop", "length", or what whoever ends it says
 
     new = property(lambda self: self.tokens[self.n_prompt:])
@@ -207,172 +207,134 @@ class Engine:
     """add() texts, then step() until it says False. n_blocks of memory hold `size` tokens each in
     every layer; chunk: tokens of prompts in a step; guess(text, k): see Speculation. ref: how many
     texts read a block. One that none reads is idle, but keeps what it holds until it is taken, the
-    longest idle first. A full block is known by its tokens and the number of the block before it,
-    so by all tokens up to there. A recurrence has, instead of places, states, a slot a text; they
-    are kept where a prompt's last block is full, and only there can another text go on."""
+    longest idle first. A full block is known by all tokens up to its end. A recurrence has instead
+    of places a slot of states for each text; so its prompts are always read from their start."""
     def __init__(self, model, n_blocks=0, size=16, chunk=256, max_batch=64, guess=None, k=4,
                  use_cache=True):
-        self.model, self.limit, self.size = model, model.cfg.seq_len, size
+        self.model, self.limit, self.size, self.chunk = model, model.cfg.seq_len, size, chunk
+        self.max_batch, self.guess, self.k = max_batch, guess, k * bool(guess)
         self.use_cache = use_cache  # False: all of a text goes through the model for each token
-        self.chunk, self.max_batch, self.guess, self.k = chunk, max_batch, guess, k * bool(guess)
-        n_blocks = max(n_blocks, 1 - -self.limit // size)  # one text must find room
-        self.device = next(model.parameters()).device
-        self.ref, self.idle = [0] * n_blocks, OrderedDict.fromkeys(range(1, n_blocks))  # 0: padding
-        self.known, self.name, self.kept = {}, {}, {}  # key: block, block: (key, number), : states
+        n_blocks, caches = max(n_blocks, 1 - -self.limit // size), model.new_cache(1, 1)
         store = lambda x: x.new_zeros(n_blocks * size, x.shape[1] * x.shape[3])
-        self.layers = [c.slot if isinstance(c, StateCache) else
-                       (*map(store, c.columns[:2]), c.window) for c in model.new_cache(1, 1)]
-        self.fresh = [c.slot if isinstance(c, StateCache) else None for c in model.new_cache(1, 1)]
-        self.recurrent, self.numbers = any(self.fresh), itertools.count(1)
-        self.alike = lambda row: max(len(row[1]), 1 + 2 * self.k).bit_length()  # share a forward
-        if any(getattr(layer.self_attn, "rates", 1) == 0 for layer in model.layers):
-            self.alike = lambda row: (row[0].done, len(row[1]))  # Hyena's states grow
-        self.running, self.queue = [], deque()
+        self.fresh = [c.slot if isinstance(c, StateCache) else None for c in caches]
+        self.layers = [None if slot else (*map(store, c.columns[:2]), c.window)
+                       for c, slot in zip(caches, self.fresh)]
+        self.recurrent, self.device = any(self.fresh), next(model.parameters()).device
+        self.grows = any(getattr(layer.self_attn, "rates", 1) == 0 for layer in model.layers)
+        self.ref, self.idle = [0] * n_blocks, OrderedDict.fromkeys(range(1, n_blocks))  # 0: padding
+        self.texts, self.known, self.key = [], {}, {}  # oldest first, {key: block}, {block: key}
         self.passes = self.guessed = self.accepted = 0
 
-    def add(self, prompt, how=Sampling(), on_token=None, on_end=None):
+    def add(self, prompt, how=Sampling(), on_token=None):
         """-> the Text that goes on from a prompt (ids). on_token(id) hears what it says; if that
         returns True, it ends there. To give it up, set its `ended`. Safe from any thread."""
         assert 0 < len(prompt) <= self.limit, "prompts must hold 1 to seq_len tokens"
-        text = Text(prompt, how, on_token, on_end)
-        self.queue.append(text)
+        self.texts.append(text := Text(prompt, how, on_token, self.fresh))
         return text
 
-    def match(self, context):
-        """Known blocks that hold its beginning, at most all but the last token."""
-        blocks, number, n = [], 0, self.size
-        for i in range(0, len(context) - n, n):
-            block = self.known.get((number, tuple(context[i:i + n])))
-            if block is None: break
-            blocks, number = [*blocks, block], self.name[block][1]
-        while self.recurrent and blocks and blocks[-1] not in self.kept: blocks.pop()
-        return blocks
+    def key_of(self, tokens): return hashlib.blake2b(np.array(tokens)).digest()
+
+    def begin(self, text):
+        """Lets a text read the known blocks of its beginning, at most all but the last token. False
+        if another text is just making one more known: n samples of a prompt read it once."""
+        context, blocks, n = text.context, [], self.size
+        for end in range(n, 0 if self.recurrent else len(context), n):
+            block = self.known.get(self.key_of(context[:end]))
+            if block is None:
+                if any(t.blocks and not t.n_new and t.context[:end] == context[:end]
+                       for t in self.texts): return False
+                break
+            blocks.append(block)
+        for block in blocks:
+            self.ref[block] += 1
+            self.idle.pop(block, None)
+        text.blocks, text.done, text.learned = blocks, n * len(blocks), len(blocks)
+        return True
 
     def learn(self, text):
-        """Makes the blocks that a text has filled known, and its states where a prompt ends."""
-        n = self.size
-        for i in range(len(text.numbers), text.done // n):
-            key = (text.numbers or [0])[-1], tuple(text.context[i * n:(i + 1) * n])
-            block = self.known.setdefault(key, text.blocks[i])
-            if block not in self.name: self.name[block] = key, next(self.numbers)
-            text.numbers.append(self.name[block][1])
-            if self.recurrent and text.done == (i + 1) * n and text.n_new == 0:
-                self.kept[block] = [slot and [x.clone() for x in slot] for slot in text.states]
-                if len(self.kept) > 64: del self.kept[next(iter(self.kept))]  # they may be large
-
-    def take(self):
-        """An idle block, which is no longer known."""
-        block, _ = self.idle.popitem(last=False)
-        if block in self.name: del self.known[self.name.pop(block)[0]]
-        self.kept.pop(block, None)
-        self.ref[block] = 1
-        return block
+        """Makes the blocks that a text has filled known."""
+        for i in range(text.learned, text.done // self.size):
+            key, block = self.key_of(text.context[:(i + 1) * self.size]), text.blocks[i]
+            if key not in self.known: self.known[key], self.key[block] = block, key
+        text.learned = text.done // self.size
 
     def release(self, text):
-        """Gives its blocks back. A beginning is of use without its end: the end is taken first."""
+        """Takes its blocks away. A beginning is of use without its end: the end is idle first."""
         text.done = min(text.done, len(text.context))  # it may end among good guesses
         self.learn(text)
         for block in reversed(text.blocks):
             self.ref[block] -= 1
             if self.ref[block] == 0:
                 self.idle[block] = None
-                if block not in self.name: self.idle.move_to_end(block, last=False)
-        text.done, text.blocks, text.numbers, text.states = 0, [], [], self.fresh
-
-    def leave(self, text):
-        self.release(text)
-        self.running.remove(text)
-        if text.on_end: text.on_end()
+                if block not in self.key: self.idle.move_to_end(block, last=False)
+        text.done, text.learned, text.blocks, text.states = 0, 0, [], self.fresh
 
     def room(self, text, n):
-        """Blocks for n more tokens. If there are none, the youngest text gives its own away and
-        waits; False if that was the text itself."""
+        """Takes blocks for n more tokens. If too few are idle, younger texts lose theirs, and must
+        compute them anew; False if that is not enough."""
         need = -(-(text.done + n) // self.size) - len(text.blocks)
-        while need > len(self.idle):
-            youngest = self.running.pop()
-            self.release(youngest)
-            self.queue.appendleft(youngest)
-            if youngest is text: return False
-        text.blocks += [self.take() for _ in range(need)]
-        return True
-
-    def admit(self, budget):
-        """Lets the first text of the queue in, if there is room for all of it, and if no other is
-        just reading what it begins with: n samples of a prompt read it once."""
-        while self.queue and self.queue[0].ended: self.queue.popleft()
-        if not self.queue or budget <= 0 or len(self.running) >= self.max_batch: return False
-        text, n = self.queue[0], self.size
-        context, known = text.context, self.match(text.context)
-        most = (len(context) - 1) // n
-        shared = context[:n * (most if self.recurrent else len(known) + 1)]
-        need = -(-len(context) // n) - sum(self.ref[block] > 0 for block in known)
-        if self.running and need > len(self.idle) or len(known) < most and any(
-            t.n_new == 0 and t.context[:len(shared)] == shared for t in self.running): return False
-        for block in known:
-            self.ref[block] += 1
-            self.idle.pop(block, None)
-        text.blocks, text.done = known, n * len(known)
-        text.numbers = [self.name[block][1] for block in known]
-        text.states = self.kept[known[-1]] if known and self.recurrent else self.fresh
-        self.running.append(self.queue.popleft())
+        for other in reversed(self.texts):
+            if need <= len(self.idle): break
+            if other is text: return False
+            self.release(other)
+        for _ in range(need):
+            block, _ = self.idle.popitem(last=False)
+            self.known.pop(self.key.pop(block, None), None)
+            self.ref[block] = 1
+            text.blocks.append(block)
         return True
 
     def plan(self):
         """[(text, tokens to compute, distributions of the guesses at their end)] of this step."""
-        rows, budget, i = [], self.chunk, 0
-        while i < len(self.running) or self.admit(budget):
-            text, guesses, q = self.running[i], [], []
+        rows, budget = [], self.chunk
+        for text in self.texts[:self.max_batch]:
+            if not text.blocks and not self.begin(text): continue
             self.learn(text)
-            tokens = waiting = text.tokens[text.begin + text.done:]
-            left = self.limit - text.done - len(waiting)
-            if len(waiting) > 1:  # a prompt, or a part; with states it is cut where a block is full
+            tokens = waiting = text.context[text.done:]
+            guesses, q, k = [], [], 0
+            if len(waiting) > 1:  # a prompt, or a part
                 tokens = waiting[:budget]
-                end = text.done + len(tokens)
-                cut = (end - (tokens == waiting)) // self.size * self.size - text.done
-                if self.recurrent and cut > 0: tokens = tokens[:cut]
                 budget -= len(tokens)
-            k = max(0, min(self.k, left, text.how.max_tokens - text.n_new - 1))
-            if text.n_new == 0 or tokens != waiting: k = 0
-            if tokens and not self.room(text, len(tokens) + k): break
+            if text.n_new and tokens == waiting: k = min(
+                self.k, self.limit - len(text.context), text.how.max_tokens - text.n_new - 1)
+            if not self.room(text, len(waiting) + k): break
             if k: guesses, q = self.guess(text, k)
             if tokens: rows.append((text, tokens + guesses, q))
-            i += 1
         return rows
 
     @torch.no_grad()
     def step(self):
         """A token for each text that has begun, `chunk` tokens of prompts -> is there more to do?
         Texts of about the same length share a forward, so that less than half is padding."""
-        for text in [text for text in self.running if text.ended]: self.leave(text)
-        for _, rows in itertools.groupby(sorted(self.plan(), key=self.alike), self.alike):
-            self.forward(list(rows))
-        return bool(self.running or self.queue)
+        for text in [text for text in self.texts if text.ended]: self.leave(text)
+        about = lambda row: max(len(row[1]), 1 + 2 * self.k).bit_length()
+        alike = (lambda row: (row[0].done, len(row[1]))) if self.grows else about  # as Hyena's do
+        for _, rows in itertools.groupby(sorted(self.plan(), key=alike), alike):
+            self.forward(*zip(*rows))
+        return bool(self.texts)
 
-    def forward(self, rows):
-        batch, speakers = Batch(self, rows), {}
+    def leave(self, text):
+        self.release(text)
+        self.texts.remove(text)
+
+    def forward(self, texts, new, guessed):
+        batch = Batch(self, texts, new)
         logits, _ = self.model(batch.tokens, pos=batch.pos, cache=batch.caches,
-                               last=1 + max(len(q) for *_, q in rows))
+                               last=1 + max(map(len, guessed)))
+        settings, p = {str([getattr(t.how, name) for name in SAMPLERS]) for t in texts}, None
+        if len(settings) == 1: p = distribution(logits, texts[0].how)  # at once, for speed
         self.passes += 1
-        for r, (text, tokens, q) in enumerate(rows):
-            at_end = text.done + len(tokens) - len(q) == len(text.context)
-            wrong, said = 0, None
-            if len(q):
-                said = verify(distribution(logits[r, -len(q) - 1:], text.how), q, tokens[-len(q):],
-                              partial(choose, generator=text.generator))
-                wrong = len(q) + 1 - len(said)
-                self.guessed, self.accepted = self.guessed + len(q), self.accepted + len(said) - 1
+        for r, (text, tokens, q) in enumerate(zip(texts, new, guessed)):
+            n, said, z = len(q), [], logits[r, -len(q) - 1:]
+            if text.done + len(tokens) - n == len(text.context):  # it has been read to its end
+                said = verify(distribution(z, text.how) if p is None else p[r, -n - 1:], q,
+                              tokens[len(tokens) - n:], partial(choose, generator=text.generator))
+            wrong = n and n + 1 - len(said)
+            self.guessed, self.accepted = self.guessed + n, self.accepted + n - wrong
             if not (wrong and self.recurrent):  # which cannot be taken back, and so begins anew
                 text.done += len(tokens) - wrong
                 text.states = [c.slot and [x[r:r + 1] for x in c.slot] for c in batch.caches]
-            if said: self.say(text, said, logits[r, -len(q) - 1:])
-            elif at_end:
-                setting = [getattr(text.how, name) for name in SAMPLERS]
-                speakers.setdefault(str(setting), []).append((text, logits[r, -1:]))
-        for texts, z in (zip(*pairs) for pairs in speakers.values()):
-            if texts[0].how.temperature == 0: drawn = torch.cat(z).argmax(-1).tolist()
-            else: drawn = map(choose, distribution(torch.cat(z), texts[0].how),
-                              [text.generator for text in texts])
-            for text, token, row in zip(texts, drawn, z): self.say(text, [token], row)
+            if said: self.say(text, said, z)
 
     def say(self, text, tokens, logits):
         """Appends tokens that were drawn from logits (len(tokens), V), up to what ends the text."""
@@ -384,12 +346,10 @@ class Engine:
                 if text.on_token and text.on_token(token) is True: text.ended = "stop"
                 elif text.n_new == text.how.max_tokens: text.ended = "length"
             if text.ended: return self.leave(text)
-        if len(text.context) > self.limit:  # it goes on from its last half
-            self.release(text)
-            text.begin, text.draft = len(text.tokens) - max(1, self.limit // 2), None
-        if not self.use_cache: self.release(text)
+        full = len(text.context) > self.limit
+        if full or not self.use_cache: self.release(text)
+        if full: text.begin, text.draft = len(text.tokens) - max(1, self.limit // 2), None
 
-@torch.no_grad()
 def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1, **options):
     """Continues each prompt (a list of ids, at least one, at most seq_len) n times -> lists of new
     ids, those of a prompt side by side; list i draws with how.seed + i, and on_token(i, id) is
@@ -399,13 +359,13 @@ def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1,
     options: of Engine."""
     each = [(prompt, replace(how, seed=how.seed + i), on_token and partial(on_token, i))
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
+    lengths = sorted(min(model.cfg.seq_len, len(prompt) + how.max_tokens) for prompt, *_ in each)
+    n_blocks = 1 + sum(1 + x // options.get("size", 16) for x in lengths[-64:])
+    engine = Engine(model, **{"n_blocks": n_blocks, "use_cache": use_cache, **options})
+    texts = [[engine.add(*row) for row in each[i::n]] for i in range(n)]  # first all prompts
     training = model.training
     model.eval()
     try:
-        lengths = sorted(min(model.cfg.seq_len, len(p) + how.max_tokens) for p, *_ in each)
-        n_blocks = 1 + sum(1 + x // options.get("size", 16) for x in lengths[-64:])
-        engine = Engine(model, **{"n_blocks": n_blocks, "use_cache": use_cache, **options})
-        texts = [[engine.add(*row) for row in each[j::n]] for j in range(n)]  # first all prompts
         while engine.step(): pass
     finally: model.train(training)
     return [text.new for of_prompt in zip(*texts) for text in of_prompt]
@@ -480,6 +440,35 @@ def draft_of(model):
     return guess
 
 # -----------------------------------------------------------------------------
+# Cheaper weights: eight bits
+# Decoding is bound by reading weights: half the bytes are up to twice the tokens. What it costs in
+# bits_per_byte is measured, not believed: `sample.py eval` with and without --int8.
+
+class Int8(nn.Module):
+    """A Linear whose rows are integers times a scale: w = s q, |q| <= 127."""
+    def __init__(self, linear):
+        super().__init__()
+        w, self.bias = up(linear.weight.detach()), linear.bias
+        scale = w.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        self.register_buffer("weight", (w / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale.flatten())
+
+    def forward(self, x):  # torch has a kernel for a few rows in bf16; else weights are unpacked
+        rows, scale = x.flatten(0, -2), self.scale.to(x.dtype)
+        few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= 16
+        y = (torch._weight_int8pack_mm(rows, self.weight, scale) if few else
+             F.linear(rows, self.weight.to(x.dtype)) * scale).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+def quantize(model):
+    """Makes the matrices of all layers Int8, but for two kinds whose weights are read elsewhere."""
+    for module in [*model.layers.modules()]:
+        for name, child in [*module.named_children()]:
+            if isinstance(child, Linear) and name not in ("kv_b_proj", "gate"):
+                setattr(module, name, Int8(child))
+    return model
+
+# -----------------------------------------------------------------------------
 # Likelihood: how well a model predicts a text that it has not seen
 # The text in windows that do not overlap, each token predicted once. Tokens at the start of a
 # window see little context, so longer windows alone make the number better: their length stands
@@ -498,6 +487,55 @@ def evaluate(model, batches, n_bytes, device):
     model.train(training)
     return {"loss": total / counted, "bits_per_byte": total / math.log(2) / n_bytes,
             "tokens": counted, "context": x.shape[1]}
+
+def window(ids, n):
+    """(tokens, targets), (1, T) each, for `evaluate`, of ids whose last n count."""
+    ids = torch.as_tensor(np.asarray(ids, np.int64))[None]
+    targets = ids[:, 1:].clone()
+    targets[:, :-n] = -1
+    return ids[:, :-1], targets
+
+def sliding(ids, context, stride):
+    """Windows that overlap: each of ids but the first counts once, behind at least context - stride
+    others where so many are there."""
+    ends = [*range(min(context, len(ids) - 1), len(ids) - 1, stride), len(ids) - 1]
+    for before, end in zip([0, *ends], ends):
+        yield window(ids[max(0, end - context):end + 1], end - before)
+
+def read_questions(path):
+    """[(question, choices, which is right)] in the layout of HellaSwag (jsonl: ctx, endings, label)
+    or MMLU (jsonl: question, choices, answer; csv: question, choices, letter)."""
+    which = lambda answer: int(answer) if str(answer).isdigit() else LETTERS.index(answer)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            if Path(path).suffix == ".csv": rows = [(q, c, a) for q, *c, a in csv.reader(file)]
+            else: rows = [(r.get("ctx") or r["question"], r.get("endings") or r["choices"],
+                           r.get("label", r.get("answer"))) for r in map(json.loads, file)]
+        return [(q, choices, which(a)) for q, choices, a in rows if choices[which(a)]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: got {type(e).__name__}: {e}; wanted the layout of MMLU (csv or "
+                        "jsonl) or HellaSwag (jsonl)")
+
+LETTERS = "ABCDEFGHIJ"
+
+def multiple_choice(model, tokenizer, questions, shots=0, letter=False):
+    """-> (share, standard error) of questions whose right choice is the likeliest continuation, by
+    its sum and by byte. letter: choices are listed, and what is likely is a letter. The first
+    `shots` questions stand before each, answered, and are not asked."""
+    def ask(question, choices):
+        if not letter: return question, [" " + choice for choice in choices]
+        listed = "".join(f"\n{x}. {choice}" for x, choice in zip(LETTERS, choices))
+        return question + listed + "\nAnswer:", [" " + x for x in LETTERS[:len(choices)]]
+    asked = [(*ask(question, choices), right) for question, choices, right in questions]
+    start = "".join(q + answers[right] + "\n\n" for q, answers, right in asked[:shots])
+    device, good = next(model.parameters()).device, []
+    for question, answers, right in asked[shots:]:
+        before, ids = tokenizer.encode(start + question), map(tokenizer.encode, answers)
+        bits = [evaluate(model, [window((before + a)[-model.cfg.seq_len - 1:], len(a))], 1, device)
+                ["bits_per_byte"] for a in ids]
+        by_byte = np.divide(bits, [len(answer.encode()) for answer in answers])
+        good.append([np.argmin(x) == right for x in (bits, by_byte)])
+    return np.mean(good, 0), np.std(good, 0) / math.sqrt(len(good))
 
 def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
     """bits_per_byte of models that know no tokens, single tokens, pairs of tokens: what a network
@@ -520,6 +558,38 @@ def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
         bits["unigram"] -= np.log2(single[b]).sum()
         bits["bigram"] -= np.log2(np.where(seen[a] > 0, mixed, single[b])).sum()
     return {name: float(n / n_bytes) for name, n in bits.items()}
+
+# -----------------------------------------------------------------------------
+# Chat: a conversation is a text with marks between its turns
+# What the assistant says, and the mark that ends it, is what it is trained on, and what stops it.
+
+def template(begin, head, end, after):
+    """-> a function of messages ({role, content}s) that gives (text, is_assistant) pieces; a
+    content of None is a turn left open, for the model to take."""
+    def pieces(messages):
+        out = [(begin, False)]
+        for role, content in ((m["role"], m["content"]) for m in messages):
+            own = role == "assistant"
+            out += [(head.format(role), False)]
+            if content is not None: out += [(content, own), (end, own), (after, False)]
+        return [(text, own) for text, own in out if text]
+    pieces.end = end
+    return pieces
+
+TEMPLATES = {"chatml": template("", "<|im_start|>{}\n", "<|im_end|>", "\n"),  # Qwen's
+             "llama3": template("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n",
+                                "<|eot_id|>", ""),
+             "plain": template("", "{}: ", EOT, "\n")}  # needs no mark but end-of-text
+
+def encode_chat(tokenizer, messages, name=None):
+    """(ids, whether each is the assistant's, what ends a turn). Without a name, the template is the
+    one whose end the tokenizer has. A mark within what is said is plain text."""
+    name = name or next((n for n, t in TEMPLATES.items() if t.end in tokenizer.special_tokens), "plain")
+    ids, own, said = [], [], {message["content"] for message in messages}
+    for text, is_own in TEMPLATES[name](messages):
+        new = tokenizer.encode(text, "text" if text in said else "allow")
+        ids, own = ids + new, own + [is_own] * len(new)
+    return ids, own, TEMPLATES[name].end
 
 # -----------------------------------------------------------------------------
 # Devices and runs
@@ -560,8 +630,7 @@ def read_log(run):
 def compare(*runs):
     """Two runs' training losses (means since the line before) at equal time, tokens and FLOPs."""
     logs = [[row for row in read_log(run) if "flops" in row] for run in runs]
-    if not all(logs):
-        empty = next(run for run, log in zip(runs, logs) if not log)
+    for empty in (run for run, log in zip(runs, logs) if not log):
         raise UserError(f"compare: got {empty}, wanted a run with a log.jsonl; set --run")
     for key in ("minutes", "tokens", "flops"):  # of one tokenizer: else a nat is another
         ends = [[row[key] for row in log] for log in logs]
@@ -572,9 +641,8 @@ def compare(*runs):
 
 def board():
     """Finished runs by bits_per_byte; they compare where the text is the same."""
-    row = ("{run:26s}{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}"
-           "{parameters:12,d}  {dataset} {text:.8}, {hardware}")
-    lines = []
+    row, lines = ("{run:26s}{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}"
+                  "{parameters:12,d}  {dataset} {text:.8}, {hardware}"), []
     for path in RUNS.glob("*/result.json"):
         try:
             r = json.loads(path.read_text())
@@ -600,23 +668,25 @@ def plot(run):
 
 def encode_prompt(tokenizer, text, limit):
     """Ids of a prompt, begun by end-of-text as every training document is; None gives just that."""
-    if text is not None and not text:
-        raise UserError("prompt: got an empty text, wanted a character or more; leave --prompt out "
-                        "to start a new document")
-    if any("\ud800" <= char <= "\udfff" for char in text or ""):  # how Python keeps a stray byte
-        raise UserError("prompt: got bytes that are not UTF-8, wanted UTF-8; check the terminal's "
-                        "encoding")
+    def need(ok, got, wanted):
+        if not ok: raise UserError(f"prompt: got {got}, wanted {wanted}; set --prompt")
+    need(text is None or text, "an empty text", "a character or more, or none for a new document")
+    stray = any("\ud800" <= char <= "\udfff" for char in text or "")  # Python's for a stray byte
+    need(not stray, "bytes that are not UTF-8", "UTF-8, as the terminal's encoding should be")
     ids = [tokenizer.eot] * (tokenizer.eot is not None) + (tokenizer.encode(text) if text else [])
-    if not ids:
-        raise UserError("prompt: got none, wanted a text, as this tokenizer lacks end-of-text; set "
-                        "--prompt")
-    if len(ids) > limit:
-        raise UserError(f"prompt: got {len(ids):,} tokens with end-of-text, wanted at most the "
-                        f"context, {limit:,}; shorten it")
+    need(ids, "none", "a text, as this tokenizer lacks end-of-text")
+    need(len(ids) <= limit, f"{len(ids):,} tokens with end-of-text",
+         f"at most the context, {limit:,}")
     return ids
 
 # -----------------------------------------------------------------------------
 # The lesson and the command line
+
+def step_bytes(model, B, S, size):
+    """Bytes that decoding a token of each of B texts of S tokens reads: weights and caches."""
+    parts = [x for c in model.new_cache(B, S)
+             for x in (c.slot if isinstance(c, StateCache) else c.columns[:2])]
+    return size * sum(x.numel() for x in [*model.parameters(), *parts] if x.ndim > 1)
 
 def lesson():
     print(f"cpu ({device_name(torch.device('cpu'))}), {torch.get_num_threads()} threads, float32")
@@ -626,16 +696,23 @@ def lesson():
                        ("temperature 2", temperature(z, 2.0)), ("top_p 0.7", top_p(z, 0.7)),
                        ("min_p 0.25", min_p(z, 0.25))):
         print(f"  {label:16s}" + "".join(f"{p:7.3f}" for p in out.softmax(-1).tolist()))
+    print("\ndecoding with Llama 2's 13B weights in bf16, 1,024 tokens a text, on an H100 (80 GB):")
+    for B, heads in ((1, 40), (64, 40), (256, 40), (64, 8), (256, 8)):
+        n = step_bytes(meta_model(ModelConfig(
+            vocab_size=32000, n_layers=40, d_model=5120, n_heads=40, n_kv_heads=heads, d_ff=13824)),
+            B, 1024, size=2)
+        s = n / DEVICES["H100"][2]  # at least
+        print(f"  {B:3d} texts, {heads:2d} kv_heads: {n / 1e9:6.2f} GB {1e3 * s:6.2f} ms a token, "
+              f"{B / s:6.0f} tokens/s")
     torch.manual_seed(0)
     model = LM(ModelConfig(vocab_size=512, seq_len=512, n_layers=4, d_model=256)).eval()
-    how = Sampling(max_tokens=128)
     print("\na random model of 4 layers, d_model 256; 128 tokens drawn after a prompt of 64:")
     for B in (1, 8):
         prompts = torch.randint(0, 512, (B, 64)).tolist()
         texts, rates = [], []
         for use_cache in (False, True):
             start = time.perf_counter()
-            texts.append(generate(model, prompts, how, use_cache))
+            texts.append(generate(model, prompts, Sampling(128), use_cache))
             rates.append(128 * B / (time.perf_counter() - start))
         print(f"  batch {B}: {rates[0]:7.0f} tokens/s without cache, {rates[1]:7.0f} with it; "
               f"the same tokens: {texts[0] == texts[1]}")
@@ -644,10 +721,27 @@ def lesson():
     print(f"prefill does {flops[0] / w / 4:.1f} FLOPs per byte of weights read, decoding "
           f"{flops[1] / w / 4:.1f}: a batch shares the reading")
 
+def report(model, tokenizer, args):
+    """Likelihood of a text, or how many of a file's questions are answered right."""
+    file, context, device = args.file, model.cfg.seq_len, next(model.parameters()).device
+    if Path(file).suffix in (".jsonl", ".csv"):
+        questions = read_questions(file)
+        for how, share, error in zip(("sum", "byte"), *multiple_choice(
+                model, tokenizer, questions, args.shots, args.letter)):
+            print(f"{file}: {share:.4f} +- {error:.4f} right by {how}, of "
+                  f"{len(questions) - args.shots} questions, {args.shots} shots")
+    else:
+        try: text = Path(file).read_text()
+        except (OSError, ValueError) as e: raise UserError(f"file: got {e}, wanted a text; set --file")
+        ids = encode_prompt(tokenizer, text, math.inf)
+        windows = sliding(ids, context, args.stride or context // 2)
+        out = evaluate(model, windows, len(text.encode()), device)
+        print(f"{file}: bits_per_byte {out['bits_per_byte']:.4f}, perplexity "
+              f"{math.exp(out['loss']):.3f}, of {out['tokens']:,} tokens")
+
 def main(args):
     if args.run is None:
-        if args.prompt is not None:
-            raise UserError("run: got none, wanted a run to prompt; set --run runs/NAME")
+        if args.prompt or args.what: raise UserError("run: got none, wanted one; set --run runs/NAME")
         return lesson()
     how = Sampling(max_tokens=args.max_tokens, temperature=0.0 if args.greedy else args.temperature,
                    top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed)
@@ -656,29 +750,36 @@ def main(args):
     if model.cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"{run}: got a tokenizer of {tokenizer.vocab_size} ids and a model of "
                         f"{model.cfg.vocab_size}, wanted the same; use an unchanged run directory")
-    how = replace(how, stop=tokenizer.eot if model.eos is None else model.eos)
-    prompts = [encode_prompt(tokenizer, text, model.cfg.seq_len) for text in args.prompt or [None]]
+    if args.int8: quantize(model)
     print(f"{run}: {model.cfg}\n{device} ({device_name(device)}), float32, "
           f"{torch.get_num_threads()} threads, {how}", file=sys.stderr)
-    out = lambda text: print(text, end="", flush=True)
-    start = time.perf_counter()
-    if len(prompts) == 1:  # stream it
-        stream = TextStream(tokenizer, out)
-        out(args.prompt[0] if args.prompt else "")
-        texts = generate(model, prompts, how, not args.no_cache, lambda i, token: stream.put(token))
-        stream.flush()
-        print()
+    if args.what: return report(model, tokenizer, args)
+    how = replace(how, stop=tokenizer.eot if model.eos is None else model.eos)
+    prompts = [encode_prompt(tokenizer, text, model.cfg.seq_len) for text in args.prompt or [None]]
+    guess = args.guess and (look_up(model.cfg.vocab_size) if args.guess == "look_up" else
+                            draft_of(load_model(find_run(args.guess), device)))
+    engine = Engine(model, len(prompts) * (model.cfg.seq_len // 16 + 1) + 1, guess=guess,
+                    use_cache=not args.no_cache)
+    out, start = partial(print, end="", flush=True), time.perf_counter()
+    if len(prompts) == 1: out(args.prompt[0] if args.prompt else "")  # and stream it
+    stream = TextStream(tokenizer, out if len(prompts) == 1 else lambda text: None)
+    texts = [engine.add(prompt, replace(how, seed=how.seed + i), stream.put)
+             for i, prompt in enumerate(prompts)]
+    while engine.step(): pass
+    took = time.perf_counter() - start
+    if len(prompts) == 1: out("\n" * (stream.flush() is None))
     else:
-        texts = generate(model, prompts, how, not args.no_cache)
-        for text, ids in zip(args.prompt, texts):   # what is sampled need not be UTF-8
-            print(f"---\n{text}{tokenizer.decode_bytes(ids).decode(errors='replace')}")
-    made, took = sum(map(len, texts)), time.perf_counter() - start
-    print(f"{made} tokens, {made / took:.0f} tokens/s", file=sys.stderr)
+        for prompt, text in zip(args.prompt, texts):   # what is sampled need not be UTF-8
+            print(f"---\n{prompt}{tokenizer.decode_bytes(text.new).decode(errors='replace')}")
+    made = sum(text.n_new for text in texts)
+    print(f"{made} tokens, {made / took:.0f} tokens/s, {engine.passes} passes, {engine.accepted} of "
+          f"{engine.guessed} guesses accepted", file=sys.stderr)
 
 def build_parser():
     parser = argparse.ArgumentParser(
         description="Without arguments a lesson on decoding; with --run text from a trained model.")
     add = parser.add_argument
+    add("what", nargs="?", choices=["eval"], help="eval: how well a run predicts --file")
     add("--run", help="run directory, or its name under runs/ (default: none, the lesson)")
     add("--prompt", action="append", help="text to continue; may be given several times "
         "(default: none, a new document)")
@@ -691,7 +792,13 @@ def build_parser():
         "likeliest (default: all)")
     add("--greedy", action="store_true", help="always the likeliest token (default: off)")
     add("--seed", type=int, default=0, help="prompt i draws with seed + i (default: 0)")
+    add("--guess", help="look_up, or a smaller run of the same tokenizer, that guesses ahead")
+    add("--int8", action="store_true", help="weights of eight bits (default: off)")
     add("--no_cache", action="store_true", help="recompute all for each token (default: off)")
+    add("--file", help="eval: a text, or questions (jsonl, csv)")
+    add("--stride", type=int, help="eval: step of the windows (default: half the context)")
+    add("--shots", type=int, default=0, help="eval: questions answered before (default: 0)")
+    add("--letter", action="store_true", help="eval: choose by the letter (default: by the text)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     return parser
 

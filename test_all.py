@@ -1423,7 +1423,7 @@ def schedule(seed):
     start, jobs, steps = [rng.randrange(61) for _ in range(12)], [], 0
     todo = [start[:rng.randrange(13)] + rng.choices(range(61), k=rng.randrange(1, 12))
             for _ in range(rng.randrange(1, 6))]
-    while todo or engine.running or engine.queue:
+    while todo or engine.texts:
         if todo and rng.random() < 0.4:
             how = sample.Sampling(rng.choice([1, 5, 33]), 0.0, stop=rng.choice([None, [5, 9]]))
             prompt, n = todo.pop(), rng.choice([1, 3])
@@ -1432,7 +1432,7 @@ def schedule(seed):
         engine.step()
         steps += 1
         assert steps < 3000
-        assert sum(engine.ref) == sum(len(text.blocks) for text in engine.running)
+        assert sum(engine.ref) == sum(len(text.blocks) for text in engine.texts)
         assert all((n == 0) == (b in engine.idle) for b, n in enumerate(engine.ref) if b)
     assert len(engine.idle) == len(engine.ref) - 1  # all but the one for padding
     for prompt, how, texts in jobs:
@@ -1461,7 +1461,10 @@ def test_texts_that_go_on_from_an_earlier_one_find_its_blocks():
     def say(prompt):
         text = engine.add(prompt, how)
         while engine.step(): pass
-        return text.new, engine.match(prompt + text.new + [0])
+        engine.begin(later := engine.add([*prompt, *text.new, 0]))
+        found = later.blocks
+        engine.leave(later)
+        return text.new, found
     first, blocks = say([1, 2, 3, 4, 5, 6])
     assert len(blocks) == 2  # of 11 tokens 10 were computed
     again, more = say([1, 2, 3, 4, 5, 6, *first, 7])
