@@ -1,11 +1,11 @@
 """sample.py - text from a model: one token at a time, each drawn from the distribution it predicts.
 
 THE IDEA
-    A language model gives the probability of every next token. To write, draw one, append it, ask
-    again. The *cache* keeps keys and values of earlier tokens, so that a token costs one row of
-    attention and not a whole pass. The *sampler* cuts off or presses down the long tail of unlikely
-    tokens, which is wrong more often than surprising. The *engine* writes many texts at once, as
-    reading the weights costs the same for one. *Speculation* lets something cheap guess ahead.
+    A model gives the probability of every next token. To write, draw one, append it, ask again. The
+    *sampler* cuts off or presses down the long tail of unlikely tokens, wrong more often than
+    surprising. The *cache* keeps keys and values of earlier tokens, so that another costs a row of
+    attention, not a whole pass. The *engine* writes many texts at once, as reading the weights
+    costs the same for one. *Speculation* lets something cheap guess, and the model check.
 
 THE MATHS (z logits, p = softmax(z), q of a guess)
     temperature t   softmax(z / t); t -> 0 is greedy, always the likeliest token
@@ -17,26 +17,23 @@ THE MATHS (z logits, p = softmax(z), q of a guess)
 THE COSTS (N weights, B texts, S tokens each in the cache)
     Prefill: T tokens at once, 2 N T FLOPs on weights read once: bound by arithmetic. Decoding: a
     token reads all N weights for 2 N FLOPs: bound by memory. A step takes (weights + B caches) /
-    bandwidth, B texts share the weights, nobody shares a cache. Without a cache a text of T tokens
-    puts T^2 / 2 through the model.
+    bandwidth; texts share the weights and nobody a cache. Without one, T tokens cost T^2 / 2.
 
-CONTENTS  samplers / blocks / the engine / streaming / speculation / eight bits / likelihood /
-          chat templates / devices and runs / lesson and command line
-NOT HERE  kernels that attend to blocks in place (they are gathered here), CUDA graphs, many GPUs
+CONTENTS  samplers / a cache in blocks / the engine / speculation / eight bits / likelihood / chat
+          templates / devices and runs / lesson and command line
+NOT HERE  attention that reads blocks in place (here they are gathered), CUDA graphs, a server
 RUN       python sample.py         # the lesson, offline; last line "... a batch shares the reading"
           python sample.py --run runs/NAME --prompt "def "    # streams text of that run
-          python sample.py eval --run runs/NAME --file text.txt --int8
+          python sample.py --run runs/NAME --eval text.txt --int8
 REFERENCES
     Fan et al. 2018 (1805.04833) top-k; Holtzman et al. 2020 (1904.09751) top-p; Nguyen et al. 2024
     (2407.01082) min-p; Pope et al. 2022 (2211.05102) costs; Kwon et al. 2023 (2309.06180) blocks;
-    Yu et al. 2022 (Orca, OSDI) batching; Leviathan et al. 2023 (2211.17192) speculation; Dettmers
-    et al. 2022 (2208.07339) eight bits; Shannon 1948 (n-grams); Witten, Bell 1991 (smoothing)
-EXERCISE  Empty `top_p` and `verify`; fill them until `pytest test_all.py -k "sampl or verified"`
-          is green again.
+    Yu et al. 2022 (Orca) batching; Leviathan et al. 2023 (2211.17192) speculation; Shannon 1948
+EXERCISE  Empty `top_p`, `verify`; `pytest test_all.py -k "sampl or verified"` says they are right
 """
-import argparse, codecs, csv, hashlib, itertools, json, math, sys, time
-from collections import OrderedDict, deque
-from dataclasses import dataclass, replace
+import argparse, codecs, hashlib, itertools, json, math, re, sys, time
+from collections import OrderedDict
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +44,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bpe import EOT, UserError, load_tokenizer
-from kernels import DEVICES, Linear, StateCache, device_name, up
+from kernels import DEVICES, Linear, StateCache, add_fields, device_name, flag, up
 from model import LM, ModelConfig, load_model, meta_model, need_field
 
 # -----------------------------------------------------------------------------
@@ -56,8 +53,7 @@ from model import LM, ModelConfig, load_model, meta_model, need_field
 # order of the dict: what temperature does changes what top_p keeps.
 
 def temperature(z, t):
-    """Divides the gaps between log-probabilities by t: below 1 favours the likely, above 1 the
-    unlikely."""
+    """Divides the gaps between log-probabilities by t: below 1 favours the likely."""
     return (z - z.amax(-1, keepdim=True)) / t  # the shift changes no probability, nor overflows
 
 def top_k(z, k):
@@ -74,8 +70,7 @@ def top_p(z, p):
     return z.masked_fill(torch.empty_like(drop).scatter(-1, order, drop), float("-inf"))
 
 def min_p(z, p):
-    """Keeps tokens at least p times as likely as the likeliest: strict when the model is sure,
-    permissive when it is not."""
+    """Keeps tokens at least p times as likely as the likeliest: few when the model is sure."""
     probs = z.softmax(-1)
     return z.masked_fill(probs < p * probs.amax(-1, keepdim=True), float("-inf"))
 
@@ -83,15 +78,14 @@ SAMPLERS = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p":
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw: None leaves a sampler out; temperature 0 is greedy."""
-    max_tokens: int = 200          # tokens to draw at most
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    seed: int = 0                  # of the first text; text i uses seed + i
-    stop: int | list | None = None  # what ends a text (end-of-text), one or several; not returned
-    logps: bool = False            # keep the log-probability that the model gave each token
+    """How to draw: None leaves a sampler out."""
+    max_tokens: int = flag(200, "tokens to draw at most")
+    temperature: float = flag(1.0, "divides logits; 0 is greedy")
+    top_k: int | None = flag(None, "keep the k likeliest tokens")
+    top_p: float | None = flag(None, "keep the likeliest tokens of this total probability")
+    min_p: float | None = flag(None, "keep tokens at least this many times as likely as the top")
+    seed: int = flag(0, "of the first text; text i draws with seed + i")
+    stop: int | list | None = flag(None, "id, or list of ids, that ends a text and is left out")
 
     def __post_init__(self):
         need = partial(need_field, self)
@@ -115,13 +109,10 @@ def distribution(logits, how):
 
 def choose(p, generator):
     """Draws from p (V,): the first token up to which the sum exceeds a uniform number."""
-    total = p.cumsum(-1)
-    u = torch.rand(1, dtype=p.dtype, generator=generator) * total[-1]
-    return min(int(torch.searchsorted(total, u, right=True)), len(p) - 1)
+    total, u = p.cumsum(-1), torch.rand(1, dtype=p.dtype, generator=generator)
+    return min(int(torch.searchsorted(total, u * total[-1], right=True)), len(p) - 1)
 
-def draw(logits, how, generator):
-    """logits (V,) -> token id."""
-    return choose(distribution(logits, how), generator)
+def draw(logits, how, generator): return choose(distribution(logits, how), generator)
 
 # -----------------------------------------------------------------------------
 # A cache in blocks, for many texts at once
@@ -132,11 +123,10 @@ def draw(logits, how, generator):
 
 class LayerCache:
     """A layer's cache in a forward: a StateCache of slots side by side, or blocks as a KVCache."""
+    next_pos = staticmethod(lambda: None)  # positions are given
     def __init__(self, batch, layer, slots):
         self.batch, self.layer = batch, layer
         self.slot = None if layer else [torch.cat(parts) for parts in zip(*slots)]
-
-    def next_pos(self): return None  # positions are given
 
     def update(self, *new):
         if self.slot:
@@ -190,9 +180,10 @@ class Batch:
 # keeps nobody waiting. When blocks run out, the youngest text gives its own away and computes them
 # anew later. What a text says depends on none of this.
 
+def key_of(tokens): return hashlib.blake2b(np.array(tokens)).digest()
+
 class Text:
-    """One text in the making. Its context is tokens[begin:], of which `done` are in the cache, and
-    `learned` blocks known."""
+    """One text in the making, its context tokens[begin:], `done` in the cache, `learned` blocks."""
     def __init__(self, prompt, how, on_token, states):
         self.tokens, self.n_prompt, self.how, self.on_token = [*prompt], len(prompt), how, on_token
         self.begin, self.done, self.learned, self.blocks, self.states = 0, 0, 0, [], states
@@ -204,16 +195,15 @@ class Text:
     context = property(lambda self: self.tokens[self.begin:])
 
 class Engine:
-    """add() texts, then step() until it says False. n_blocks of memory hold `size` tokens each in
-    every layer; chunk: tokens of prompts in a step; guess(text, k): see Speculation. ref: how many
-    texts read a block. One that none reads is idle, but keeps what it holds until it is taken, the
-    longest idle first. A full block is known by all tokens up to its end. A recurrence has instead
-    of places a slot of states for each text; so its prompts are always read from their start."""
+    """add() texts, then step() until it says False. n_blocks of `size` tokens; chunk: tokens of
+    prompts in a step; guess(text, k): see Speculation; without use_cache each token takes all of a
+    text through the model. ref: how many texts read a block. An idle one, which none reads, keeps
+    what it holds until it is taken, the longest idle first. A full block is known by all tokens up
+    to its end. A recurrence has a slot of states a text instead: its prompts are read whole."""
     def __init__(self, model, n_blocks=0, size=16, chunk=256, max_batch=64, guess=None, k=4,
                  use_cache=True):
         self.model, self.limit, self.size, self.chunk = model, model.cfg.seq_len, size, chunk
-        self.max_batch, self.guess, self.k = max_batch, guess, k * bool(guess)
-        self.use_cache = use_cache  # False: all of a text goes through the model for each token
+        self.guess, self.k, self.max_batch, self.use_cache = guess, k, max_batch, use_cache
         n_blocks, caches = max(n_blocks, 1 - -self.limit // size), model.new_cache(1, 1)
         store = lambda x: x.new_zeros(n_blocks * size, x.shape[1] * x.shape[3])
         self.fresh = [c.slot if isinstance(c, StateCache) else None for c in caches]
@@ -232,14 +222,12 @@ class Engine:
         self.texts.append(text := Text(prompt, how, on_token, self.fresh))
         return text
 
-    def key_of(self, tokens): return hashlib.blake2b(np.array(tokens)).digest()
-
     def begin(self, text):
         """Lets a text read the known blocks of its beginning, at most all but the last token. False
         if another text is just making one more known: n samples of a prompt read it once."""
         context, blocks, n = text.context, [], self.size
         for end in range(n, 0 if self.recurrent else len(context), n):
-            block = self.known.get(self.key_of(context[:end]))
+            block = self.known.get(key_of(context[:end]))
             if block is None:
                 if any(t.blocks and not t.n_new and t.context[:end] == context[:end]
                        for t in self.texts): return False
@@ -254,7 +242,7 @@ class Engine:
     def learn(self, text):
         """Makes the blocks that a text has filled known."""
         for i in range(text.learned, text.done // self.size):
-            key, block = self.key_of(text.context[:(i + 1) * self.size]), text.blocks[i]
+            key, block = key_of(text.context[:(i + 1) * self.size]), text.blocks[i]
             if key not in self.known: self.known[key], self.key[block] = block, key
         text.learned = text.done // self.size
 
@@ -290,13 +278,11 @@ class Engine:
         for text in self.texts[:self.max_batch]:
             if not text.blocks and not self.begin(text): continue
             self.learn(text)
-            tokens = waiting = text.context[text.done:]
-            guesses, q, k = [], [], 0
-            if len(waiting) > 1:  # a prompt, or a part
-                tokens = waiting[:budget]
-                budget -= len(tokens)
-            if text.n_new and tokens == waiting: k = min(
-                self.k, self.limit - len(text.context), text.how.max_tokens - text.n_new - 1)
+            waiting, guesses, q, k = text.context[text.done:], [], [], 0
+            tokens = waiting[:budget] if len(waiting) > 1 else waiting  # of a prompt, or a part
+            if len(waiting) > 1: budget -= len(tokens)
+            most = min(self.limit - len(text.context), text.how.max_tokens - text.n_new - 1)
+            if self.guess and text.n_new and tokens == waiting: k = min(self.k, most)
             if not self.room(text, len(waiting) + k): break
             if k: guesses, q = self.guess(text, k)
             if tokens: rows.append((text, tokens + guesses, q))
@@ -306,16 +292,14 @@ class Engine:
     def step(self):
         """A token for each text that has begun, `chunk` tokens of prompts -> is there more to do?
         Texts of about the same length share a forward, so that less than half is padding."""
-        for text in [text for text in self.texts if text.ended]: self.leave(text)
         about = lambda row: max(len(row[1]), 1 + 2 * self.k).bit_length()
         alike = (lambda row: (row[0].done, len(row[1]))) if self.grows else about  # as Hyena's do
         for _, rows in itertools.groupby(sorted(self.plan(), key=alike), alike):
             self.forward(*zip(*rows))
+        for text in [text for text in self.texts if text.ended]:
+            self.release(text)
+            self.texts.remove(text)
         return bool(self.texts)
-
-    def leave(self, text):
-        self.release(text)
-        self.texts.remove(text)
 
     def forward(self, texts, new, guessed):
         batch = Batch(self, texts, new)
@@ -342,25 +326,23 @@ class Engine:
             if token in text.how.stops(): text.ended = "stop"
             else:
                 text.tokens.append(token)
-                if text.how.logps: text.logps.append(up(z).log_softmax(-1)[token].item())
+                text.logps.append(up(z).log_softmax(-1)[token].item())
                 if text.on_token and text.on_token(token) is True: text.ended = "stop"
                 elif text.n_new == text.how.max_tokens: text.ended = "length"
-            if text.ended: return self.leave(text)
+            if text.ended: return
         full = len(text.context) > self.limit
         if full or not self.use_cache: self.release(text)
         if full: text.begin, text.draft = len(text.tokens) - max(1, self.limit // 2), None
 
 def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1, **options):
-    """Continues each prompt (a list of ids, at least one, at most seq_len) n times -> lists of new
-    ids, those of a prompt side by side; list i draws with how.seed + i, and on_token(i, id) is
-    called as it grows. A text that outgrows the context goes on from its last half, whose positions
-    then count from 0. A list is the same alone, among others or without a cache, up to rounding: in
-    another batch a float32 product may be summed in another order, and a near-tie fall differently.
-    options: of Engine."""
+    """Continues each prompt (1 to seq_len ids) n times -> lists of new ids, those of a prompt side
+    by side; list i draws with how.seed + i, and on_token(i, id) hears it. What outgrows the context
+    goes on from its last half, at positions from 0. A list is the same alone, among others and
+    without a cache, up to rounding: another batch may add in another order, and tip a near-tie."""
     each = [(prompt, replace(how, seed=how.seed + i), on_token and partial(on_token, i))
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
-    lengths = sorted(min(model.cfg.seq_len, len(prompt) + how.max_tokens) for prompt, *_ in each)
-    n_blocks = 1 + sum(1 + x // options.get("size", 16) for x in lengths[-64:])
+    longest = min(model.cfg.seq_len, max(map(len, prompts), default=1) + how.max_tokens)
+    n_blocks = 1 + min(len(each), 64) * (1 + longest // options.get("size", 16))
     engine = Engine(model, **{"n_blocks": n_blocks, "use_cache": use_cache, **options})
     texts = [[engine.add(*row) for row in each[i::n]] for i in range(n)]  # first all prompts
     training = model.training
@@ -388,8 +370,7 @@ class TextStream:
         if out: self.write(out)
         return self.ended
 
-    def flush(self):
-        if not self.ended: self.put(None, final=True)
+    def flush(self): return self.ended or self.put(None, final=True)
 
 # -----------------------------------------------------------------------------
 # Speculation: several tokens a pass, from the same distribution
@@ -410,8 +391,7 @@ def verify(p, q, guesses, choose):
     return [*guesses, choose(p[-1])]
 
 def look_up(vocab_size, n=2):
-    """Guesses that a text goes on as it did where its last n tokens stood before: free, and good
-    for code, quotes and tables."""
+    """Guesses that a text goes on as where its last n tokens stood before: free, good for code."""
     def guess(text, k):
         t = text.tokens
         for i in range(len(t) - n - 1, -1, -1):
@@ -441,8 +421,7 @@ def draft_of(model):
 
 # -----------------------------------------------------------------------------
 # Cheaper weights: eight bits
-# Decoding is bound by reading weights: half the bytes are up to twice the tokens. What it costs in
-# bits_per_byte is measured, not believed: `sample.py eval` with and without --int8.
+# Half the bytes are up to twice the tokens; what that costs, --eval with and without --int8 tells.
 
 class Int8(nn.Module):
     """A Linear whose rows are integers times a scale: w = s q, |q| <= 127."""
@@ -470,9 +449,8 @@ def quantize(model):
 
 # -----------------------------------------------------------------------------
 # Likelihood: how well a model predicts a text that it has not seen
-# The text in windows that do not overlap, each token predicted once. Tokens at the start of a
-# window see little context, so longer windows alone make the number better: their length stands
-# beside it. Bytes are those of the text; tokens that mark its ends cost bits, not bytes.
+# Each token is predicted once. Those at the start of a window see little, so longer windows alone
+# make the number better: their length stands beside it. Tokens that mark ends cost bits, no bytes.
 
 @torch.no_grad()
 def evaluate(model, batches, n_bytes, device):
@@ -488,60 +466,19 @@ def evaluate(model, batches, n_bytes, device):
     return {"loss": total / counted, "bits_per_byte": total / math.log(2) / n_bytes,
             "tokens": counted, "context": x.shape[1]}
 
-def window(ids, n):
-    """(tokens, targets), (1, T) each, for `evaluate`, of ids whose last n count."""
-    ids = torch.as_tensor(np.asarray(ids, np.int64))[None]
-    targets = ids[:, 1:].clone()
-    targets[:, :-n] = -1
-    return ids[:, :-1], targets
-
 def sliding(ids, context, stride):
-    """Windows that overlap: each of ids but the first counts once, behind at least context - stride
-    others where so many are there."""
-    ends = [*range(min(context, len(ids) - 1), len(ids) - 1, stride), len(ids) - 1]
+    """Batches for `evaluate` of windows that overlap: each of ids but the first counts once, behind
+    at least context - stride others where so many are there."""
+    ids, last = torch.as_tensor(np.asarray(ids, np.int64)), len(ids) - 1
+    ends = [*range(min(context, last), last, stride), last]
     for before, end in zip([0, *ends], ends):
-        yield window(ids[max(0, end - context):end + 1], end - before)
-
-def read_questions(path):
-    """[(question, choices, which is right)] in the layout of HellaSwag (jsonl: ctx, endings, label)
-    or MMLU (jsonl: question, choices, answer; csv: question, choices, letter)."""
-    which = lambda answer: int(answer) if str(answer).isdigit() else LETTERS.index(answer)
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            if Path(path).suffix == ".csv": rows = [(q, c, a) for q, *c, a in csv.reader(file)]
-            else: rows = [(r.get("ctx") or r["question"], r.get("endings") or r["choices"],
-                           r.get("label", r.get("answer"))) for r in map(json.loads, file)]
-        return [(q, choices, which(a)) for q, choices, a in rows if choices[which(a)]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: got {type(e).__name__}: {e}; wanted the layout of MMLU (csv or "
-                        "jsonl) or HellaSwag (jsonl)")
-
-LETTERS = "ABCDEFGHIJ"
-
-def multiple_choice(model, tokenizer, questions, shots=0, letter=False):
-    """-> (share, standard error) of questions whose right choice is the likeliest continuation, by
-    its sum and by byte. letter: choices are listed, and what is likely is a letter. The first
-    `shots` questions stand before each, answered, and are not asked."""
-    def ask(question, choices):
-        if not letter: return question, [" " + choice for choice in choices]
-        listed = "".join(f"\n{x}. {choice}" for x, choice in zip(LETTERS, choices))
-        return question + listed + "\nAnswer:", [" " + x for x in LETTERS[:len(choices)]]
-    asked = [(*ask(question, choices), right) for question, choices, right in questions]
-    start = "".join(q + answers[right] + "\n\n" for q, answers, right in asked[:shots])
-    device, good = next(model.parameters()).device, []
-    for question, answers, right in asked[shots:]:
-        before, ids = tokenizer.encode(start + question), map(tokenizer.encode, answers)
-        bits = [evaluate(model, [window((before + a)[-model.cfg.seq_len - 1:], len(a))], 1, device)
-                ["bits_per_byte"] for a in ids]
-        by_byte = np.divide(bits, [len(answer.encode()) for answer in answers])
-        good.append([np.argmin(x) == right for x in (bits, by_byte)])
-    return np.mean(good, 0), np.std(good, 0) / math.sqrt(len(good))
+        x = ids[None, max(0, end - context):end + 1]
+        yield x[:, :-1], x[:, 1:].index_fill(1, torch.arange(x.shape[1] - 1 - end + before), -1)
 
 def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
-    """bits_per_byte of models that know no tokens, single tokens, pairs of tokens: what a network
-    must beat. Counted on at most `limit` tokens. A pair a, b that was seen c(ab) times after n(a)
-    different followers of a has, by Witten and Bell (1991), the probability
-    (c(ab) + n(a) p(b)) / (c(a) + n(a)): the more surprises followed a, the more p(b) counts."""
+    """bits_per_byte of models that know no tokens, single tokens, pairs of tokens, counted on at
+    most `limit` tokens. A pair a, b that was seen c(ab) times, with n(a) different followers of a,
+    has by Witten and Bell (1991) the probability (c(ab) + n(a) p(b)) / (c(a) + n(a))."""
     train = np.asarray(train[:limit], np.int64)
     single = np.bincount(train, minlength=vocab_size) + 1.0
     single /= single.sum()
@@ -560,36 +497,24 @@ def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
     return {name: float(n / n_bytes) for name, n in bits.items()}
 
 # -----------------------------------------------------------------------------
-# Chat: a conversation is a text with marks between its turns
+# Chat: messages [{"role": ..., "content": ...}] -> pieces [(text, is_assistant)] of one text
 # What the assistant says, and the mark that ends it, is what it is trained on, and what stops it.
 
-def template(begin, head, end, after):
-    """-> a function of messages ({role, content}s) that gives (text, is_assistant) pieces; a
-    content of None is a turn left open, for the model to take."""
-    def pieces(messages):
-        out = [(begin, False)]
-        for role, content in ((m["role"], m["content"]) for m in messages):
-            own = role == "assistant"
-            out += [(head.format(role), False)]
-            if content is not None: out += [(content, own), (end, own), (after, False)]
-        return [(text, own) for text, own in out if text]
-    pieces.end = end
-    return pieces
+def chatml(messages):  # Qwen's, which itself adds a system message if there is none
+    return [piece for m in messages for piece in (
+        (f"<|im_start|>{m['role']}\n", False),
+        (m["content"] + "<|im_end|>", m["role"] == "assistant"), ("\n", False))]
 
-TEMPLATES = {"chatml": template("", "<|im_start|>{}\n", "<|im_end|>", "\n"),  # Qwen's
-             "llama3": template("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n",
-                                "<|eot_id|>", ""),
-             "plain": template("", "{}: ", EOT, "\n")}  # needs no mark but end-of-text
+def llama3(messages):
+    return [("<|begin_of_text|>", False)] + [piece for m in messages for piece in (
+        (f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n", False),
+        (m["content"] + "<|eot_id|>", m["role"] == "assistant"))]
 
-def encode_chat(tokenizer, messages, name=None):
-    """(ids, whether each is the assistant's, what ends a turn). Without a name, the template is the
-    one whose end the tokenizer has. A mark within what is said is plain text."""
-    name = name or next((n for n, t in TEMPLATES.items() if t.end in tokenizer.special_tokens), "plain")
-    ids, own, said = [], [], {message["content"] for message in messages}
-    for text, is_own in TEMPLATES[name](messages):
-        new = tokenizer.encode(text, "text" if text in said else "allow")
-        ids, own = ids + new, own + [is_own] * len(new)
-    return ids, own, TEMPLATES[name].end
+def plain(messages):  # nothing but the texts, answers ended by end-of-text: for base models
+    return [(EOT, False)] + [(m["content"] + EOT * own, own) for m in messages
+                             for own in (m["role"] == "assistant",)]
+
+TEMPLATES = {"chatml": chatml, "llama3": llama3, "plain": plain}
 
 # -----------------------------------------------------------------------------
 # Devices and runs
@@ -615,9 +540,7 @@ def find_run(name, runs="runs"):
     raise UserError(f"run: got {name}, wanted a directory with a config.json; known under {runs}/: "
                     f"{', '.join(known) or 'none'}; train one: python train.py")
 
-# What a run leaves: log.jsonl, its lines, and result.json, if it came to its end.
-
-RUNS = Path("runs")
+RUNS = Path("runs")  # a run leaves log.jsonl, its lines, and result.json, if it came to its end
 
 def read_log(run):
     """The rows of a run's log.jsonl, none if there is none, without a line cut short by a kill."""
@@ -671,135 +594,95 @@ def encode_prompt(tokenizer, text, limit):
     def need(ok, got, wanted):
         if not ok: raise UserError(f"prompt: got {got}, wanted {wanted}; set --prompt")
     need(text is None or text, "an empty text", "a character or more, or none for a new document")
-    stray = any("\ud800" <= char <= "\udfff" for char in text or "")  # Python's for a stray byte
-    need(not stray, "bytes that are not UTF-8", "UTF-8, as the terminal's encoding should be")
-    ids = [tokenizer.eot] * (tokenizer.eot is not None) + (tokenizer.encode(text) if text else [])
+    need(not re.search("[\ud800-\udfff]", text or ""), "bytes that are not UTF-8", "UTF-8")
+    ids = [tokenizer.eot] * (tokenizer.eot is not None) + tokenizer.encode(text or "")
     need(ids, "none", "a text, as this tokenizer lacks end-of-text")
-    need(len(ids) <= limit, f"{len(ids):,} tokens with end-of-text",
-         f"at most the context, {limit:,}")
+    need(len(ids) <= limit, f"{len(ids):,} tokens", f"at most the context, {limit:,}")
     return ids
 
 # -----------------------------------------------------------------------------
 # The lesson and the command line
 
-def step_bytes(model, B, S, size):
-    """Bytes that decoding a token of each of B texts of S tokens reads: weights and caches."""
-    parts = [x for c in model.new_cache(B, S)
-             for x in (c.slot if isinstance(c, StateCache) else c.columns[:2])]
-    return size * sum(x.numel() for x in [*model.parameters(), *parts] if x.ndim > 1)
-
 def lesson():
     print(f"cpu ({device_name(torch.device('cpu'))}), {torch.get_num_threads()} threads, float32")
     z = torch.tensor([0.40, 0.25, 0.15, 0.10, 0.06, 0.04]).log()
     print("samplers, on six tokens:")
-    for label, out in (("p", z), ("temperature 0.5", temperature(z, 0.5)), ("top_k 3", top_k(z, 3)),
-                       ("temperature 2", temperature(z, 2.0)), ("top_p 0.7", top_p(z, 0.7)),
-                       ("min_p 0.25", min_p(z, 0.25))):
-        print(f"  {label:16s}" + "".join(f"{p:7.3f}" for p in out.softmax(-1).tolist()))
+    for name, value in (("temperature", 1), ("temperature", 0.5), ("temperature", 2), ("top_k", 3),
+                        ("top_p", 0.7), ("min_p", 0.25)):
+        p = SAMPLERS[name](z, value).softmax(-1).tolist()
+        print(f"  {name:11s} {value:4g}" + "".join(f"{x:7.3f}" for x in p))
     print("\ndecoding with Llama 2's 13B weights in bf16, 1,024 tokens a text, on an H100 (80 GB):")
     for B, heads in ((1, 40), (64, 40), (256, 40), (64, 8), (256, 8)):
-        n = step_bytes(meta_model(ModelConfig(
-            vocab_size=32000, n_layers=40, d_model=5120, n_heads=40, n_kv_heads=heads, d_ff=13824)),
-            B, 1024, size=2)
+        model = meta_model(ModelConfig(vocab_size=32000, n_layers=40, d_model=5120, n_heads=40,
+                                       n_kv_heads=heads, d_ff=13824))
+        read = [x for cache in model.new_cache(B, 1024) for x in cache.columns[:2]]
+        n = 2 * sum(x.numel() for x in [*model.parameters(), *read] if x.ndim > 1)  # bytes
         s = n / DEVICES["H100"][2]  # at least
         print(f"  {B:3d} texts, {heads:2d} kv_heads: {n / 1e9:6.2f} GB {1e3 * s:6.2f} ms a token, "
               f"{B / s:6.0f} tokens/s")
     torch.manual_seed(0)
     model = LM(ModelConfig(vocab_size=512, seq_len=512, n_layers=4, d_model=256)).eval()
     print("\na random model of 4 layers, d_model 256; 128 tokens drawn after a prompt of 64:")
-    for B in (1, 8):
-        prompts = torch.randint(0, 512, (B, 64)).tolist()
-        texts, rates = [], []
-        for use_cache in (False, True):
-            start = time.perf_counter()
-            texts.append(generate(model, prompts, Sampling(128), use_cache))
-            rates.append(128 * B / (time.perf_counter() - start))
-        print(f"  batch {B}: {rates[0]:7.0f} tokens/s without cache, {rates[1]:7.0f} with it; "
-              f"the same tokens: {texts[0] == texts[1]}")
+    for B, use_cache in ((1, False), (1, True), (8, True), (32, True)):
+        start = time.perf_counter()
+        generate(model, torch.randint(0, 512, (B, 64)).tolist(), Sampling(128), use_cache)
+        rate = 128 * B / (time.perf_counter() - start)
+        print(f"  batch {B:2d}: {rate:7.0f} tokens/s" + " without a cache" * (not use_cache))
     w = sum(p.numel() for p in model.parameters())
     flops = [sum(model.flops(T, 64).values()) for T in (64, 1)]
     print(f"prefill does {flops[0] / w / 4:.1f} FLOPs per byte of weights read, decoding "
           f"{flops[1] / w / 4:.1f}: a batch shares the reading")
 
-def report(model, tokenizer, args):
-    """Likelihood of a text, or how many of a file's questions are answered right."""
-    file, context, device = args.file, model.cfg.seq_len, next(model.parameters()).device
-    if Path(file).suffix in (".jsonl", ".csv"):
-        questions = read_questions(file)
-        for how, share, error in zip(("sum", "byte"), *multiple_choice(
-                model, tokenizer, questions, args.shots, args.letter)):
-            print(f"{file}: {share:.4f} +- {error:.4f} right by {how}, of "
-                  f"{len(questions) - args.shots} questions, {args.shots} shots")
-    else:
-        try: text = Path(file).read_text()
-        except (OSError, ValueError) as e: raise UserError(f"file: got {e}, wanted a text; set --file")
-        ids = encode_prompt(tokenizer, text, math.inf)
-        windows = sliding(ids, context, args.stride or context // 2)
-        out = evaluate(model, windows, len(text.encode()), device)
-        print(f"{file}: bits_per_byte {out['bits_per_byte']:.4f}, perplexity "
-              f"{math.exp(out['loss']):.3f}, of {out['tokens']:,} tokens")
-
 def main(args):
     if args.run is None:
-        if args.prompt or args.what: raise UserError("run: got none, wanted one; set --run runs/NAME")
+        if args.prompt or args.eval: raise UserError("run: got none, wanted one; set --run NAME")
         return lesson()
-    how = Sampling(max_tokens=args.max_tokens, temperature=0.0 if args.greedy else args.temperature,
-                   top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed)
+    given = {f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)}
+    how = Sampling(**{"temperature": 0.0 if args.greedy else 0.8, **given})
     run, device = find_run(args.run), pick_device(args.device)
     model, tokenizer = load_model(run, device), load_tokenizer(run)
+    limit, show = model.cfg.seq_len, partial(print, end="", flush=True)
     if model.cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"{run}: got a tokenizer of {tokenizer.vocab_size} ids and a model of "
                         f"{model.cfg.vocab_size}, wanted the same; use an unchanged run directory")
     if args.int8: quantize(model)
-    print(f"{run}: {model.cfg}\n{device} ({device_name(device)}), float32, "
-          f"{torch.get_num_threads()} threads, {how}", file=sys.stderr)
-    if args.what: return report(model, tokenizer, args)
-    how = replace(how, stop=tokenizer.eot if model.eos is None else model.eos)
-    prompts = [encode_prompt(tokenizer, text, model.cfg.seq_len) for text in args.prompt or [None]]
+    if args.eval:
+        try: text = Path(args.eval).read_text(encoding="utf-8")
+        except (OSError, ValueError) as e: raise UserError(f"eval: got {e}, wanted a text's path")
+        batches = sliding(encode_prompt(tokenizer, text, math.inf), limit, -(-limit // 2))
+        return print(evaluate(model, batches, len(text.encode()), device))
+    if how.stop is None: how = replace(how, stop=tokenizer.eot if model.eos is None else model.eos)
+    prompts = [encode_prompt(tokenizer, text, limit) for text in args.prompt or [None]]
     guess = args.guess and (look_up(model.cfg.vocab_size) if args.guess == "look_up" else
                             draft_of(load_model(find_run(args.guess), device)))
-    engine = Engine(model, len(prompts) * (model.cfg.seq_len // 16 + 1) + 1, guess=guess,
+    print(f"{run}: {model.cfg}\n{device} ({device_name(device)}), float32, "
+          f"{torch.get_num_threads()} threads, {how}", file=sys.stderr)
+    engine = Engine(model, len(prompts) * (limit // 16 + 1) + 1, guess=guess,
                     use_cache=not args.no_cache)
-    out, start = partial(print, end="", flush=True), time.perf_counter()
-    if len(prompts) == 1: out(args.prompt[0] if args.prompt else "")  # and stream it
-    stream = TextStream(tokenizer, out if len(prompts) == 1 else lambda text: None)
+    start, said = time.perf_counter(), [[text] for text in args.prompt or [""]]
+    if len(said) == 1: show(*said[0])
+    streams = [TextStream(tokenizer, show if len(said) == 1 else parts.append) for parts in said]
     texts = [engine.add(prompt, replace(how, seed=how.seed + i), stream.put)
-             for i, prompt in enumerate(prompts)]
+             for i, (prompt, stream) in enumerate(zip(prompts, streams))]
     while engine.step(): pass
-    took = time.perf_counter() - start
-    if len(prompts) == 1: out("\n" * (stream.flush() is None))
-    else:
-        for prompt, text in zip(args.prompt, texts):   # what is sampled need not be UTF-8
-            print(f"---\n{prompt}{tokenizer.decode_bytes(text.new).decode(errors='replace')}")
-    made = sum(text.n_new for text in texts)
-    print(f"{made} tokens, {made / took:.0f} tokens/s, {engine.passes} passes, {engine.accepted} of "
-          f"{engine.guessed} guesses accepted", file=sys.stderr)
+    for stream in streams: stream.flush()
+    print("\n---\n".join(map("".join, said)) if len(said) > 1 else "")
+    made, took = sum(text.n_new for text in texts), time.perf_counter() - start
+    print(f"{made} tokens, {made / took:.0f} tokens/s, {engine.passes} passes, of {engine.guessed} "
+          f"guesses {engine.accepted} accepted", file=sys.stderr)
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description="Without arguments a lesson on decoding; with --run text from a trained model.")
+    parser = argparse.ArgumentParser(description="A lesson on decoding; with --run text of a model")
     add = parser.add_argument
-    add("what", nargs="?", choices=["eval"], help="eval: how well a run predicts --file")
     add("--run", help="run directory, or its name under runs/ (default: none, the lesson)")
-    add("--prompt", action="append", help="text to continue; may be given several times "
-        "(default: none, a new document)")
-    add("--max_tokens", type=int, default=200, help="tokens to draw at most (default: 200)")
-    add("--temperature", type=float, default=0.8, help="divides logits; 0 is greedy (default: 0.8)")
-    add("--top_k", type=int, help="keep the k likeliest tokens (default: all)")
-    add("--top_p", type=float, help="keep the likeliest tokens of this total probability "
-        "(default: all)")
-    add("--min_p", type=float, help="keep tokens at least this many times as likely as the "
-        "likeliest (default: all)")
+    add("--prompt", action="append", help="text to continue, or several (default: a new document)")
     add("--greedy", action="store_true", help="always the likeliest token (default: off)")
-    add("--seed", type=int, default=0, help="prompt i draws with seed + i (default: 0)")
-    add("--guess", help="look_up, or a smaller run of the same tokenizer, that guesses ahead")
+    add("--guess", help="look_up, or a run of the same tokenizer, guesses ahead (default: none)")
     add("--int8", action="store_true", help="weights of eight bits (default: off)")
+    add("--eval", help="a text to measure the run on, instead (default: none)")
     add("--no_cache", action="store_true", help="recompute all for each token (default: off)")
-    add("--file", help="eval: a text, or questions (jsonl, csv)")
-    add("--stride", type=int, help="eval: step of the windows (default: half the context)")
-    add("--shots", type=int, default=0, help="eval: questions answered before (default: 0)")
-    add("--letter", action="store_true", help="eval: choose by the letter (default: by the text)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    add_fields(parser, Sampling, {"sample.py": {"temperature": 0.8}})
     return parser
 
 if __name__ == "__main__":

@@ -1445,14 +1445,14 @@ def test_random_schedules_say_what_decoding_one_at_a_time_says_and_lose_no_block
     engines = [schedule(seed) for seed in range(40)]
     assert sum(e.accepted for e in engines) > 50 < sum(e.guessed - e.accepted for e in engines)
 
-@pytest.mark.parametrize("mixers", ["A", "D"])
-def test_samples_of_a_prompt_share_its_reading(mixers):
+@pytest.mark.parametrize("mixers, computed", [("A", 17 + 4 * 1), ("D", 5 * 17)])
+def test_samples_of_a_prompt_share_its_reading(mixers, computed):   # a state is not shared
     m, read = make(tiny(mixers=mixers)), []
     forward, how = m.forward, partial(sample.Sampling, 3)
     m.forward = lambda tokens, pos, **more: read.append((pos >= 0).sum().item()) or forward(
         tokens, pos=pos, **more)
     out = sample.generate(m, [list(range(17))], how(), n=5, size=4)
-    assert sum(read) == 17 + 4 * 1 + 5 * 2  # 16 places are full blocks; 2 tokens a text come back
+    assert sum(read) == computed + 5 * 2  # of 17 tokens 16 fill blocks; 2 of 3 new ones come back
     assert out == [sample.generate(m, [list(range(17))], how(seed=i))[0] for i in range(5)]
 
 def test_texts_that_go_on_from_an_earlier_one_find_its_blocks():
@@ -1462,8 +1462,8 @@ def test_texts_that_go_on_from_an_earlier_one_find_its_blocks():
         text = engine.add(prompt, how)
         while engine.step(): pass
         engine.begin(later := engine.add([*prompt, *text.new, 0]))
-        found = later.blocks
-        engine.leave(later)
+        found, later.ended = later.blocks, "left"
+        engine.step()
         return text.new, found
     first, blocks = say([1, 2, 3, 4, 5, 6])
     assert len(blocks) == 2  # of 11 tokens 10 were computed
