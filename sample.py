@@ -276,7 +276,7 @@ class Engine:
         """[(text, tokens to compute, distributions of the guesses at their end)] of this step."""
         rows, budget = [], self.chunk
         for text in self.texts[:self.max_batch]:
-            if not text.blocks and not self.begin(text): continue
+            if text.ended or not text.blocks and not self.begin(text): continue
             self.learn(text)
             waiting, guesses, q, k = text.context[text.done:], [], [], 0
             tokens = waiting[:budget] if len(waiting) > 1 else waiting  # of a prompt, or a part

@@ -1462,7 +1462,7 @@ def test_texts_that_go_on_from_an_earlier_one_find_its_blocks():
         text = engine.add(prompt, how)
         while engine.step(): pass
         engine.begin(later := engine.add([*prompt, *text.new, 0]))
-        found, later.ended = later.blocks, "left"
+        found, later.ended = [*later.blocks], "left"
         engine.step()
         return text.new, found
     first, blocks = say([1, 2, 3, 4, 5, 6])
