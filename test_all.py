@@ -1402,42 +1402,35 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_undisturbed(desk):
 # -----------------------------------------------------------------------------
 # sample.py: the engine
 
-def one_at_a_time(m, prompt, how):   # greedy, all of the text through the model for each token
-    row, begin = list(prompt), 0
-    while len(row) < len(prompt) + how.max_tokens:
+def one_at_a_time(m, row, how):   # greedy, all of the text through the model for each token
+    row, n, begin = list(row), len(row), 0
+    while len(row) < n + how.max_tokens and row[n:][-1:] != [5]:
         if len(row) - begin > m.cfg.seq_len: begin = len(row) - m.cfg.seq_len // 2
         row.append(int(m(torch.tensor([row[begin:]]))[0][0, -1].argmax()))
-        if row[-1] in how.stops(): return row[len(prompt):-1]
-    return row[len(prompt):]
+    return row[n:-1] if row[-1] == how.stop else row[n:]
 
 SERVED = [dict(mixers="A", n_kv_heads=2), dict(mixers="WA", window=5), dict(mixers="MA"),
           dict(mixers="DA"), dict(mixers="SL"), dict(mixers="H"), dict(ffns="x", bigram=300)]
 
-def schedule(seed):
-    """A random engine, and texts that come at random, against decoding them one at a time."""
+def schedule(seed):   # a random engine, and texts at random times, against one at a time
     rng = random.Random(seed)
     m, size = make(tiny(**SERVED[seed % len(SERVED)])), rng.choice([1, 2, 3, 8])
     guess = rng.choice([None, sample.look_up(61), sample.draft_of(m)])
     engine = sample.Engine(m, rng.choice([0, 60, 200]) // size, size, rng.choice([1, 3, 7, 40]),
                            rng.choice([1, 2, 9]), guess, rng.choice([1, 3]))
-    start, jobs, steps = [rng.randrange(61) for _ in range(12)], [], 0
-    todo = [start[:rng.randrange(13)] + rng.choices(range(61), k=rng.randrange(1, 12))
-            for _ in range(rng.randrange(1, 6))]
+    some, jobs, todo = partial(rng.choices, range(61)), [], rng.randrange(1, 6)
+    start = some(k=12)
     while todo or engine.texts:
         if todo and rng.random() < 0.4:
-            how = sample.Sampling(rng.choice([1, 5, 33]), 0.0, stop=rng.choice([None, [5, 9]]))
-            prompt, n = todo.pop(), rng.choice([1, 3])
-            jobs.append((prompt, how, [engine.add(prompt, how) for _ in range(n)]))
-        if jobs and rng.random() < 0.03: rng.choice(jobs[-1][2]).ended = "left"
+            prompt = start[:rng.randrange(13)] + some(k=rng.randrange(1, 12))
+            how, todo = sample.Sampling(rng.choice([1, 5, 33]), 0.0, stop=5), todo - 1
+            jobs += [(prompt, how, engine.add(prompt, how)) for _ in range(rng.choice([1, 3]))]
+        if jobs and rng.random() < 0.03: jobs[-1][2].ended = "left"
         engine.step()
-        steps += 1
-        assert steps < 3000
         assert sum(engine.ref) == sum(len(text.blocks) for text in engine.texts)
         assert all((n == 0) == (b in engine.idle) for b, n in enumerate(engine.ref) if b)
-    assert len(engine.idle) == len(engine.ref) - 1  # all but the one for padding
-    for prompt, how, texts in jobs:
-        want = one_at_a_time(m, prompt, how)
-        for text in texts: assert text.new == (want[:text.n_new] if text.ended == "left" else want)
+    for *job, text in jobs:
+        assert text.new == one_at_a_time(m, *job)[:text.n_new if text.ended == "left" else None]
     return engine
 
 @torch.no_grad()
@@ -1447,60 +1440,65 @@ def test_random_schedules_say_what_decoding_one_at_a_time_says_and_lose_no_block
 
 @pytest.mark.parametrize("mixers, computed", [("A", 17 + 4 * 1), ("D", 5 * 17)])
 def test_samples_of_a_prompt_share_its_reading(mixers, computed):   # a state is not shared
-    m, read = make(tiny(mixers=mixers)), []
-    forward, how = m.forward, partial(sample.Sampling, 3)
-    m.forward = lambda tokens, pos, **more: read.append((pos >= 0).sum().item()) or forward(
-        tokens, pos=pos, **more)
-    out = sample.generate(m, [list(range(17))], how(), n=5, size=4)
-    assert sum(read) == computed + 5 * 2  # of 17 tokens 16 fill blocks; 2 of 3 new ones come back
-    assert out == [sample.generate(m, [list(range(17))], how(seed=i))[0] for i in range(5)]
-
-def test_texts_that_go_on_from_an_earlier_one_find_its_blocks():
-    m = make(tiny())
-    engine, how = sample.Engine(m, 50, size=4), sample.Sampling(5, temperature=0.0)
-    def say(prompt):
-        text = engine.add(prompt, how)
-        while engine.step(): pass
-        engine.begin(later := engine.add([*prompt, *text.new, 0]))
-        found, later.ended = [*later.blocks], "left"
-        engine.step()
-        return text.new, found
-    first, blocks = say([1, 2, 3, 4, 5, 6])
-    assert len(blocks) == 2  # of 11 tokens 10 were computed
-    again, more = say([1, 2, 3, 4, 5, 6, *first, 7])
-    assert more[:2] == blocks and again == one_at_a_time(m, [1, 2, 3, 4, 5, 6, *first, 7], how)
-    other, none = say([2, 2, 3, 4, 5, 6])  # alike in the second block, but not before it
-    assert not set(none) & set(more) and other == one_at_a_time(m, [2, 2, 3, 4, 5, 6], how)
+    m, read, how = make(tiny(mixers=mixers)), [], partial(sample.Sampling, 3)
+    m.embed_tokens.register_forward_hook(lambda _, x, y: read.append((x[0] > 0).sum().item()))
+    out = sample.generate(m, [[1] * 17], how(), n=5, size=4)
+    m.embed_tokens._forward_hooks.clear()
+    assert sum(read) == computed + 5 * 2 - sum(text[:2].count(0) for text in out)   # 0 is padding
+    assert out == [sample.generate(m, [[1] * 17], how(seed=i))[0] for i in range(5)]
 
 def test_verified_guesses_have_exactly_the_models_distribution():
-    rng, V, k = np.random.default_rng(0), 4, 2
+    rng, V = np.random.default_rng(0), 4
     draw = lambda *shape: torch.tensor(rng.dirichlet(np.full(V, 0.5), shape))
-    first, p2, p3, q1, q2 = draw(), draw(V), draw(V, V), draw(), draw(V)  # by the tokens before
+    p1, p2, p3, q1, q2 = draw(), draw(V), draw(V, V), draw(), draw(V)   # by the tokens before
     total = torch.zeros(V, V, V).double()
-    class Fork(Exception): pass
-    def explore(path, chance, a, b):   # all that verify may do after guesses a, b
-        left = iter(path)
-        def choose(p):
-            for choice in left: return choice
-            raise Fork(p)
-        p, q = torch.stack([first, p2[a], p3[a, b]]), torch.stack([q1, q2[a]])
-        try: said = sample.verify(p, q, [a, b], choose)
-        except Fork as e:
-            for i, chance_of_i in enumerate(e.args[0].tolist()):
-                if chance_of_i: explore([*path, i], chance * chance_of_i, a, b)
-            return
-        for rest in itertools.product(range(V), repeat=3 - len(said)):   # go on as the model does
-            x, y, z = *said, *rest
-            later = [1, p3[x, y, z].item(), (p2[x, y] * p3[x, y, z]).item()][3 - len(said)]
-            total[x, y, z] += chance * later
-    for a, b in itertools.product(range(V), repeat=k): explore([], (q1[a] * q2[a, b]).item(), a, b)
-    assert (total - first[:, None, None] * p2[:, :, None] * p3).abs().max() < 1e-12
+    for a, b in itertools.product(range(V), repeat=2):
+        stack = [((), q1[a] * q2[a, b])]
+        while stack:   # all that verify may do after guesses a, b
+            path, chance = stack.pop()
+            def choose(p, left=iter(path)):
+                for choice in left: return choice
+                stack.extend(((*path, i), chance * x) for i, x in enumerate(p) if x)
+                raise StopIteration
+            p, q = torch.stack([p1, p2[a], p3[a, b]]), torch.stack([q1, q2[a]])
+            try: x, *more = sample.verify(p, q, [a, b], choose)
+            except StopIteration: continue
+            later = [p2[x][:, None] * p3[x], p3[x, more[:1]], 1.0][len(more)]   # the model goes on
+            total[(x, *more)] += chance * (later[0] if len(more) == 1 else later)
+    assert (total - p1[:, None, None] * p2[:, :, None] * p3).abs().max() < 1e-12
 
 def test_a_draft_model_changes_the_speed_and_not_the_frequencies():
     target, small = (make(tiny(vocab_size=3, d_model=d)) for d in (16, 8))
-    n, how = 900, sample.Sampling(3, temperature=1.5)
-    texts = sample.generate(target, [[0]], how, n=n, guess=sample.draft_of(small), k=2)
+    texts = sample.generate(target, [[0]], sample.Sampling(3, temperature=1.5), n=900,
+                            guess=sample.draft_of(small), k=2)
     p = target(torch.tensor([[0, a] for a in range(3)]))[0].div(1.5).softmax(-1)
-    want = n * (p[0, 0, :, None] * p[:, 1]).flatten()   # of the first two tokens
+    want = 900 * (p[0, 0, :, None] * p[:, 1]).flatten()   # of the first two tokens
     got = torch.tensor([3 * a + b for a, b, _ in texts]).bincount(minlength=9)
     assert ((got - want) ** 2 / want).sum() < 26.1   # of 8 degrees of freedom: once in a thousand
+
+def test_eight_bits_are_rounded_by_half_a_step_at_most():
+    linear, x = kernels.Linear(7, 5, bias=True).double(), torch.randn(2, 3, 7).double()
+    q, step = sample.Int8(linear), linear.weight.abs().amax(1, keepdim=True) / 127
+    w = q.weight * q.scale[:, None]
+    assert q.weight.dtype == torch.int8 and ((w - linear.weight).abs() <= 0.501 * step).all()
+    assert torch.allclose(q(x), x @ w.mT + linear.bias)
+
+def test_sliding_windows_count_each_token_once_behind_enough_others():
+    batches = list(sample.sliding(np.arange(83), 24, 10))
+    assert torch.cat([y[y >= 0] for _, y in batches]).tolist() == list(range(1, 83))
+    for x, y in batches:
+        assert x.shape[1] <= 24 and ((y < 0) | (y == x + 1)).all()
+        assert x[0, 0] == 0 or (y[:, :14] < 0).all()
+
+def test_a_stop_string_ends_a_text_wherever_tokens_cut_it():
+    tokenizer, out = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT]), []
+    stream = sample.TextStream(tokenizer, out.append, ["<end>", "\nQ:"])
+    assert [stream.put(b) for b in b"a<en<end>"] == 8 * [False] + [True]
+    assert out[0] == "a" and "".join(out) == "a<en"
+
+def test_the_lesson_computes_the_table_of_a_13b_model(monkeypatch, capsys):
+    monkeypatch.setattr(sample, "generate", lambda *_: None)
+    sample.lesson()
+    rows = " ".join(re.findall(r"[.\d]+ GB +[.\d]+ ms", capsys.readouterr().out))
+    assert rows == ("26.87 GB   8.02 ms 79.72 GB  23.80 ms 240.78 GB  71.87 ms 33.41 GB   9.97 ms "
+                    "65.63 GB  19.59 ms")   # CS336, lecture 10
