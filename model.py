@@ -432,7 +432,7 @@ class LM(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, tokens, targets=None, pos=None, cache=None, last=0):
-        """tokens (B, T) -> (logits (B, T, V), or of the `last` places; aux). With targets (B, T), -1
+        """tokens (B, T) -> (logits (B, T, V) or of the `last` places, aux). With targets (B, T), -1
         of which do not count: (nats (B, T), aux), so that the caller averages. pos (B, T) counts
         from 0, or on from what the cache holds, unless given; padding, -1, is before or after."""
         seen = cache[0].n if cache and pos is None else 0
