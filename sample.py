@@ -40,7 +40,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from bpe import EOT, UserError, load_tokenizer
@@ -129,9 +128,7 @@ class LayerCache:
         self.slot = None if layer else [torch.cat(parts) for parts in zip(*slots)]
 
     def update(self, *new):
-        if self.slot:
-            self.slot = new[1:]
-            return
+        if self.slot: return setattr(self, "slot", new[1:])
         (*stores, window), out = self.layer, []
         write, read, mask = self.batch.places(window)
         for store, x in zip(stores, new):  # a row of a store is a token's (Hkv Dh)
@@ -180,7 +177,7 @@ class Batch:
 # keeps nobody waiting. When blocks run out, the youngest text gives its own away and computes them
 # anew later. What a text says depends on none of this.
 
-def key_of(tokens): return hashlib.blake2b(np.array(tokens)).digest()
+def key_of(before, tokens): return hashlib.blake2b(before + np.array(tokens).tobytes()).digest()
 
 class Text:
     """One text in the making, its context tokens[begin:], `done` in the cache, `learned` blocks."""
@@ -188,7 +185,7 @@ class Text:
         self.tokens, self.n_prompt, self.how, self.on_token = [*prompt], len(prompt), how, on_token
         self.begin, self.done, self.learned, self.blocks, self.states = 0, 0, 0, [], states
         self.generator, self.draft = torch.Generator().manual_seed(how.seed), None
-        self.logps, self.ended = [], None  # "stop", "length", or what whoever ends it says
+        self.key, self.logps, self.ended = b"", [], None  # or why: "stop", "length", "left"
 
     new = property(lambda self: self.tokens[self.n_prompt:])
     n_new = property(lambda self: len(self.tokens) - self.n_prompt)
@@ -225,14 +222,14 @@ class Engine:
     def begin(self, text):
         """Lets a text read the known blocks of its beginning, at most all but the last token. False
         if another text is just making one more known: n samples of a prompt read it once."""
-        context, blocks, n = text.context, [], self.size
+        context, blocks, n, text.key = text.context, [], self.size, b""
         for end in range(n, 0 if self.recurrent else len(context), n):
-            block = self.known.get(key_of(context[:end]))
-            if block is None:
+            key = key_of(text.key, context[end - n:end])
+            if key not in self.known:
                 if any(t.blocks and not t.n_new and t.context[:end] == context[:end]
                        for t in self.texts): return False
                 break
-            blocks.append(block)
+            text.key, blocks = key, [*blocks, self.known[key]]
         for block in blocks:
             self.ref[block] += 1
             self.idle.pop(block, None)
@@ -242,8 +239,9 @@ class Engine:
     def learn(self, text):
         """Makes the blocks that a text has filled known."""
         for i in range(text.learned, text.done // self.size):
-            key, block = key_of(text.context[:(i + 1) * self.size]), text.blocks[i]
-            if key not in self.known: self.known[key], self.key[block] = block, key
+            text.key = key_of(text.key, text.context[i * self.size:(i + 1) * self.size])
+            if text.key not in self.known:
+                self.known[text.key], self.key[text.blocks[i]] = text.blocks[i], text.key
         text.learned = text.done // self.size
 
     def release(self, text):
@@ -255,7 +253,7 @@ class Engine:
             if self.ref[block] == 0:
                 self.idle[block] = None
                 if block not in self.key: self.idle.move_to_end(block, last=False)
-        text.done, text.learned, text.blocks, text.states = 0, 0, [], self.fresh
+        text.done, text.learned, text.key, text.blocks, text.states = 0, 0, b"", [], self.fresh
 
     def room(self, text, n):
         """Takes blocks for n more tokens. If too few are idle, younger texts lose theirs, and must
@@ -423,7 +421,7 @@ def draft_of(model):
 # Cheaper weights: eight bits
 # Half the bytes are up to twice the tokens; what that costs, --eval with and without --int8 tells.
 
-class Int8(nn.Module):
+class Int8(torch.nn.Module):
     """A Linear whose rows are integers times a scale: w = s q, |q| <= 127."""
     def __init__(self, linear):
         super().__init__()
@@ -628,10 +626,9 @@ def lesson():
         generate(model, torch.randint(0, 512, (B, 64)).tolist(), Sampling(128), use_cache)
         rate = 128 * B / (time.perf_counter() - start)
         print(f"  batch {B:2d}: {rate:7.0f} tokens/s" + " without a cache" * (not use_cache))
-    w = sum(p.numel() for p in model.parameters())
-    flops = [sum(model.flops(T, 64).values()) for T in (64, 1)]
-    print(f"prefill does {flops[0] / w / 4:.1f} FLOPs per byte of weights read, decoding "
-          f"{flops[1] / w / 4:.1f}: a batch shares the reading")
+    w = 4 * sum(p.numel() for p in model.parameters())
+    many, one = (sum(model.flops(T, 64).values()) / w for T in (64, 1))
+    print(f"FLOPs a byte: prefill {many:.1f}, decoding {one:.1f}: a batch shares the reading")
 
 def main(args):
     if args.run is None:
@@ -653,14 +650,17 @@ def main(args):
         return print(evaluate(model, batches, len(text.encode()), device))
     if how.stop is None: how = replace(how, stop=tokenizer.eot if model.eos is None else model.eos)
     prompts = [encode_prompt(tokenizer, text, limit) for text in args.prompt or [None]]
-    guess = args.guess and (look_up(model.cfg.vocab_size) if args.guess == "look_up" else
-                            draft_of(load_model(find_run(args.guess), device)))
+    guess = args.guess and look_up(model.cfg.vocab_size)
+    if args.guess not in (None, "look_up"):
+        guess = draft_of(draft := load_model(find_run(args.guess), device))
+        if draft.cfg.vocab_size != model.cfg.vocab_size: raise UserError(
+            f"guess: got a model of {draft.cfg.vocab_size} tokens, wanted {model.cfg.vocab_size}")
     print(f"{run}: {model.cfg}\n{device} ({device_name(device)}), float32, "
           f"{torch.get_num_threads()} threads, {how}", file=sys.stderr)
     engine = Engine(model, len(prompts) * (limit // 16 + 1) + 1, guess=guess,
                     use_cache=not args.no_cache)
     start, said = time.perf_counter(), [[text] for text in args.prompt or [""]]
-    if len(said) == 1: show(*said[0])
+    show("" if len(said) > 1 else said[0][0])
     streams = [TextStream(tokenizer, show if len(said) == 1 else parts.append) for parts in said]
     texts = [engine.add(prompt, replace(how, seed=how.seed + i), stream.put)
              for i, (prompt, stream) in enumerate(zip(prompts, streams))]
