@@ -197,7 +197,7 @@ class Engine:
     text through the model. ref: how many texts read a block. An idle one, which none reads, keeps
     what it holds until it is taken, the longest idle first. A full block is known by all tokens up
     to its end. A recurrence has a slot of states a text instead: its prompts are read whole."""
-    def __init__(self, model, n_blocks=0, size=16, chunk=256, max_batch=64, guess=None, k=4,
+    def __init__(self, model, n_blocks=0, size=16, chunk=256, max_batch=256, guess=None, k=4,
                  use_cache=True):
         self.model, self.limit, self.size, self.chunk = model, model.cfg.seq_len, size, chunk
         self.guess, self.k, self.max_batch, self.use_cache = guess, k, max_batch, use_cache
@@ -340,7 +340,7 @@ def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1,
     each = [(prompt, replace(how, seed=how.seed + i), on_token and partial(on_token, i))
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
     longest = min(model.cfg.seq_len, max(map(len, prompts), default=1) + how.max_tokens)
-    n_blocks = 1 + min(len(each), 64) * (1 + longest // options.get("size", 16))
+    n_blocks = 1 + min(len(each), 256) * (1 + longest // options.get("size", 16))
     engine = Engine(model, **{"n_blocks": n_blocks, "use_cache": use_cache, **options})
     texts = [[engine.add(*row) for row in each[i::n]] for i in range(n)]  # first all prompts
     training = model.training
@@ -394,7 +394,7 @@ def look_up(vocab_size, n=2):
         t = text.tokens
         for i in range(len(t) - n - 1, -1, -1):
             if t[i] == t[-n] and t[i:i + n] == t[-n:]:
-                guesses = t[i + n:i + n + k]
+                guesses = (t[i + n:] * k)[:k]  # and if that was just now, so on
                 return guesses, F.one_hot(torch.tensor(guesses), vocab_size).double()
         return [], []
     return guess
