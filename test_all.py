@@ -1411,7 +1411,6 @@ def one_at_a_time(m, row, how):   # greedy, all of the text through the model fo
 
 SERVED = [dict(mixers="A", n_kv_heads=2), dict(mixers="WA", window=5), dict(mixers="MA"),
           dict(mixers="DA"), dict(mixers="SL"), dict(mixers="H"), dict(ffns="x", bigram=300)]
-
 def schedule(seed):   # a random engine, and texts at random times, against one at a time
     rng = random.Random(seed)
     m, size = make(tiny(**SERVED[seed % len(SERVED)])), rng.choice([1, 2, 3, 8])
@@ -1422,7 +1421,7 @@ def schedule(seed):   # a random engine, and texts at random times, against one 
     start = some(k=12)
     while todo or engine.texts:
         if todo and rng.random() < 0.4:
-            prompt = start[:rng.randrange(13)] + some(k=rng.randrange(1, 12))
+            prompt = [rng.choice([7, 8]), *start[:rng.randrange(13)], *some(k=rng.randrange(12))]
             how, todo = sample.Sampling(rng.choice([1, 5, 33]), 0.0, stop=5), todo - 1
             jobs += [(prompt, how, engine.add(prompt, how)) for _ in range(rng.choice([1, 3]))]
         if jobs and rng.random() < 0.03: jobs[-1][2].ended = "left"
