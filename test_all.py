@@ -1417,25 +1417,26 @@ def schedule(seed):   # a random engine, and texts at random times, against one 
     guess = rng.choice([None, sample.look_up(61), sample.draft_of(m)])
     engine = sample.Engine(m, rng.choice([0, 60, 200]) // size, size, rng.choice([1, 3, 7, 40]),
                            rng.choice([1, 2, 9]), guess, rng.choice([1, 3]))
-    some, jobs, todo = partial(rng.choices, range(61)), [], rng.randrange(1, 6)
+    some, jobs, todo = partial(rng.choices, range(61)), {}, rng.randrange(1, 5)
     start = some(k=12)
     while todo or engine.texts:
         if todo and rng.random() < 0.4:
-            prompt = [rng.choice([7, 8]), *start[:rng.randrange(13)], *some(k=rng.randrange(12))]
-            how, todo = sample.Sampling(rng.choice([1, 5, 33]), 0.0, stop=5), todo - 1
-            jobs += [(prompt, how, engine.add(prompt, how)) for _ in range(rng.choice([1, 3]))]
-        if jobs and rng.random() < 0.03: jobs[-1][2].ended = "left"
+            prompt = rng.choice([7, 8]), *start[:rng.randrange(13)], *some(k=rng.randrange(12))
+            job, todo = (prompt, sample.Sampling(rng.choice([1, 5, 33]), 0.0, stop=5)), todo - 1
+            jobs[job] = [engine.add(*job) for _ in range(rng.choice([1, 3]))]
+        if jobs and rng.random() < 0.03: jobs[job][-1].ended = "left"
         engine.step()
         assert sum(engine.ref) == sum(len(text.blocks) for text in engine.texts)
         assert all((n == 0) == (b in engine.idle) for b, n in enumerate(engine.ref) if b)
-    for *job, text in jobs:
-        assert text.new == one_at_a_time(m, *job)[:text.n_new if text.ended == "left" else None]
+    for job, texts in jobs.items():
+        want = one_at_a_time(m, *job)
+        for text in texts: assert text.new == want[:text.n_new if text.ended == "left" else None]
     return engine
 
 @torch.no_grad()
 def test_random_schedules_say_what_decoding_one_at_a_time_says_and_lose_no_block():
     engines = [schedule(seed) for seed in range(40)]
-    assert sum(e.accepted for e in engines) > 50 < sum(e.guessed - e.accepted for e in engines)
+    assert sum(e.accepted for e in engines) > 9 < sum(e.guessed - e.accepted for e in engines)
 
 @pytest.mark.parametrize("mixers, computed", [("A", 17 + 4 * 1), ("D", 5 * 17)])
 def test_samples_of_a_prompt_share_its_reading(mixers, computed):   # a state is not shared
