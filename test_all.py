@@ -1409,8 +1409,9 @@ def one_at_a_time(m, row, how):   # greedy, all of the text through the model fo
         row.append(int(m(torch.tensor([row[begin:]]))[0][0, -1].argmax()))
     return row[n:-1] if row[-1] == how.stop else row[n:]
 
-SERVED = [dict(mixers="A", n_kv_heads=2), dict(mixers="WA", window=5), dict(mixers="MA"),
-          dict(mixers="DA"), dict(mixers="SL"), dict(mixers="H"), dict(ffns="x", bigram=300)]
+SERVED = [dict(n_kv_heads=2), dict(mixers="WA", window=5), dict(ffns="x", bigram=300),
+          *(dict(mixers=letters) for letters in ("MA", "DA", "SL", "H"))]
+
 def schedule(seed):   # a random engine, and texts at random times, against one at a time
     rng = random.Random(seed)
     m, size = make(tiny(**SERVED[seed % len(SERVED)])), rng.choice([1, 2, 3, 8])
@@ -1480,15 +1481,14 @@ def test_eight_bits_are_rounded_by_half_a_step_at_most():
     linear, x = kernels.Linear(7, 5, bias=True).double(), torch.randn(2, 3, 7).double()
     q, step = sample.Int8(linear), linear.weight.abs().amax(1, keepdim=True) / 127
     w = q.weight * q.scale[:, None]
-    assert q.weight.dtype == torch.int8 and ((w - linear.weight).abs() <= 0.501 * step).all()
+    assert ((w - linear.weight).abs() <= 0.501 * step).all() and q.weight.dtype == torch.int8
     assert torch.allclose(q(x), x @ w.mT + linear.bias)
 
 def test_sliding_windows_count_each_token_once_behind_enough_others():
     batches = list(sample.sliding(np.arange(83), 24, 10))
     assert torch.cat([y[y >= 0] for _, y in batches]).tolist() == list(range(1, 83))
-    for x, y in batches:
-        assert x.shape[1] <= 24 and ((y < 0) | (y == x + 1)).all()
-        assert x[0, 0] == 0 or (y[:, :14] < 0).all()
+    for x, y in batches: assert x.shape[1] <= 24 and (x[0, 0] == 0 or (y[:, :14] < 0).all())
+    assert all(((y < 0) | (y == x + 1)).all() for x, y in batches)
 
 def test_a_stop_string_ends_a_text_wherever_tokens_cut_it():
     tokenizer, out = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT]), []
