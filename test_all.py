@@ -1418,12 +1418,12 @@ def schedule(seed):   # a random engine, and texts at random times, against one 
     guess = rng.choice([None, sample.look_up(61), sample.draft_of(m)])
     engine = sample.Engine(m, rng.choice([0, 60, 200]) // size, size, rng.choice([1, 3, 7, 40]),
                            rng.choice([1, 2, 9]), guess, rng.choice([1, 3]))
-    some, jobs, todo = partial(rng.choices, range(61)), {}, rng.randrange(1, 5)
+    some, jobs, todo = partial(rng.choices, range(61)), {}, rng.randrange(1, 4)
     start = some(k=12)
     while todo or engine.texts:
         if todo and rng.random() < 0.4:
             prompt = rng.choice([7, 8]), *start[:rng.randrange(13)], *some(k=rng.randrange(12))
-            job, todo = (prompt, sample.Sampling(rng.choice([1, 5, 33]), 0.0, stop=5)), todo - 1
+            job, todo = (prompt, sample.Sampling(rng.choice([1, 5, 21]), 0.0, stop=5)), todo - 1
             jobs[job] = [engine.add(*job) for _ in range(rng.choice([1, 3]))]
         if jobs and rng.random() < 0.03: jobs[job][-1].ended = "left"
         engine.step()
