@@ -434,10 +434,10 @@ class LM(nn.Module):
         self.lm_head = None if cfg.tie else Linear(cfg.d_model, cfg.vocab_size, std=head_std)
         self.drop = nn.Dropout(cfg.dropout)
 
-    def forward(self, tokens, targets=None, pos=None, cache=None):
-        """tokens (B, T) -> (logits (B, T, V), aux). With targets (B, T), of which -1 does not
-        count: (nats (B, T), aux), so that the caller decides how to average. pos (B, T) counts from
-        0, or on from what the cache holds, unless given; padding, -1, stands before or after."""
+    def forward(self, tokens, targets=None, pos=None, cache=None, last=0):
+        """tokens (B, T) -> (logits (B, T, V) or of the `last` places, aux). With targets (B, T), -1
+        of which do not count: (nats (B, T), aux), so that the caller averages. pos (B, T) counts
+        from 0, or on from what the cache holds, unless given; padding, -1, is before or after."""
         seen = cache[0].n if cache and pos is None else 0
         assert self.cfg.pos != "learned" or seen + tokens.shape[1] <= self.cfg.seq_len, "too long"
         ctx = Context(self.cfg, tokens, pos, cache[0].next_pos() if cache else None)
@@ -446,7 +446,7 @@ class LM(nn.Module):
             x, extra = layer(x, ctx, cache[i] if cache else None)
             aux["loss"] = aux["loss"] + extra.get("loss", 0.0)
             if "load" in extra: aux["load"].append(extra["load"])
-        head = self.norm(x), (self.lm_head or self.embed_tokens).weight  # (B, T, D), (V, D)
+        head = self.norm(x[:, -last:]), (self.lm_head or self.embed_tokens).weight  # (V, D)
         if targets is None: return logits_of(*head, self.cfg.softcap), aux
         return linear_cross_entropy(*head, targets, self.cfg.softcap), aux
 

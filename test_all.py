@@ -1363,3 +1363,105 @@ def test_a_rank_that_is_killed_does_not_change_the_losses(desk):
     one, two = (losses_of(desk / "runs" / run) for run in ("one", "two"))
     assert one[0] == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in two[0]]
     assert one[1][0][1]["loss"] == pytest.approx(two[1][0][1]["loss"], rel=1e-4)
+
+# -----------------------------------------------------------------------------
+# sample.py: the engine
+
+def one_at_a_time(m, row, how):   # greedy, all of the text through the model for each token
+    row, n, begin = list(row), len(row), 0
+    while len(row) < n + how.max_tokens and row[n:][-1:] != [5]:
+        if len(row) - begin > m.cfg.seq_len: begin = len(row) - m.cfg.seq_len // 2
+        row.append(int(m(torch.tensor([row[begin:]]))[0][0, -1].argmax()))
+    return row[n:-1] if row[-1] == how.stop else row[n:]
+
+SERVED = [dict(n_kv_heads=2), dict(mixers="WA", window=5), dict(ffns="x", bigram=300),
+          *(dict(mixers=letters) for letters in ("MA", "DA", "SL", "H"))]
+
+def schedule(seed):   # a random engine, and texts at random times, against one at a time
+    rng = random.Random(seed)
+    m, size = make(tiny(**SERVED[seed % len(SERVED)])), rng.choice([1, 2, 3, 8])
+    guess = rng.choice([None, sample.look_up(61), sample.draft_of(m)])
+    engine = sample.Engine(m, rng.choice([0, 60, 200]) // size, size, rng.choice([1, 3, 7, 40]),
+                           rng.choice([1, 2, 9]), guess, rng.choice([1, 3]))
+    some, jobs, todo = partial(rng.choices, range(61)), {}, rng.randrange(1, 4)
+    start = some(k=12)
+    while todo or engine.texts:
+        if todo and rng.random() < 0.4:
+            prompt = rng.choice([7, 8]), *start[:rng.randrange(13)], *some(k=rng.randrange(12))
+            job, todo = (prompt, sample.Sampling(rng.choice([1, 5, 21]), 0.0, stop=5)), todo - 1
+            jobs[job] = [engine.add(*job) for _ in range(rng.choice([1, 3]))]
+        if jobs and rng.random() < 0.03: jobs[job][-1].ended = "left"
+        engine.step()
+        assert sum(engine.ref) == sum(len(text.blocks) for text in engine.texts)
+        assert all((n == 0) == (b in engine.idle) for b, n in enumerate(engine.ref) if b)
+    for job, texts in jobs.items():
+        want = one_at_a_time(m, *job)
+        for text in texts: assert text.new == want[:text.n_new if text.ended == "left" else None]
+    return engine
+
+@torch.no_grad()
+def test_random_schedules_say_what_decoding_one_at_a_time_says_and_lose_no_block():
+    engines = [schedule(seed) for seed in range(40)]
+    assert sum(e.accepted for e in engines) > 9 < sum(e.guessed - e.accepted for e in engines)
+
+@pytest.mark.parametrize("mixers, computed", [("A", 17 + 4 * 1), ("D", 5 * 17)])
+def test_samples_of_a_prompt_share_its_reading(mixers, computed):   # a state is not shared
+    m, read, how = make(tiny(mixers=mixers)), [], partial(sample.Sampling, 3)
+    m.embed_tokens.register_forward_hook(lambda _, x, y: read.append((x[0] > 0).sum().item()))
+    out = sample.generate(m, [[1] * 17], how(), n=5, size=4)
+    assert sum(read) == computed + 5 * 2 - sum(text[:2].count(0) for text in out)   # 0 is padding
+    assert out == [sample.generate(m, [[1] * 17], how(seed=i))[0] for i in range(5)]
+
+def test_verified_guesses_have_exactly_the_models_distribution():
+    rng, V = np.random.default_rng(0), 4
+    draw = lambda *shape: torch.tensor(rng.dirichlet(np.full(V, 0.5), shape))
+    p1, p2, p3, q1, q2 = draw(), draw(V), draw(V, V), draw(), draw(V)   # by the tokens before
+    total = torch.zeros(V, V, V).double()
+    for a, b in itertools.product(range(V), repeat=2):
+        stack = [((), q1[a] * q2[a, b])]
+        while stack:   # all that verify may do after guesses a, b
+            path, chance = stack.pop()
+            def choose(p, left=iter(path)):
+                for choice in left: return choice
+                stack.extend(((*path, i), chance * x) for i, x in enumerate(p) if x)
+                raise StopIteration
+            p, q = torch.stack([p1, p2[a], p3[a, b]]), torch.stack([q1, q2[a]])
+            try: x, *more = sample.verify(p, q, [a, b], choose)
+            except StopIteration: continue
+            later = [p2[x][:, None] * p3[x], p3[x, more[:1]], 1.0][len(more)]   # the model goes on
+            total[(x, *more)] += chance * (later[0] if len(more) == 1 else later)
+    assert (total - p1[:, None, None] * p2[:, :, None] * p3).abs().max() < 1e-12
+
+def test_a_draft_model_changes_the_speed_and_not_the_frequencies():
+    target, small = (make(tiny(vocab_size=3, d_model=d)) for d in (16, 8))
+    texts = sample.generate(target, [[0]], sample.Sampling(3, temperature=1.5), n=900,
+                            guess=sample.draft_of(small), k=2)
+    p = target(torch.tensor([[0, a] for a in range(3)]))[0].div(1.5).softmax(-1)
+    want = 900 * (p[0, 0, :, None] * p[:, 1]).flatten()   # of the first two tokens
+    got = torch.tensor([3 * a + b for a, b, _ in texts]).bincount(minlength=9)
+    assert ((got - want) ** 2 / want).sum() < 26.1   # of 8 degrees of freedom: once in a thousand
+
+def test_eight_bits_are_rounded_by_half_a_step_at_most():
+    linear, x = kernels.Linear(7, 5, bias=True).double(), torch.randn(2, 3, 7).double()
+    w = (q := sample.Int8(linear)).weight * q.scale[:, None]
+    assert ((w - linear.weight).abs() <= 0.501 * q.scale[:, None]).all()
+    assert torch.allclose(q(x), x @ w.mT + linear.bias)
+
+def test_sliding_windows_count_each_token_once_behind_enough_others():
+    batches = list(sample.sliding(np.arange(83), 24, 10))
+    assert torch.cat([y[y >= 0] for _, y in batches]).tolist() == list(range(1, 83))
+    for x, y in batches: assert x.shape[1] <= 24 and (x[0, 0] == 0 or (y[:, :14] < 0).all())
+    assert all(((y < 0) | (y == x + 1)).all() for x, y in batches)
+
+def test_a_stop_string_ends_a_text_wherever_tokens_cut_it():
+    tokenizer, out = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT]), []
+    stream = sample.TextStream(tokenizer, out.append, ["<end>", "\nQ:"])
+    assert [stream.put(b) for b in b"a<en<end>"] == 8 * [False] + [True]
+    assert out[0] == "a" and "".join(out) == "a<en"
+
+def test_the_lesson_computes_the_table_of_a_13b_model(monkeypatch, capsys):
+    monkeypatch.setattr(sample, "generate", lambda *_: None)
+    sample.lesson()
+    rows = " ".join(re.findall(r"[.\d]+ GB +[.\d]+ ms", capsys.readouterr().out))
+    assert rows == ("26.87 GB   8.02 ms 79.72 GB  23.80 ms 240.78 GB  71.87 ms 33.41 GB   9.97 ms "
+                    "65.63 GB  19.59 ms")   # CS336, lecture 10
