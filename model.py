@@ -151,12 +151,10 @@ class Mixer(nn.Module):
     window = None
     def new_cache(self, batch, size, device, dtype):
         return KVCache(batch, size, *self.kv, self.window, device, dtype)
-
     def pairs(self, T, S):
         if (n := blocks(T, self.window)) > 1: T, S = n * self.window, 2 * self.window
         elif self.window: S = min(S, T + self.window + KVCache.SLACK)  # with a cache
         return (2 * T * S * self.cfg.n_heads * d for d in self.score_widths)
-
     def flops(self, T, S):
         (scores, values), out = self.pairs(T, S), 2 * T * weights(self.o_proj)
         return dict(qkv=2 * T * weights(self) - out, scores=scores, values=values, out=out)
@@ -318,7 +316,6 @@ class Hyena(Recurrent):
         if len(h) == len(at) and (plain or ((pos == at) | (pos < 0)).all()): y = long_conv(u, h)
         else: y = long_conv_reference(u, h, pos, doc, *S[..., -2:].long().unbind(-1))
         return q * (y[:, None] + self.skip * new).to(x.dtype), S
-
     def pairs(self, T, S):  # a batch shares the filter of S places; T of them are in qkv
         return 2 * (S - T) * weights(self.filter), 0
 
@@ -345,7 +342,6 @@ class FFN(nn.Module):
         h = self.up_proj(x)
         h = self.act(self.gate_proj(x)) * h if self.gate_proj else self.act(h)
         return self.down_proj(h), {}
-
     def flops(self, T): return {"ffn": 2 * T * weights(self)}
 
 class MoE(nn.Module):
@@ -378,11 +374,9 @@ class MoE(nn.Module):
         loss = c.balance * c.n_experts * (load / len(order) * p.mean(0)).sum()
         # Squared logsumexp keeps logits small (2202.08906).
         return y, {"loss": loss + c.router_z * z.logsumexp(1).square().mean(), "load": load}
-
     def run(self, rows, load):  # rows by expert, so many of each; parallel.py sends them elsewhere
         slices = rows.split(load.tolist())
         return torch.cat([expert(s)[0] for expert, s in zip(self.experts, slices)])
-
     def flops(self, T):
         return {"ffn": 2 * T * (weights(self) - weights(*self.experts[self.cfg.n_active:]))}
 
@@ -475,7 +469,6 @@ class LM(nn.Module):
         for layer in self.layers:
             total.update(layer.self_attn.flops(T, S or T) | layer.mlp.flops(T))
         return dict(total)
-
     def flops_per_token(self):
         """FLOPs to train on a token at the full context: three forward passes (backward is two)."""
         return 3 * sum(self.flops(self.cfg.seq_len).values()) / self.cfg.seq_len

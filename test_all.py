@@ -1345,7 +1345,7 @@ def test_what_a_plan_cannot_divide_is_refused_by_name(text, world, words):
                        parallel.ParallelConfig())
 
 def test_a_rank_that_is_killed_does_not_change_the_losses(desk):
-    flags = (*TINY, "--steps", 16, "--dataset", "text.txt", "--tokenizer", "byte", "--device",
+    flags = (*TINY.split(), "--steps", 16, "--dataset", "text.txt", "--tokenizer", "byte", "--device",
              "cpu", "--save_minutes", 0, "--evals", 1)
     call(train, *flags, "--run", "one")
     torchrun = subprocess.Popen(
