@@ -151,12 +151,10 @@ class Mixer(nn.Module):
     window = None
     def new_cache(self, batch, size, device, dtype):
         return KVCache(batch, size, *self.kv, self.window, device, dtype)
-
     def pairs(self, T, S):
         if (n := blocks(T, self.window)) > 1: T, S = n * self.window, 2 * self.window
         elif self.window: S = min(S, T + self.window + KVCache.SLACK)  # with a cache
         return (2 * T * S * self.cfg.n_heads * d for d in self.score_widths)
-
     def flops(self, T, S):
         (scores, values), out = self.pairs(T, S), 2 * T * weights(self.o_proj)
         return dict(qkv=2 * T * weights(self) - out, scores=scores, values=values, out=out)
@@ -318,7 +316,6 @@ class Hyena(Recurrent):
         if len(h) == len(at) and (plain or ((pos == at) | (pos < 0)).all()): y = long_conv(u, h)
         else: y = long_conv_reference(u, h, pos, doc, *S[..., -2:].long().unbind(-1))
         return q * (y[:, None] + self.skip * new).to(x.dtype), S
-
     def pairs(self, T, S):  # a batch shares the filter of S places; T of them are in qkv
         return 2 * (S - T) * weights(self.filter), 0
 
@@ -345,7 +342,6 @@ class FFN(nn.Module):
         h = self.up_proj(x)
         h = self.act(self.gate_proj(x)) * h if self.gate_proj else self.act(h)
         return self.down_proj(h), {}
-
     def flops(self, T): return {"ffn": 2 * T * weights(self)}
 
 class MoE(nn.Module):
@@ -371,15 +367,16 @@ class MoE(nn.Module):
         weight = weight.to(x.dtype).flatten()  # the softmax of one would not train the router
         order, load = chosen.flatten().argsort(), chosen.flatten().bincount(minlength=c.n_experts)
         row = order // c.n_active  # rows of x, those of an expert side by side
-        slices = flat.index_select(0, row).split(load.tolist())
-        out = torch.cat([expert(s)[0] for expert, s in zip(self.experts, slices)])
+        out = self.run(flat.index_select(0, row), load)
         out = out * weight.index_select(0, order)[:, None]
         y = torch.zeros_like(flat).index_add(0, row, out).view(x.shape)
         if self.shared_experts: y = y + self.shared_experts(x)[0]
         loss = c.balance * c.n_experts * (load / len(order) * p.mean(0)).sum()
         # Squared logsumexp keeps logits small (2202.08906).
         return y, {"loss": loss + c.router_z * z.logsumexp(1).square().mean(), "load": load}
-
+    def run(self, rows, load):  # rows by expert, so many of each; parallel.py sends them elsewhere
+        slices = rows.split(load.tolist())
+        return torch.cat([expert(s)[0] for expert, s in zip(self.experts, slices)])
     def flops(self, T):
         return {"ffn": 2 * T * (weights(self) - weights(*self.experts[self.cfg.n_active:]))}
 
@@ -431,28 +428,32 @@ class LM(nn.Module):
         self.lm_head = None if cfg.tie else Linear(cfg.d_model, cfg.vocab_size, std=head_std)
         self.drop = nn.Dropout(cfg.dropout)
 
-    def forward(self, tokens, targets=None, pos=None, cache=None):
-        """tokens (B, T) -> (logits (B, T, V), aux). With targets (B, T), of which -1 does not
-        count: (nats (B, T), aux), so that the caller decides how to average. pos (B, T) counts from
-        0, or on from what the cache holds, unless given; padding, -1, stands before or after."""
+    def forward(self, tokens, targets=None, pos=None, cache=None, last=0):
+        """tokens (B, T) -> (logits (B, T, V) or of the `last` places, aux). With targets (B, T), -1
+        of which do not count: (nats (B, T), aux), so that the caller averages. pos (B, T) counts
+        from 0, or on from what the cache holds, unless given; padding, -1, is before or after."""
         seen = cache[0].n if cache and pos is None else 0
         assert self.cfg.pos != "learned" or seen + tokens.shape[1] <= self.cfg.seq_len, "too long"
         ctx = Context(self.cfg, tokens, pos, cache[0].next_pos() if cache else None)
-        x = self.embed_tokens(tokens)  # (B, T, D)
-        if self.cfg.bigram:  # hashed by two odd numbers, so that few pairs share a row
-            pair = 36313 * ctx.before(cache and cache[-1]) + 27191 * tokens
-            x = x + self.embed_bigram(pair % len(self.embed_bigram.weight))
-        if self.cfg.embed_scale: x = x * math.sqrt(self.cfg.d_model)
-        if self.cfg.pos == "learned": x = x + self.embed_positions(ctx.pos.clamp(min=0))
-        if self.cfg.pos == "sinusoidal": x = x + sinusoid(ctx.pos, self.cfg.d_model).to(x.dtype)
-        x, aux = self.drop(x).to(self.compute_dtype or x.dtype), {"loss": 0.0, "load": []}
+        x, aux = self.embed(ctx, cache), {"loss": 0.0, "load": []}
         for i, layer in enumerate(self.layers):
             x, extra = layer(x, ctx, cache[i] if cache else None)
             aux["loss"] = aux["loss"] + extra.get("loss", 0.0)
             if "load" in extra: aux["load"].append(extra["load"])
-        head = self.norm(x), (self.lm_head or self.embed_tokens).weight  # (B, T, D), (V, D)
+        head = self.norm(x[:, -last:]), (self.lm_head or self.embed_tokens).weight  # (V, D)
         if targets is None: return logits_of(*head, self.cfg.softcap), aux
         return linear_cross_entropy(*head, targets, self.cfg.softcap), aux
+
+    def embed(self, ctx, cache=None):
+        """The stream before the first layer, (B, T, D)."""
+        x = self.embed_tokens(ctx.tokens)
+        if self.cfg.bigram:  # hashed by two odd numbers, so that few pairs share a row
+            pair = 36313 * ctx.before(cache and cache[-1]) + 27191 * ctx.tokens
+            x = x + self.embed_bigram(pair % len(self.embed_bigram.weight))
+        if self.cfg.embed_scale: x = x * math.sqrt(self.cfg.d_model)
+        if self.cfg.pos == "learned": x = x + self.embed_positions(ctx.pos.clamp(min=0))
+        if self.cfg.pos == "sinusoidal": x = x + sinusoid(ctx.pos, self.cfg.d_model).to(x.dtype)
+        return self.drop(x).to(self.compute_dtype or x.dtype)
 
     def new_cache(self, batch, size):
         """Room for `size` positions in `batch` rows: a cache a layer, and one of last tokens."""
@@ -468,7 +469,6 @@ class LM(nn.Module):
         for layer in self.layers:
             total.update(layer.self_attn.flops(T, S or T) | layer.mlp.flops(T))
         return dict(total)
-
     def flops_per_token(self):
         """FLOPs to train on a token at the full context: three forward passes (backward is two)."""
         return 3 * sum(self.flops(self.cfg.seq_len).values()) / self.cfg.seq_len

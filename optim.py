@@ -28,9 +28,9 @@ THE COSTS
     (SGD 0, Momentum, AdaGrad, RMSProp, Muon 4, Adam 8), besides 4 for the weight and 4 for its
     gradient. Those that see a matrix (m, n) take products, 4 to 9 (m + n) FLOPs a parameter.
 
-CONTENTS  Optimizer and the ladder / matrices / OPTIMIZERS / roles, groups, muP / clipping, health,
-          noise / SCHEDULES / the lesson
-NOT HERE  sharding of state over devices
+CONTENTS  Optimizer and the ladder / matrices / OPTIMIZERS / collectives, buckets and shards /
+          roles, groups, muP / clipping, health, noise / SCHEDULES / the lesson
+NOT HERE  who sends the shards of a state to whom (parallel.py)
 RUN       python optim.py    # costs, a narrow valley, muP; last line: "best lr of Adam ... at 512"
 REFERENCES
     Polyak 1964 (momentum); Duchi et al. 2011 (AdaGrad); Tieleman, Hinton 2012 (RMSProp); Kingma, Ba
@@ -43,9 +43,13 @@ EXERCISE  Empty `Adam.update` and `wsd`; fill them until
           `pytest test_all.py -k "optimizer or schedule"` is green again.
 """
 import argparse, math
+from collections import Counter, namedtuple
 from functools import partial
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -264,6 +268,186 @@ class Muon(AdamW):
 
 OPTIMIZERS = {"sgd": SGD, "momentum": Momentum, "adagrad": AdaGrad, "rmsprop": RMSProp,
               "adam": Adam, "adamw": AdamW, "shampoo": Shampoo, "soap": SOAP, "muon": Muon}
+
+# -----------------------------------------------------------------------------
+# Collectives
+# In a ring each rank sends to the next and receives from the one before, at once: no link idles.
+# reduce_scatter lets n parts travel, each growing by what every rank adds; all_gather lets finished
+# parts travel once more. Both return a function that waits. torch's are rings, too, of many links.
+
+ALL_GATHER, REDUCE_SCATTER = (getattr(dist, f"{name}_single", None) or getattr(dist, old)
+                              for name, old in (("all_gather", "all_gather_into_tensor"),
+                                                ("reduce_scatter", "reduce_scatter_tensor")))
+SENT = Counter()  # bytes that this process sent, by group (of torch's collectives we do not know)
+SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
+
+class Group:
+    """The n ranks that differ in some axes of the mesh alone; this one is the rank-th of them."""
+    own = False  # the rings of this file?
+    def __init__(self, name, ranks, me, pg):
+        self.name, self.ranks, self.pg = name, ranks, pg
+        self.n, self.rank = len(ranks), ranks.index(me)
+    def near(self, by): return self.ranks[(self.rank + by) % self.n]
+    def send(self, x, by):  # -> what must be kept until it is gone
+        SENT[self.name] += x.nbytes
+        return dist.isend(x, self.near(by), self.pg), x
+    def shift(self, x, by=1):
+        """Sends x to the next on the ring -> what the one before has sent."""
+        SENT[self.name] += x.nbytes
+        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, x, self.near(by), self.pg),
+                                            dist.P2POp(dist.irecv, out, self.near(-by), self.pg)]):
+            work.wait()
+        return out
+    def reduce_scatter(self, x, op=SUM):
+        """(n, ...) -> (...): row `rank` of all members' x, added up."""
+        n, r, x = self.n, self.rank, x.contiguous()
+        if n > 1 and not self.own:
+            out = torch.empty_like(x[0])
+            work = REDUCE_SCATTER(out.view(-1), x.view(-1), op, self.pg, async_op=True)
+            return lambda: (work.wait(), out)[1]
+        part = x[r - 1]  # sets out here, and is complete n - 1 ranks further on
+        for i in range(2, n + 1):
+            part, mine = self.shift(part), x[(r - i) % n]
+            part = part + mine if op == SUM else torch.maximum(part, mine)
+        return lambda: part
+    def all_gather(self, x, out=None):
+        """(...) -> (n, ...): all members' x, in order."""
+        n, r, x = self.n, self.rank, x.contiguous()
+        if out is None: out = x.new_empty(n, *x.shape)
+        if n > 1 and not self.own:
+            work = ALL_GATHER(out.view(-1), x.view(-1), self.pg, async_op=True)
+            return lambda: (work.wait(), out)[1]
+        out[r] = x
+        for i in range(1, n): out[(r - i) % n] = x = self.shift(x)
+        return lambda: out
+    def all_reduce(self, x, op=SUM):
+        """(...) -> (...), the same everywhere: the sum, or the maximum."""
+        flat = F.pad(x.reshape(-1), (0, -x.numel() % self.n)).view(self.n, -1)
+        whole = self.all_gather(self.reduce_scatter(flat, op)())()
+        return whole.view(-1)[:x.numel()].view(x.shape)
+    def all_to_all(self, x, give, take):
+        """Rows of x, give[i] of them for member i, in order -> those for us, take[i] from i."""
+        SENT[self.name] += x.nbytes - x.split(give)[self.rank].nbytes
+        out = x.new_empty(sum(take), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), take, give, self.pg)
+        return out
+    def small(self, *values, op=SUM):
+        """Sums (or maxima) of a few numbers, which control the work: not counted as traffic."""
+        x = torch.tensor(values, dtype=torch.float64)
+        if self.n > 1: dist.all_reduce(x, op, self.pg)
+        return x
+
+class Both(torch.autograd.Function):
+    """x -> forward(x), whose gradient g -> backward(g): a collective and its mirror image."""
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.mirror = backward
+        return forward(x)
+    @staticmethod
+    def backward(ctx, g): return ctx.mirror(g), None, None
+
+def same(x): return x.view_as(x)
+
+def pairs(g, dim=1):
+    """{name: function of a tensor}, over group g. What is the same on all ranks, but used for
+    different parts, has a gradient that must be added up; and the other way round."""
+    def gather(x): return torch.cat([*g.all_gather(x)()], dim)
+    def scatter(x): return g.reduce_scatter(torch.stack(x.chunk(g.n, dim)))()
+    def mine(x): return x.chunk(g.n, dim)[g.rank].contiguous()
+    table = dict(copy=(same, g.all_reduce), sum=(g.all_reduce, same), gather=(gather, scatter),
+                 scatter=(scatter, gather), mine=(mine, gather), whole=(gather, mine))
+    return SimpleNamespace(**{name: lambda x, pair=pair: Both.apply(x, *pair)
+                              for name, pair in table.items()})
+
+# -----------------------------------------------------------------------------
+# Data ranks: buckets and shards
+# Gradients of data ranks are added up. Parameters of a layer share a flat buffer, a bucket, of n
+# equal slices: one message for many, under way while backward goes on below. Then a rank needs to
+# keep one slice alone: of the optimizer's state ("optimizer"), or of weights and gradients, too,
+# gathered when a layer is due and freed behind it ("full"). Elementwise optimizers may be cut
+# anywhere; for those that see a matrix (WHOLE) matrices go to slices whole, the largest first.
+
+WHOLE = (Shampoo, SOAP, Muon)
+
+class Place(namedtuple("Place", "name dim rank n start end", defaults=(None, 0, 1, 0, None))):
+    """Which part of a parameter a tensor is: of n shards along `dim` (None: undivided) the rank-th,
+    padded with zeros if they are unequal, and of that, flattened, start to end (None: all)."""
+    def shard(self, whole):
+        """(a padded copy of a whole tensor, the view of it that is this shard)."""
+        wide = whole.new_zeros([-(-s // self.n) * self.n if i == self.dim else s
+                                for i, s in enumerate(whole.shape)])
+        wide[tuple(map(slice, whole.shape))] = whole
+        return wide, wide if self.dim is None else wide.chunk(self.n, self.dim)[self.rank]
+    def take(self, whole):
+        """Its part of a whole tensor, a copy: flat, unless it is an undivided one."""
+        part = self.shard(whole)[1].contiguous()
+        return part if self.end is None else part.view(-1)[self.start:self.end]
+    def put(self, whole, part):
+        """The inverse: writes its part into a whole tensor."""
+        wide, shard = self.shard(whole)
+        flat = shard.flatten()
+        flat[self.start:self.end] = part.flatten()
+        shard.copy_(flat.view(shard.shape))
+        whole.copy_(wide[tuple(map(slice, whole.shape))])
+
+class Bucket:
+    """Parameters {name: p} of a group's ranks in a flat buffer; p.data and p.grad are views of it.
+    `master` and `sum` are weights and gradients as far as this rank keeps them."""
+    def __init__(self, params, group, shard, whole, dtype):
+        self.params, self.group, self.at, first = params, group, {}, next(iter(params.values()))
+        self.full, self.each, self.arriving = shard == "full", shard == "none", None
+        sizes, ends = {name: p.numel() for name, p in params.items()}, [0] * group.n
+        for name in sorted(sizes, key=sizes.get, reverse=True) if whole else sizes:
+            i = ends.index(min(ends)) if whole else 0
+            self.at[name], ends[i] = (i, ends[i]), ends[i] + sizes[name]
+        self.size = max(ends) if whole else -(-ends[0] // group.n)
+        self.at = {name: i * self.size + start for name, (i, start) in self.at.items()}
+        self.flat = first.new_zeros(group.n * self.size, dtype=dtype)
+        self.master = torch.zeros_like(self.flat, dtype=first.dtype) if self.full else self.flat
+        for name, p in params.items():
+            self.view(self.master, name).copy_(p.data)
+            p.data = self.view(self.flat, name)
+        if self.full: self.master = self.rows(self.master)[group.rank].clone()
+        self.sum = torch.zeros_like(self.master)
+        self.free()
+    def rows(self, flat): return flat.view(self.group.n, -1)
+    def view(self, flat, name):
+        shape = self.params[name].shape
+        return flat[self.at[name]:self.at[name] + math.prod(shape)].view(shape)
+    def pieces(self):
+        """Yields (name, start, end, weights, gradients, are they our slice) of all that we keep."""
+        for i in range(self.group.n) if self.each else [self.group.rank]:
+            a, base = i * self.size, i * self.size if self.full else 0
+            for name, at in self.at.items():
+                lo, hi = max(a, at), min(a + self.size, at + self.params[name].numel())
+                if lo < hi: yield (name, lo - at, hi - at, self.master[lo - base:hi - base],
+                                   self.sum[lo - base:hi - base], i == self.group.rank)
+    def gather(self):
+        """Sends for the weights, if they are neither here nor on their way."""
+        if self.full and not self.flat.untyped_storage().nbytes():
+            self.flat.untyped_storage().resize_(self.flat.nbytes)
+            self.arriving = self.group.all_gather(self.master.to(self.flat), self.rows(self.flat))
+    def arrive(self):
+        self.gather()
+        if self.arriving: self.arriving()
+        self.arriving = None
+    def free(self):
+        if self.full: self.flat.untyped_storage().resize_(0)
+    def open(self):
+        """Room for gradients: `full` has it while its layer goes backward."""
+        self.grad = torch.zeros_like(self.flat) if self.full else self.sum
+        for name, p in self.params.items(): p.grad = self.view(self.grad, name)
+    def reduce(self):
+        """Sends the gradients off to be added up, each slice where it belongs."""
+        self.adding = self.group.reduce_scatter(self.rows(self.grad))
+        self.free()
+    def land(self):
+        own, self.grad, self.adding = self.adding(), None, None
+        for p in self.params.values(): p.grad = None
+        if self.full: self.sum += own
+        elif self.each: self.group.all_gather(own, self.rows(self.sum))()
+        else: self.rows(self.sum)[self.group.rank] = own
 
 # -----------------------------------------------------------------------------
 # Roles

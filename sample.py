@@ -1,90 +1,90 @@
 """sample.py - text from a model: one token at a time, each drawn from the distribution it predicts.
 
 THE IDEA
-    A language model gives the probability of every next token. To write, draw one, append it, and
-    ask again. Two things make it practical. The *cache*: keys and values of earlier tokens do not
-    change, so they are kept, and a new token costs one row of attention instead of a whole pass.
-    The *sampler*: the model's long tail of unlikely tokens is wrong more often than it is
-    surprising, so the tail is cut off (top_k, top_p, min_p) or pressed down (temperature).
+    A model gives the probability of every next token. To write, draw one, append it, ask again. The
+    *sampler* cuts off or presses down the long tail of unlikely tokens, wrong more often than
+    surprising. The *cache* keeps keys and values of earlier tokens, so that another costs a row of
+    attention, not a whole pass. The *engine* writes many texts at once, as reading the weights
+    costs the same for one. *Speculation* lets something cheap guess, and the model check.
 
-THE MATHS (z logits, p = softmax(z))
+THE MATHS (z logits, p = softmax(z), q of a guess)
     temperature t   softmax(z / t); t -> 0 is greedy, always the likeliest token
-    top_k           keep the k likeliest
+    top_k, min_p    keep the k likeliest; those at least min_p times as likely as the likeliest
     top_p           keep the smallest set of likeliest tokens whose sum is at least p
-    min_p           keep the tokens at least min_p times as likely as the likeliest
     what is kept is renormalised, which is what adding -inf to the other logits does
+    speculation     keep a guess x with probability min(1, p(x)/q(x)), else draw from (p - q)+
 
-THE COSTS
-    Prefill: the prompt's T tokens go through at once, 2 N T FLOPs on weights read once: bound by
-    arithmetic. Decoding: each token reads all N weights for 2 N FLOPs: bound by memory, and a batch
-    of prompts shares the reading. For a text of T tokens, without a cache O(T^2) tokens go through
-    the model, and attention does O(T^3) work; with one O(T) and O(T^2).
+THE COSTS (N weights, B texts, S tokens each in the cache)
+    Prefill: T tokens at once, 2 N T FLOPs on weights read once: bound by arithmetic. Decoding: a
+    token reads all N weights for 2 N FLOPs: bound by memory. A step takes (weights + B caches) /
+    bandwidth; texts share the weights and nobody a cache. Without one, T tokens cost T^2 / 2.
 
-CONTENTS  samplers / generate / streaming text / likelihood, Shannon's ladder / devices and runs /
-          lesson and command line
-NOT HERE  serving many users at once: paged caches, continuous batching, speculative decoding
+CONTENTS  samplers / a cache in blocks / the engine / speculation / eight bits / likelihood / chat
+          templates / devices and runs / lesson and command line
+NOT HERE  attention that reads blocks in place (here they are gathered), CUDA graphs, a server
 RUN       python sample.py         # the lesson, offline; last line "... a batch shares the reading"
           python sample.py --run runs/NAME --prompt "def "    # streams text of that run
+          python sample.py --run runs/NAME --eval text.txt --int8
 REFERENCES
     Fan et al. 2018 (1805.04833) top-k; Holtzman et al. 2020 (1904.09751) top-p; Nguyen et al. 2024
-    (2407.01082) min-p; Pope et al. 2022 (2211.05102) costs of inference; Shannon 1948 (n-grams);
-    Witten, Bell 1991 (smoothing)
-EXERCISE  Empty `top_p` and `pad_left`; fill them until `pytest test_all.py -k "sampl or generate"`
-          is green again.
+    (2407.01082) min-p; Pope et al. 2022 (2211.05102) costs; Kwon et al. 2023 (2309.06180) blocks;
+    Yu et al. 2022 (Orca) batching; Leviathan et al. 2023 (2211.17192) speculation; Shannon 1948
+EXERCISE  Empty `top_p`, `verify`; `pytest test_all.py -k "sampl or verified"` says they are right
 """
-import argparse, codecs, json, math, sys, time
-from dataclasses import dataclass, replace
+import argparse, codecs, hashlib, itertools, json, math, re, sys, time
+from collections import OrderedDict
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from bpe import UserError, load_tokenizer
-from kernels import device_name
-from model import LM, ModelConfig, load_model, need_field
+from bpe import EOT, UserError, load_tokenizer
+from kernels import DEVICES, Linear, StateCache, add_fields, device_name, flag, up
+from model import LM, ModelConfig, load_model, meta_model, need_field
 
 # -----------------------------------------------------------------------------
 # Samplers
-# Each maps logits (V,) to logits (V,) in which what must not be drawn is -inf. They compose in the
+# Each maps logits (..., V) to logits in which what must not be drawn is -inf. They compose in the
 # order of the dict: what temperature does changes what top_p keeps.
 
 def temperature(z, t):
-    """Divides the gaps between log-probabilities by t: below 1 favours the likely, above 1 the
-    unlikely."""
-    return (z - z.max()) / t  # the shift changes no probability, and keeps a tiny t from overflow
+    """Divides the gaps between log-probabilities by t: below 1 favours the likely."""
+    return (z - z.amax(-1, keepdim=True)) / t  # the shift changes no probability, nor overflows
 
 def top_k(z, k):
     """Keeps the k likeliest; of equal ones the lower ids, so that exactly k stay."""
-    keep = z.sort(descending=True, stable=True).indices[:k]
-    return torch.full_like(z, float("-inf")).index_copy(0, keep, z[keep])
+    keep = z.sort(descending=True, stable=True).indices[..., :k]
+    return torch.full_like(z, float("-inf")).scatter(-1, keep, z.gather(-1, keep))
 
 def top_p(z, p):
     """Keeps the smallest set of likeliest tokens whose probabilities sum to at least p: a token
     stays if those before it sum to less than p, so the one that crosses p is in."""
     order = z.sort(descending=True, stable=True).indices
-    probs = z[order].softmax(-1)
-    keep = order[probs.cumsum(-1) - probs < p]
-    return torch.full_like(z, float("-inf")).index_copy(0, keep, z[keep])
+    probs = z.gather(-1, order).softmax(-1)
+    drop = probs.cumsum(-1) - probs >= p
+    return z.masked_fill(torch.empty_like(drop).scatter(-1, order, drop), float("-inf"))
 
 def min_p(z, p):
-    """Keeps tokens at least p times as likely as the likeliest: strict when the model is sure,
-    permissive when it is not."""
-    return z.masked_fill(z.softmax(-1) < p * z.softmax(-1).max(), float("-inf"))
+    """Keeps tokens at least p times as likely as the likeliest: few when the model is sure."""
+    probs = z.softmax(-1)
+    return z.masked_fill(probs < p * probs.amax(-1, keepdim=True), float("-inf"))
 
 SAMPLERS = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw: None leaves a sampler out; temperature 0 is greedy."""
-    max_tokens: int = 200          # tokens to draw at most
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    seed: int = 0                  # of the first prompt; prompt i uses seed + i
-    stop: int | list | None = None  # what ends the text (end-of-text), one or several; not returned
+    """How to draw: None leaves a sampler out."""
+    max_tokens: int = flag(200, "tokens to draw at most")
+    temperature: float = flag(1.0, "divides logits; 0 is greedy")
+    top_k: int | None = flag(None, "keep the k likeliest tokens")
+    top_p: float | None = flag(None, "keep the likeliest tokens of this total probability")
+    min_p: float | None = flag(None, "keep tokens at least this many times as likely as the top")
+    seed: int = flag(0, "of the first text; text i draws with seed + i")
+    stop: int | list | None = flag(None, "id, or list of ids, that ends a text and is left out")
 
     def __post_init__(self):
         need = partial(need_field, self)
@@ -95,85 +95,360 @@ class Sampling:
         need(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "a probability")
         need(0 <= self.seed < 2 ** 62, "seed", "an integer from 0 to 2^62")
 
-def draw(logits, how, generator):
-    """logits (V,) -> token id."""
+    def stops(self): return self.stop if isinstance(self.stop, list) else [self.stop]
+
+def distribution(logits, how):
+    """logits (..., V) -> probabilities (..., V) in float64, of which tokens are drawn."""
     z = logits.cpu().double()  # in this order: some devices have no float64
-    if how.temperature == 0: return int(z.argmax())  # the first of equal ones
+    if how.temperature == 0: return F.one_hot(z.argmax(-1), z.shape[-1]).double()  # first of equals
     for name, sampler in SAMPLERS.items():
         value = getattr(how, name)
         if value is not None: z = sampler(z, value)
-    return int(torch.multinomial(z.softmax(-1), 1, generator=generator))
+    return z.softmax(-1)
+
+def choose(p, generator):
+    """Draws from p (V,): the first token up to which the sum exceeds a uniform number."""
+    total, u = p.cumsum(-1), torch.rand(1, dtype=p.dtype, generator=generator)
+    return min(int(torch.searchsorted(total, u * total[-1], right=True)), len(p) - 1)
+
+def draw(logits, how, generator): return choose(distribution(logits, how), generator)
 
 # -----------------------------------------------------------------------------
-# Generation
-# Prompts of different lengths form one batch when padded on the left: all end in the same column,
-# where their next tokens are appended. Padding has position -1, which no token can see. Every row
-# has its own generator, so a prompt gives the same text alone or among others (up to rounding: in
-# another batch a float32 product may be summed in another order, and a near-tie fall differently).
+# A cache in blocks, for many texts at once
+# How long a text gets nobody knows beforehand, and to reserve the longest for each would waste most
+# of the memory. So it is cut into blocks: a text takes another when its last is full, and texts
+# that begin alike read the same ones. The model sees none of this: in a forward each layer has a
+# cache with the contract of KVCache, which gathers the blocks of the texts at hand.
 
-def pad_left(rows):
-    """Lists of ids -> tokens (B, T) and pos (B, T), -1 where padded."""
-    T = max(map(len, rows))
-    tokens = torch.tensor([[0] * (T - len(row)) + row for row in rows])
-    pos = torch.tensor([[-1] * (T - len(row)) + list(range(len(row))) for row in rows])
-    return tokens, pos
+class LayerCache:
+    """A layer's cache in a forward: a StateCache of slots side by side, or blocks as a KVCache."""
+    next_pos = staticmethod(lambda: None)  # positions are given
+    def __init__(self, batch, layer, slots):
+        self.batch, self.layer = batch, layer
+        self.slot = None if layer else [torch.cat(parts) for parts in zip(*slots)]
 
-@torch.no_grad()
-def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None):
-    """Continues each prompt (a list of ids, at least one, at most seq_len) -> lists of new ids.
+    def update(self, *new):
+        if self.slot: return setattr(self, "slot", new[1:])
+        (*stores, window), out = self.layer, []
+        write, read, mask = self.batch.places(window)
+        for store, x in zip(stores, new):  # a row of a store is a token's (Hkv Dh)
+            store.index_copy_(0, write, x.transpose(1, 2).flatten(0, 1).flatten(1))
+            seen = store[read] if isinstance(read, slice) else store.index_select(0, read)
+            seen = seen.view(len(x), mask.shape[-1], x.shape[1], x.shape[3])
+            out.append(seen.transpose(1, 2))  # (B, Hkv, S, Dh)
+        return *out, mask
 
-    on_token(i, id) is called as prompt i grows. A text that outgrows the context goes on from its
-    last half, whose positions then count from 0; the rule looks at each row alone. With or without
-    a cache the tokens are the same (up to near-ties): without one, every step is a prefill."""
-    limit, device = model.cfg.seq_len, next(model.parameters()).device
-    assert all(0 < len(p) <= limit for p in prompts), "prompts must hold 1 to seq_len tokens"
-    rows, begin = [list(p) for p in prompts], [0] * len(prompts)
-    generators = [torch.Generator().manual_seed(how.seed + i) for i in range(len(prompts))]
-    live, cache, batch = list(range(len(prompts))), None, []
-    stop = how.stop if isinstance(how.stop, list) else [how.stop]
+class Batch:
+    """One forward: of each text some tokens behind the `done` ones that its blocks hold. Texts are
+    padded on the left, so that all end in the last column."""
+    def __init__(self, engine, texts, new):  # new: a list of tokens for each
+        self.size, self.tensor = engine.size, partial(torch.tensor, device=engine.device)
+        self.seen, self.done, T = {}, [text.done for text in texts], max(map(len, new))
+        self.end = [text.done + len(tokens) for text, tokens in zip(texts, new)]
+        self.tokens = self.tensor([[0] * (T - len(tokens)) + tokens for tokens in new])
+        self.pos = self.tensor([[-1] * (T + a - b) + [*range(a, b)]
+                                for a, b in zip(self.done, self.end)])
+        n = -(-max(self.end) // self.size)
+        self.blocks = [(text.blocks + [0] * n)[:n] for text in texts]
+        self.caches = [LayerCache(self, layer, slots) for layer, *slots in
+                       zip(engine.layers, *(text.states for text in texts))]
+
+    def places(self, window):
+        """(places to write (B T,), places to read (B S,), mask (B, 1, T, S)), made once for all
+        layers of a window. One text in consecutive blocks is read as a slice, without a copy."""
+        if window in self.seen: return self.seen[window]
+        table, size, pos, row = self.tensor(self.blocks), self.size, self.pos, self.blocks[0]
+        index = lambda at: (table.gather(1, at // size) * size + at % size).flatten()
+        first = [max(0, d - window + 1) if window else 0 for d in self.done]
+        S = max(e - f for e, f in zip(self.end, first))
+        at = torch.arange(S, device=pos.device) + self.tensor(first)[:, None]  # (B, S)
+        gap = pos[:, None, :, None] - at[:, None, None]  # (B, 1, T, S)
+        mask = (gap >= 0) & (gap < (window or 2 ** 62)) | (pos < 0)[:, None, :, None]
+        write, a = index(pos.clamp(min=0)) * (pos >= 0).flatten(), row[0] * size + first[0]
+        alone = len(pos) == 1 and row == [*range(row[0], row[0] + len(row))]
+        read = slice(a, a + S) if alone else index(at.clamp(max=len(row) * size - 1))
+        self.seen[window] = write, read, mask
+        return self.seen[window]
+
+# -----------------------------------------------------------------------------
+# The engine: many texts, one forward
+# Decoding reads all weights for one token of each text, so texts are decoded together, and when one
+# ends, the next takes its row at once. Prompts go through in chunks beside them, so that a long one
+# keeps nobody waiting. When blocks run out, the youngest text gives its own away and computes them
+# anew later. What a text says depends on none of this.
+
+def key_of(before, tokens): return hashlib.blake2b(before + np.array(tokens).tobytes()).digest()
+
+class Text:
+    """One text in the making, its context tokens[begin:], `done` in the cache, `learned` blocks."""
+    def __init__(self, prompt, how, on_token, states):
+        self.tokens, self.n_prompt, self.how, self.on_token = [*prompt], len(prompt), how, on_token
+        self.begin, self.done, self.learned, self.blocks, self.states = 0, 0, 0, [], states
+        self.generator, self.draft = torch.Generator().manual_seed(how.seed), None
+        self.key, self.logps, self.ended = b"", [], None  # or why: "stop", "length", "left"
+
+    new = property(lambda self: self.tokens[self.n_prompt:])
+    n_new = property(lambda self: len(self.tokens) - self.n_prompt)
+    context = property(lambda self: self.tokens[self.begin:])
+
+class Engine:
+    """add() texts, then step() until it says False. n_blocks of `size` tokens; chunk: tokens of
+    prompts in a step; guess(text, k): see Speculation; without use_cache each token takes all of a
+    text through the model. ref: how many texts read a block. An idle one, which none reads, keeps
+    what it holds until it is taken, the longest idle first. A full block is known by all tokens up
+    to its end. A recurrence has a slot of states a text instead: its prompts are read whole."""
+    def __init__(self, model, n_blocks=0, size=16, chunk=256, max_batch=256, guess=None, k=4,
+                 use_cache=True):
+        self.model, self.limit, self.size, self.chunk = model, model.cfg.seq_len, size, chunk
+        self.guess, self.k, self.max_batch, self.use_cache = guess, k, max_batch, use_cache
+        n_blocks, caches = max(n_blocks, 1 - -self.limit // size), model.new_cache(1, 1)
+        store = lambda x: x.new_zeros(n_blocks * size, x.shape[1] * x.shape[3])
+        self.fresh = [c.slot if isinstance(c, StateCache) else None for c in caches]
+        self.layers = [None if slot else (*map(store, c.columns[:2]), c.window)
+                       for c, slot in zip(caches, self.fresh)]
+        self.recurrent, self.device = any(self.fresh), next(model.parameters()).device
+        self.grows = any(getattr(layer.self_attn, "rates", 1) == 0 for layer in model.layers)
+        self.ref, self.idle = [0] * n_blocks, OrderedDict.fromkeys(range(1, n_blocks))  # 0: padding
+        self.texts, self.known, self.key = [], {}, {}  # oldest first, {key: block}, {block: key}
+        self.passes = self.guessed = self.accepted = 0
+
+    def add(self, prompt, how=Sampling(), on_token=None):
+        """-> the Text that goes on from a prompt (ids). on_token(id) hears what it says; if that
+        returns True, it ends there. To give it up, set its `ended`. Safe from any thread."""
+        assert 0 < len(prompt) <= self.limit, "prompts must hold 1 to seq_len tokens"
+        self.texts.append(text := Text(prompt, how, on_token, self.fresh))
+        return text
+
+    def begin(self, text):
+        """Lets a text read the known blocks of its beginning, at most all but the last token. False
+        if another text is just making one more known: n samples of a prompt read it once."""
+        context, blocks, n, text.key = text.context, [], self.size, b""
+        for end in range(n, 0 if self.recurrent else len(context), n):
+            key = key_of(text.key, context[end - n:end])
+            if key not in self.known:
+                if any(t.blocks and not t.n_new and t.context[:end] == context[:end]
+                       for t in self.texts): return False
+                break
+            text.key, blocks = key, [*blocks, self.known[key]]
+        for block in blocks:
+            self.ref[block] += 1
+            self.idle.pop(block, None)
+        text.blocks, text.done, text.learned = blocks, n * len(blocks), len(blocks)
+        return True
+
+    def learn(self, text):
+        """Makes the blocks that a text has filled known."""
+        for i in range(text.learned, text.done // self.size):
+            text.key = key_of(text.key, text.context[i * self.size:(i + 1) * self.size])
+            if text.key not in self.known:
+                self.known[text.key], self.key[text.blocks[i]] = text.blocks[i], text.key
+        text.learned = text.done // self.size
+
+    def release(self, text):
+        """Takes its blocks away. A beginning is of use without its end: the end is idle first."""
+        text.done = min(text.done, len(text.context))  # it may end among good guesses
+        self.learn(text)
+        for block in reversed(text.blocks):
+            self.ref[block] -= 1
+            if self.ref[block] == 0:
+                self.idle[block] = None
+                if block not in self.key: self.idle.move_to_end(block, last=False)
+        text.done, text.learned, text.key, text.blocks, text.states = 0, 0, b"", [], self.fresh
+
+    def room(self, text, n):
+        """Takes blocks for n more tokens. If too few are idle, younger texts lose theirs, and must
+        compute them anew; False if that is not enough."""
+        need = -(-(text.done + n) // self.size) - len(text.blocks)
+        for other in reversed(self.texts):
+            if need <= len(self.idle): break
+            if other is text: return False
+            self.release(other)
+        for _ in range(need):
+            block, _ = self.idle.popitem(last=False)
+            self.known.pop(self.key.pop(block, None), None)
+            self.ref[block] = 1
+            text.blocks.append(block)
+        return True
+
+    def plan(self):
+        """[(text, tokens to compute, distributions of the guesses at their end)] of this step."""
+        rows, budget = [], self.chunk
+        for text in self.texts[:self.max_batch]:
+            if text.ended or not text.blocks and not self.begin(text): continue
+            self.learn(text)
+            waiting, guesses, q, k = text.context[text.done:], [], [], 0
+            tokens = waiting[:budget] if len(waiting) > 1 else waiting  # of a prompt, or a part
+            if len(waiting) > 1: budget -= len(tokens)
+            most = min(self.limit - len(text.context), text.how.max_tokens - text.n_new - 1)
+            if self.guess and text.n_new and tokens == waiting: k = min(self.k, most)
+            if not self.room(text, len(waiting) + k): break
+            if k: guesses, q = self.guess(text, k)
+            if tokens: rows.append((text, tokens + guesses, q))
+        return rows
+
+    @torch.no_grad()
+    def step(self):
+        """A token for each text that has begun, `chunk` tokens of prompts -> is there more to do?
+        Texts of about the same length share a forward, so that less than half is padding."""
+        about = lambda row: max(len(row[1]), 1 + 2 * self.k).bit_length()
+        alike = (lambda row: (row[0].done, len(row[1]))) if self.grows else about  # as Hyena's do
+        for _, rows in itertools.groupby(sorted(self.plan(), key=alike), alike):
+            self.forward(*zip(*rows))
+        for text in [text for text in self.texts if text.ended]:
+            self.release(text)
+            self.texts.remove(text)
+        return bool(self.texts)
+
+    def forward(self, texts, new, guessed):
+        batch = Batch(self, texts, new)
+        logits, _ = self.model(batch.tokens, pos=batch.pos, cache=batch.caches,
+                               last=1 + max(map(len, guessed)))
+        settings, p = {str([getattr(t.how, name) for name in SAMPLERS]) for t in texts}, None
+        if len(settings) == 1: p = distribution(logits, texts[0].how)  # at once, for speed
+        self.passes += 1
+        for r, (text, tokens, q) in enumerate(zip(texts, new, guessed)):
+            n, said, z = len(q), [], logits[r, -len(q) - 1:]
+            if text.done + len(tokens) - n == len(text.context):  # it has been read to its end
+                said = verify(distribution(z, text.how) if p is None else p[r, -n - 1:], q,
+                              tokens[len(tokens) - n:], partial(choose, generator=text.generator))
+            wrong = n and n + 1 - len(said)
+            self.guessed, self.accepted = self.guessed + n, self.accepted + n - wrong
+            if not (wrong and self.recurrent):  # which cannot be taken back, and so begins anew
+                text.done += len(tokens) - wrong
+                text.states = [c.slot and [x[r:r + 1] for x in c.slot] for c in batch.caches]
+            if said: self.say(text, said, z)
+
+    def say(self, text, tokens, logits):
+        """Appends tokens that were drawn from logits (len(tokens), V), up to what ends the text."""
+        for token, z in zip(tokens, logits):
+            if token in text.how.stops(): text.ended = "stop"
+            else:
+                text.tokens.append(token)
+                text.logps.append(up(z).log_softmax(-1)[token].item())
+                if text.on_token and text.on_token(token) is True: text.ended = "stop"
+                elif text.n_new == text.how.max_tokens: text.ended = "length"
+            if text.ended: return
+        full = len(text.context) > self.limit
+        if full or not self.use_cache: self.release(text)
+        if full: text.begin, text.draft = len(text.tokens) - max(1, self.limit // 2), None
+
+def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1, **options):
+    """Continues each prompt (1 to seq_len ids) n times -> lists of new ids, those of a prompt side
+    by side; list i draws with how.seed + i, and on_token(i, id) hears it. What outgrows the context
+    goes on from its last half, at positions from 0. A list is the same alone, among others and
+    without a cache, up to rounding: another batch may add in another order, and tip a near-tie."""
+    each = [(prompt, replace(how, seed=how.seed + i), on_token and partial(on_token, i))
+            for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
+    longest = min(model.cfg.seq_len, max(map(len, prompts), default=1) + how.max_tokens)
+    n_blocks = 1 + min(len(each), 256) * (1 + longest // options.get("size", 16))
+    engine = Engine(model, **{"n_blocks": n_blocks, "use_cache": use_cache, **options})
+    texts = [[engine.add(*row) for row in each[i::n]] for i in range(n)]  # first all prompts
     training = model.training
     model.eval()
-    for _ in range(how.max_tokens):
-        if cache is None or cache[0].n == limit:  # prefill: at first, and when the columns are full
-            batch = list(live)  # rows that have ended leave here
-            for r in batch:
-                if len(rows[r]) - begin[r] > limit: begin[r] = len(rows[r]) - max(1, limit // 2)
-            tokens, pos = pad_left([rows[r][begin[r]:] for r in batch])
-            cache = model.new_cache(len(batch), limit) if use_cache else None
-        else:  # decode: one column; a row that has ended gets padding
-            tokens = torch.tensor([[rows[r][-1]] for r in batch])
-            pos = torch.tensor([[len(rows[r]) - 1 - begin[r] if r in live else -1] for r in batch])
-        logits, _ = model(tokens.to(device), pos=pos.to(device), cache=cache)
-        for i, r in enumerate(batch):
-            if r not in live: continue
-            token = draw(logits[i, -1], how, generators[r])
-            if token in stop:
-                live.remove(r)
-                continue
-            rows[r].append(token)
-            if on_token: on_token(r, token)
-        if not live: break
-    model.train(training)
-    return [row[len(p):] for row, p in zip(rows, prompts)]
+    try:
+        while engine.step(): pass
+    finally: model.train(training)
+    return [text.new for of_prompt in zip(*texts) for text in of_prompt]
 
 class TextStream:
     """Turns ids into text as they come, the same as `decode` of all of them: a character may be
-    spread over several tokens, so bytes that are the beginning of one are held back."""
-    def __init__(self, tokenizer, write):
-        self.vocab, self.write = tokenizer.vocab, write
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    spread over several tokens, so bytes that are the beginning of one are held back; and so is what
+    may be the beginning of a string that stops the text. put -> has it come to a stop?"""
+    def __init__(self, tokenizer, write, stops=()):
+        self.vocab, self.write, self.stops, self.held = tokenizer.vocab, write, stops, ""
+        self.decoder, self.ended = codecs.getincrementaldecoder("utf-8")("replace"), False
 
-    def put(self, token):
-        self.write(self.decoder.decode(self.vocab[token]))
+    def put(self, token, final=False):
+        self.held += self.decoder.decode(self.vocab.get(token, b""), final)
+        ends = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        back = max((n for stop in self.stops for n in range(1, len(stop))
+                    if self.held.endswith(stop[:n]) and not final), default=0)
+        out, self.ended = self.held[:min([len(self.held) - back, *ends])], bool(ends)
+        self.held = self.held[len(out):]
+        if out: self.write(out)
+        return self.ended
 
-    def flush(self):
-        self.write(self.decoder.decode(b"", final=True))
+    def flush(self): return self.ended or self.put(None, final=True)
+
+# -----------------------------------------------------------------------------
+# Speculation: several tokens a pass, from the same distribution
+# A pass over k + 1 tokens takes hardly longer than over one, as both read all weights. So something
+# cheap guesses k tokens, and the model looks at all at once (2211.17192). A guess x, drawn from q,
+# is kept with probability min(1, p(x) / q(x)); the first that is not is drawn anew from what p has
+# more than q, (p - q)+. Then x comes with min(p, q) + (p - q)+ = p: what the guesses are changes
+# the speed, and nothing else. At an acceptance rate a, a pass gives (1 - a^(k+1)) / (1 - a) tokens.
+
+def verify(p, q, guesses, choose):
+    """p (k+1, V) of the model, q (k, V) that guesses were drawn from -> 1 to k + 1 tokens;
+    choose(probabilities) draws an index."""
+    for i, x in enumerate(guesses):
+        keep = min(1.0, float(p[i, x] / q[i][x]))
+        if choose(torch.tensor([1 - keep, keep], dtype=p.dtype)): continue
+        rest = (p[i] - q[i]).clamp(min=0)
+        return [*guesses[:i], choose(rest / rest.sum())]
+    return [*guesses, choose(p[-1])]
+
+def look_up(vocab_size, n=2):
+    """Guesses that a text goes on as where its last n tokens stood before: free, good for code."""
+    def guess(text, k):
+        t = text.tokens
+        for i in range(len(t) - n - 1, -1, -1):
+            if t[i] == t[-n] and t[i:i + n] == t[-n:]:
+                guesses = (t[i + n:] * k)[:k]  # and if that was just now, so on
+                return guesses, F.one_hot(torch.tensor(guesses), vocab_size).double()
+        return [], []
+    return guess
+
+def draft_of(model):
+    """Guesses of a smaller model with the same tokens, drawn as the text's own settings say."""
+    @torch.no_grad()
+    def guess(text, k):
+        context, guesses, q = text.context, [], []
+        if len(context) + k > model.cfg.seq_len: return [], []
+        cache = text.draft = text.draft or model.new_cache(1, model.cfg.seq_len)
+        n = min(cache[0].n, len(context) - 1)  # beyond stand guesses that were wrong
+        for c in cache: c.truncate(n)
+        new = context[n:]
+        for _ in range(k):
+            z, _ = model(torch.tensor([new], device=model.embed_tokens.weight.device), cache=cache)
+            q.append(distribution(z[0, -1], text.how))
+            new = [choose(q[-1], text.generator)]
+            guesses += new
+        return guesses, torch.stack(q)
+    return guess
+
+# -----------------------------------------------------------------------------
+# Cheaper weights: eight bits
+# Half the bytes are up to twice the tokens; what that costs, --eval with and without --int8 tells.
+
+class Int8(torch.nn.Module):
+    """A Linear whose rows are integers times a scale: w = s q, |q| <= 127."""
+    def __init__(self, linear):
+        super().__init__()
+        w, self.bias = up(linear.weight.detach()), linear.bias
+        scale = w.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        self.register_buffer("weight", (w / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale.flatten())
+
+    def forward(self, x):  # torch has a kernel for a few rows in bf16; else weights are unpacked
+        rows, scale = x.flatten(0, -2), self.scale.to(x.dtype)
+        few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= 16
+        y = (torch._weight_int8pack_mm(rows, self.weight, scale) if few else
+             F.linear(rows, self.weight.to(x.dtype)) * scale).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+def quantize(model):
+    """Makes the matrices of all layers Int8, but for two kinds whose weights are read elsewhere."""
+    for module in [*model.layers.modules()]:
+        for name, child in [*module.named_children()]:
+            if isinstance(child, Linear) and name not in ("kv_b_proj", "gate"):
+                setattr(module, name, Int8(child))
+    return model
 
 # -----------------------------------------------------------------------------
 # Likelihood: how well a model predicts a text that it has not seen
-# The text in windows that do not overlap, each token predicted once. Tokens at the start of a
-# window see little context, so longer windows alone make the number better: their length stands
-# beside it. Bytes are those of the text; tokens that mark its ends cost bits, not bytes.
+# Each token is predicted once. Those at the start of a window see little, so longer windows alone
+# make the number better: their length stands beside it. Tokens that mark ends cost bits, no bytes.
 
 @torch.no_grad()
 def evaluate(model, batches, n_bytes, device):
@@ -189,11 +464,19 @@ def evaluate(model, batches, n_bytes, device):
     return {"loss": total / counted, "bits_per_byte": total / math.log(2) / n_bytes,
             "tokens": counted, "context": x.shape[1]}
 
+def sliding(ids, context, stride):
+    """Batches for `evaluate` of windows that overlap: each of ids but the first counts once, behind
+    at least context - stride others where so many are there."""
+    ids, last = torch.as_tensor(np.asarray(ids, np.int64)), len(ids) - 1
+    ends = [*range(min(context, last), last, stride), last]
+    for before, end in zip([0, *ends], ends):
+        x = ids[None, max(0, end - context):end + 1]
+        yield x[:, :-1], x[:, 1:].index_fill(1, torch.arange(x.shape[1] - 1 - end + before), -1)
+
 def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
-    """bits_per_byte of models that know no tokens, single tokens, pairs of tokens: what a network
-    must beat. Counted on at most `limit` tokens. A pair a, b that was seen c(ab) times after n(a)
-    different followers of a has, by Witten and Bell (1991), the probability
-    (c(ab) + n(a) p(b)) / (c(a) + n(a)): the more surprises followed a, the more p(b) counts."""
+    """bits_per_byte of models that know no tokens, single tokens, pairs of tokens, counted on at
+    most `limit` tokens. A pair a, b that was seen c(ab) times, with n(a) different followers of a,
+    has by Witten and Bell (1991) the probability (c(ab) + n(a) p(b)) / (c(a) + n(a))."""
     train = np.asarray(train[:limit], np.int64)
     single = np.bincount(train, minlength=vocab_size) + 1.0
     single /= single.sum()
@@ -210,6 +493,26 @@ def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
         bits["unigram"] -= np.log2(single[b]).sum()
         bits["bigram"] -= np.log2(np.where(seen[a] > 0, mixed, single[b])).sum()
     return {name: float(n / n_bytes) for name, n in bits.items()}
+
+# -----------------------------------------------------------------------------
+# Chat: messages [{"role": ..., "content": ...}] -> pieces [(text, is_assistant)] of one text
+# What the assistant says, and the mark that ends it, is what it is trained on, and what stops it.
+
+def chatml(messages):  # Qwen's, which itself adds a system message if there is none
+    return [piece for m in messages for piece in (
+        (f"<|im_start|>{m['role']}\n", False),
+        (m["content"] + "<|im_end|>", m["role"] == "assistant"), ("\n", False))]
+
+def llama3(messages):
+    return [("<|begin_of_text|>", False)] + [piece for m in messages for piece in (
+        (f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n", False),
+        (m["content"] + "<|eot_id|>", m["role"] == "assistant"))]
+
+def plain(messages):  # nothing but the texts, answers ended by end-of-text: for base models
+    return [(EOT, False)] + [(m["content"] + EOT * own, own) for m in messages
+                             for own in (m["role"] == "assistant",)]
+
+TEMPLATES = {"chatml": chatml, "llama3": llama3, "plain": plain}
 
 # -----------------------------------------------------------------------------
 # Devices and runs
@@ -235,9 +538,7 @@ def find_run(name, runs="runs"):
     raise UserError(f"run: got {name}, wanted a directory with a config.json; known under {runs}/: "
                     f"{', '.join(known) or 'none'}; train one: python train.py")
 
-# What a run leaves: log.jsonl, its lines, and result.json, if it came to its end.
-
-RUNS = Path("runs")
+RUNS = Path("runs")  # a run leaves log.jsonl, its lines, and result.json, if it came to its end
 
 def read_log(run):
     """The rows of a run's log.jsonl, none if there is none, without a line cut short by a kill."""
@@ -250,8 +551,7 @@ def read_log(run):
 def compare(*runs):
     """Two runs' training losses (means since the line before) at equal time, tokens and FLOPs."""
     logs = [[row for row in read_log(run) if "flops" in row] for run in runs]
-    if not all(logs):
-        empty = next(run for run, log in zip(runs, logs) if not log)
+    for empty in (run for run, log in zip(runs, logs) if not log):
         raise UserError(f"compare: got {empty}, wanted a run with a log.jsonl; set --run")
     for key in ("minutes", "tokens", "flops"):  # of one tokenizer: else a nat is another
         ends = [[row[key] for row in log] for log in logs]
@@ -262,9 +562,8 @@ def compare(*runs):
 
 def board():
     """Finished runs by bits_per_byte; they compare where the text is the same."""
-    row = ("{run:26s}{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}"
-           "{parameters:12,d}  {dataset} {text:.8}, {hardware}")
-    lines = []
+    row, lines = ("{run:26s}{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}"
+                  "{parameters:12,d}  {dataset} {text:.8}, {hardware}"), []
     for path in RUNS.glob("*/result.json"):
         try:
             r = json.loads(path.read_text())
@@ -290,19 +589,13 @@ def plot(run):
 
 def encode_prompt(tokenizer, text, limit):
     """Ids of a prompt, begun by end-of-text as every training document is; None gives just that."""
-    if text is not None and not text:
-        raise UserError("prompt: got an empty text, wanted a character or more; leave --prompt out "
-                        "to start a new document")
-    if any("\ud800" <= char <= "\udfff" for char in text or ""):  # how Python keeps a stray byte
-        raise UserError("prompt: got bytes that are not UTF-8, wanted UTF-8; check the terminal's "
-                        "encoding")
-    ids = [tokenizer.eot] * (tokenizer.eot is not None) + (tokenizer.encode(text) if text else [])
-    if not ids:
-        raise UserError("prompt: got none, wanted a text, as this tokenizer lacks end-of-text; set "
-                        "--prompt")
-    if len(ids) > limit:
-        raise UserError(f"prompt: got {len(ids):,} tokens with end-of-text, wanted at most the "
-                        f"context, {limit:,}; shorten it")
+    def need(ok, got, wanted):
+        if not ok: raise UserError(f"prompt: got {got}, wanted {wanted}; set --prompt")
+    need(text is None or text, "an empty text", "a character or more, or none for a new document")
+    need(not re.search("[\ud800-\udfff]", text or ""), "bytes that are not UTF-8", "UTF-8")
+    ids = [tokenizer.eot] * (tokenizer.eot is not None) + tokenizer.encode(text or "")
+    need(ids, "none", "a text, as this tokenizer lacks end-of-text")
+    need(len(ids) <= limit, f"{len(ids):,} tokens", f"at most the context, {limit:,}")
     return ids
 
 # -----------------------------------------------------------------------------
@@ -312,77 +605,84 @@ def lesson():
     print(f"cpu ({device_name(torch.device('cpu'))}), {torch.get_num_threads()} threads, float32")
     z = torch.tensor([0.40, 0.25, 0.15, 0.10, 0.06, 0.04]).log()
     print("samplers, on six tokens:")
-    for label, out in (("p", z), ("temperature 0.5", temperature(z, 0.5)), ("top_k 3", top_k(z, 3)),
-                       ("temperature 2", temperature(z, 2.0)), ("top_p 0.7", top_p(z, 0.7)),
-                       ("min_p 0.25", min_p(z, 0.25))):
-        print(f"  {label:16s}" + "".join(f"{p:7.3f}" for p in out.softmax(-1).tolist()))
+    for name, value in (("temperature", 1), ("temperature", 0.5), ("temperature", 2), ("top_k", 3),
+                        ("top_p", 0.7), ("min_p", 0.25)):
+        p = SAMPLERS[name](z, value).softmax(-1).tolist()
+        print(f"  {name:11s} {value:4g}" + "".join(f"{x:7.3f}" for x in p))
+    print("\ndecoding with Llama 2's 13B weights in bf16, 1,024 tokens a text, on an H100 (80 GB):")
+    for B, heads in ((1, 40), (64, 40), (256, 40), (64, 8), (256, 8)):
+        model = meta_model(ModelConfig(vocab_size=32000, n_layers=40, d_model=5120, n_heads=40,
+                                       n_kv_heads=heads, d_ff=13824))
+        read = [x for cache in model.new_cache(B, 1024) for x in cache.columns[:2]]
+        n = 2 * sum(x.numel() for x in [*model.parameters(), *read] if x.ndim > 1)  # bytes
+        s = n / DEVICES["H100"][2]  # at least
+        print(f"  {B:3d} texts, {heads:2d} kv_heads: {n / 1e9:6.2f} GB {1e3 * s:6.2f} ms a token, "
+              f"{B / s:6.0f} tokens/s")
     torch.manual_seed(0)
     model = LM(ModelConfig(vocab_size=512, seq_len=512, n_layers=4, d_model=256)).eval()
-    how = Sampling(max_tokens=128)
     print("\na random model of 4 layers, d_model 256; 128 tokens drawn after a prompt of 64:")
-    for B in (1, 8):
-        prompts = torch.randint(0, 512, (B, 64)).tolist()
-        texts, rates = [], []
-        for use_cache in (False, True):
-            start = time.perf_counter()
-            texts.append(generate(model, prompts, how, use_cache))
-            rates.append(128 * B / (time.perf_counter() - start))
-        print(f"  batch {B}: {rates[0]:7.0f} tokens/s without cache, {rates[1]:7.0f} with it; "
-              f"the same tokens: {texts[0] == texts[1]}")
-    w = sum(p.numel() for p in model.parameters())
-    flops = [sum(model.flops(T, 64).values()) for T in (64, 1)]
-    print(f"prefill does {flops[0] / w / 4:.1f} FLOPs per byte of weights read, decoding "
-          f"{flops[1] / w / 4:.1f}: a batch shares the reading")
+    for B, use_cache in ((1, False), (1, True), (8, True), (32, True)):
+        start = time.perf_counter()
+        generate(model, torch.randint(0, 512, (B, 64)).tolist(), Sampling(128), use_cache)
+        rate = 128 * B / (time.perf_counter() - start)
+        print(f"  batch {B:2d}: {rate:7.0f} tokens/s" + " without a cache" * (not use_cache))
+    w = 4 * sum(p.numel() for p in model.parameters())
+    many, one = (sum(model.flops(T, 64).values()) / w for T in (64, 1))
+    print(f"FLOPs a byte: prefill {many:.1f}, decoding {one:.1f}: a batch shares the reading")
 
 def main(args):
     if args.run is None:
-        if args.prompt is not None:
-            raise UserError("run: got none, wanted a run to prompt; set --run runs/NAME")
+        if args.prompt or args.eval: raise UserError("run: got none, wanted one; set --run NAME")
         return lesson()
-    how = Sampling(max_tokens=args.max_tokens, temperature=0.0 if args.greedy else args.temperature,
-                   top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed)
+    given = {f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)}
+    how = Sampling(**{"temperature": 0.0 if args.greedy else 0.8, **given})
     run, device = find_run(args.run), pick_device(args.device)
     model, tokenizer = load_model(run, device), load_tokenizer(run)
+    limit, show = model.cfg.seq_len, partial(print, end="", flush=True)
     if model.cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"{run}: got a tokenizer of {tokenizer.vocab_size} ids and a model of "
                         f"{model.cfg.vocab_size}, wanted the same; use an unchanged run directory")
-    how = replace(how, stop=tokenizer.eot if model.eos is None else model.eos)
-    prompts = [encode_prompt(tokenizer, text, model.cfg.seq_len) for text in args.prompt or [None]]
+    if args.int8: quantize(model)
+    if args.eval:
+        try: text = Path(args.eval).read_text(encoding="utf-8")
+        except (OSError, ValueError) as e: raise UserError(f"eval: got {e}, wanted a text's path")
+        batches = sliding(encode_prompt(tokenizer, text, math.inf), limit, -(-limit // 2))
+        return print(evaluate(model, batches, len(text.encode()), device))
+    if how.stop is None: how = replace(how, stop=tokenizer.eot if model.eos is None else model.eos)
+    prompts = [encode_prompt(tokenizer, text, limit) for text in args.prompt or [None]]
+    guess = args.guess and look_up(model.cfg.vocab_size)
+    if args.guess not in (None, "look_up"):
+        guess = draft_of(draft := load_model(find_run(args.guess), device))
+        if draft.cfg.vocab_size != model.cfg.vocab_size: raise UserError(
+            f"guess: got a model of {draft.cfg.vocab_size} tokens, wanted {model.cfg.vocab_size}")
     print(f"{run}: {model.cfg}\n{device} ({device_name(device)}), float32, "
           f"{torch.get_num_threads()} threads, {how}", file=sys.stderr)
-    out = lambda text: print(text, end="", flush=True)
-    start = time.perf_counter()
-    if len(prompts) == 1:  # stream it
-        stream = TextStream(tokenizer, out)
-        out(args.prompt[0] if args.prompt else "")
-        texts = generate(model, prompts, how, not args.no_cache, lambda i, token: stream.put(token))
-        stream.flush()
-        print()
-    else:
-        texts = generate(model, prompts, how, not args.no_cache)
-        for text, ids in zip(args.prompt, texts):   # what is sampled need not be UTF-8
-            print(f"---\n{text}{tokenizer.decode_bytes(ids).decode(errors='replace')}")
-    made, took = sum(map(len, texts)), time.perf_counter() - start
-    print(f"{made} tokens, {made / took:.0f} tokens/s", file=sys.stderr)
+    engine = Engine(model, len(prompts) * (limit // 16 + 1) + 1, guess=guess,
+                    use_cache=not args.no_cache)
+    start, said = time.perf_counter(), [[text] for text in args.prompt or [""]]
+    show("" if len(said) > 1 else said[0][0])
+    streams = [TextStream(tokenizer, show if len(said) == 1 else parts.append) for parts in said]
+    texts = [engine.add(prompt, replace(how, seed=how.seed + i), stream.put)
+             for i, (prompt, stream) in enumerate(zip(prompts, streams))]
+    while engine.step(): pass
+    for stream in streams: stream.flush()
+    print("\n---\n".join(map("".join, said)) if len(said) > 1 else "")
+    made, took = sum(text.n_new for text in texts), time.perf_counter() - start
+    print(f"{made} tokens, {made / took:.0f} tokens/s, {engine.passes} passes, of {engine.guessed} "
+          f"guesses {engine.accepted} accepted", file=sys.stderr)
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description="Without arguments a lesson on decoding; with --run text from a trained model.")
+    parser = argparse.ArgumentParser(description="A lesson on decoding; with --run text of a model")
     add = parser.add_argument
     add("--run", help="run directory, or its name under runs/ (default: none, the lesson)")
-    add("--prompt", action="append", help="text to continue; may be given several times "
-        "(default: none, a new document)")
-    add("--max_tokens", type=int, default=200, help="tokens to draw at most (default: 200)")
-    add("--temperature", type=float, default=0.8, help="divides logits; 0 is greedy (default: 0.8)")
-    add("--top_k", type=int, help="keep the k likeliest tokens (default: all)")
-    add("--top_p", type=float, help="keep the likeliest tokens of this total probability "
-        "(default: all)")
-    add("--min_p", type=float, help="keep tokens at least this many times as likely as the "
-        "likeliest (default: all)")
+    add("--prompt", action="append", help="text to continue, or several (default: a new document)")
     add("--greedy", action="store_true", help="always the likeliest token (default: off)")
-    add("--seed", type=int, default=0, help="prompt i draws with seed + i (default: 0)")
+    add("--guess", help="look_up, or a run of the same tokenizer, guesses ahead (default: none)")
+    add("--int8", action="store_true", help="weights of eight bits (default: off)")
+    add("--eval", help="a text to measure the run on, instead (default: none)")
     add("--no_cache", action="store_true", help="recompute all for each token (default: off)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    add_fields(parser, Sampling, {"sample.py": {"temperature": 0.8}})
     return parser
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest, torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-import bpe, data, kernels, model, optim, sample, train
+import bpe, data, kernels, model, optim, parallel, sample, train
 from bpe import EOT, UserError
 
 HERE = Path(__file__).parent
@@ -1260,3 +1262,276 @@ def test_a_mistake_of_the_user_gives_one_message_and_leaves_nothing(
     err = capsys.readouterr().err.splitlines()
     assert e.value.code == 2 and says in err[-1] and (len(err) == 1 or says == "float")
     assert [path.name for path in desk.glob("runs/*")] == ["one"]
+
+# -----------------------------------------------------------------------------
+# parallel.py: one forked group of four ranks does the work; tests look at what it found
+
+SMALL = dict(vocab_size=61, seq_len=16, n_layers=2, d_model=16, n_heads=4)  # 61: padded for tp
+MODERN = dict(preset="modern", n_kv_heads=2, bigram=300)
+MOE = dict(preset="mixtral", mixers="A", n_experts=4, n_kv_heads=4, balance_bias=1e-2)
+PLANS = [  # plan, flags, optimizer, sequences at once, model
+    ("dp=4", dict(shard="none"), "muon", 1, MODERN),
+    ("dp=4", dict(shard="optimizer", ring=True), "shampoo", 2, dict(preset="gpt2")),
+    ("dp=2,tp=2", dict(shard="full", sequence=True), "muon", 2, MODERN),
+    ("dp=2,pp=2", dict(shard="full", recompute=True), "soap", 4, MODERN),
+    ("pp=2,tp=2", dict(pipeline="gpipe", ring=True), "adamw", 4, dict(preset="gpt2", n_layers=4)),
+    ("pp=4", dict(), "adamw", 2, dict(preset="qwen3", n_kv_heads=4, n_layers=4)),
+    ("tp=4", dict(sequence=True), "adamw", 4, dict(preset="gpt2")),
+    ("dp=2,cp=2", dict(shard="optimizer"), "muon", 2, MODERN),
+    ("tp=2,cp=2", dict(sequence=True, ring=True), "adamw", 4, dict(MODERN, softcap=5.0)),
+    ("cp=4", dict(recompute=True), "adamw", 8, dict(preset="llama", n_kv_heads=2)),
+    ("dp=4,ep=2", dict(shard="full"), "adamw", 2, MOE),
+    ("dp=2,tp=2,ep=2", dict(sequence=True), "muon", 2, MOE),
+    ("dp=2,pp=2,ep=2", dict(shard="optimizer"), "adamw", 2, MOE)]
+
+def jolted(optimizer, fields):
+    """A whole model and its optimizer in float64; no weight is zero, or equal to another."""
+    cfg = train.TrainConfig(optimizer=optimizer)
+    name, fields = fields["preset"], {k: v for k, v in fields.items() if k != "preset"}
+    m, opt = train.build(model.preset(name, **{**SMALL, **fields}), cfg,
+                         dataclasses.replace(CPU, dtype=torch.float64))
+    for p in m.parameters(): p.data += 0.1 * torch.randn_like(p)
+    return m, opt
+
+def batch_of(step, micro, n=1, rank=0):
+    x, y = (ids(8, 16, seed=seed) for seed in (step, 100 + step))
+    y[5:, 3:] = -1  # micro-batches count unlike numbers of targets
+    return list(zip(*(t.chunk(n)[rank].split(micro) for t in (x, y))))
+
+def assembled(parts, shapes):
+    """On rank 0 {name: whole tensor} of all ranks' (piece, tensor)s."""
+    every, whole = [None] * 4 if dist.get_rank() == 0 else None, {}
+    dist.gather_object([(p.place, t.clone()) for p, t in parts if p.saved], every)
+    for place, t in sum(every or [], []):
+        place.put(whole.setdefault(place.name, t.new_zeros(shapes[place.name])), t)
+    return whole
+
+def run_plan(text, flags, optimizer, micro, fields, steps=10):
+    """-> (errors of loss, gradients, norms, and weights after all steps), weights, engine."""
+    how, (whole, opt) = parallel.ParallelConfig(plan=text, **flags), jolted(optimizer, fields)
+    mesh = parallel.Mesh(parallel.read_plan(text, 4), how.ring)
+    engine, main = parallel.Engine(*jolted(optimizer, fields), mesh, how), dist.get_rank() == 0
+    named, found = dict(whole.named_parameters()), []
+    shapes = {name: p.shape for name, p in named.items()}
+    gap = lambda got, want: max((got[k] - want[k]).abs().max().item() for k in want)
+    for step in range(steps):
+        engine.optimizer.zero_grad()
+        loss = engine.step(None, batch_of(step, micro, mesh.dp.n, mesh.dp.rank))
+        if not step: grads = assembled([(p, p.grad) for p in engine.pieces], shapes)
+        norm = engine.clip(None, torch.tensor(0.5))
+        engine.optimizer.step(0.3)
+        if not main: continue
+        opt.zero_grad()
+        want = train.local_step(whole, batch_of(step, micro))
+        if not step: found = [(loss - want).abs().item(),
+                              gap(grads, {k: p.grad for k, p in named.items()})]
+        found.append((norm - optim.clip_grad_norm(whole.parameters(), 0.5)).abs().item())
+        opt.step(0.3)
+    moved = sum((g["params"] for g in engine.optimizer.groups), [])
+    weights = assembled([(p, p.detach()) for p in moved], shapes)
+    return found[:2] + [max(found[2:]), gap(weights, named)] if main else [], weights, engine
+
+def reshard(folder):
+    """dp=2,tp=2 -> tp=4 -> one process -> dp=4: is each, weights and state, the first?"""
+    fields, kept = dict(MODERN, n_kv_heads=4), []
+    *_, engine = run_plan(*PLANS[2][:4], fields, steps=2)
+    for i, text in enumerate(("tp=4", "dp=4", None)):
+        parallel.save_shards(folder / str(i), engine, engine.optimizer, train.Progress(step=i))
+        m, opt = jolted("muon", fields)
+        assert parallel.load_whole(folder / str(i), m, opt).step == i
+        kept.append({k: t.clone() for k, t in (m.state_dict() | opt.state_tensors()).items()})
+        if text: engine = parallel.Engine(m, opt, parallel.Mesh(parallel.read_plan(text, 4)),
+                                          parallel.ParallelConfig(shard="full"))
+    return [all(torch.equal(t, k[name]) for name, t in kept[0].items()) for k in kept[1:]]
+
+def rank_of_four(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
+    found = {str(i): run_plan(*row)[0] for i, row in enumerate(PLANS)}
+    some = [run_plan("dp=4", {"shard": s}, "adamw", 2, MODERN, 3)[1] for s in parallel.SHARDS]
+    found["bitwise"] = [all(torch.equal(some[0][k], w[k]) for k in w) for w in some]
+    found["reshard"], log, reduce = reshard(folder), [], parallel.Bucket.reduce
+    for own in (False, True):
+        mesh, x = parallel.Mesh(parallel.read_plan("dp=4", 4), own), torch.arange(4.0) + rank
+        rows = [mesh.dp.reduce_scatter(x[:, None])().item(), *mesh.dp.all_reduce(x).tolist()]
+        found[f"sums {own}"] = mesh.dp.all_gather(torch.tensor(rows))().flatten().tolist()
+    parallel.Bucket.reduce = lambda b: (log.append(min(b.params)), reduce(b))
+    engine = parallel.Engine(*jolted("adamw", dict(preset="llama", n_layers=4)), mesh,
+                             parallel.ParallelConfig())
+    for name, p in engine.model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: log.append("grad of " + name))
+    for micro in (2, 1):  # one micro-batch a rank, then two
+        log.clear(), parallel.SENT.clear()
+        engine.step(None, batch_of(0, micro, 4, rank))
+        found[f"sent {micro}"], found["log"] = parallel.SENT["data"], [*log]
+    if rank == 0: (folder / "found.json").write_text(json.dumps(found))
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    mp.start_processes(rank_of_four, (folder,), nprocs=4, start_method="fork")
+    return json.loads((folder / "found.json").read_text())
+
+@pytest.mark.parametrize("i", range(len(PLANS)), ids=[" ".join([p[0], *p[1]]) for p in PLANS])
+def test_a_plan_has_the_loss_gradients_and_ten_steps_of_one_process(four, i):
+    loss, grads, norm, weights = four[str(i)]
+    assert max(loss, grads) < 1e-12 and max(norm, weights) < 1e-10
+
+def test_shards_equal_plain_data_ranks_and_go_through_other_plans_bit_for_bit(four):
+    assert four["bitwise"] == [True] * 3 and four["reshard"] == [True] * 2
+
+def test_collectives_add_up_as_by_hand(four):
+    for own in (True, False):
+        assert four[f"sums {own}"] == [x for r in range(4) for x in (6 + 4 * r, 6, 10, 14, 18)]
+
+def test_gradients_travel_once_a_step_and_while_backward_goes_on(four):
+    assert four["sent 1"] == four["sent 2"] > 0  # not once a micro-batch
+    first = next(i for i, line in enumerate(four["log"]) if not line.startswith("grad"))
+    assert ".3." in four["log"][first] and any("layers.1" in line for line in four["log"][first:])
+
+@pytest.mark.parametrize("name,held", [("gpipe", lambda p, m, s: m),
+                                       ("1f1b", lambda p, m, s: min(p - s, m))])
+def test_a_schedule_idles_by_the_formula_and_holds_what_it_says(name, held):
+    for p, m in itertools.product(range(1, 6), range(1, 9)):
+        idle, most = parallel.simulate(parallel.SCHEDULES[name], p, m)
+        assert idle == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
+        assert most == [held(p, m, s) for s in range(p)]
+
+def test_the_lesson_sends_and_keeps_what_the_formulas_say(capfd):
+    call(parallel)
+    rows = [line.split() for line in capfd.readouterr().out.splitlines() if "p=2" in line]
+    assert len(rows) == 7 and all(row[-3] == row[-2] for row in rows if "ep" not in row[0])
+    assert all(float(row[-1]) < 1e-12 and float(row[-2]) > 0 for row in rows)
+    for row, want in zip(rows, [[1, 1, 2], [1, 1, 1], [0.5, 0.5, 1], [0.5, 0.5, 1]]):
+        assert [float(x) for x in row[2:5]] == pytest.approx(want, rel=0.02)
+
+@pytest.mark.parametrize("text,world,words", [
+    ("dp=3", 4, "plan: got dp=3, a product of 3, wanted 4"), ("zz=2", 2, "plan: got zz=2"),
+    ("dp=4,ep=3", 4, "an ep that divides"), ("tp=8", 8, "n_heads"), ("pp=3", 3, "n_layers"),
+    ("cp=3", 3, "seq_len"), ("dp=2,ep=2", 2, "ffns: got s, wanted x")])
+def test_what_a_plan_cannot_divide_is_refused_by_name(text, world, words):
+    with pytest.raises(UserError, match=words):
+        parallel.check(model.preset("llama", **SMALL), {64}, parallel.read_plan(text, world),
+                       parallel.ParallelConfig())
+
+def test_a_rank_that_is_killed_does_not_change_the_losses(desk):
+    flags = (*TINY.split(), "--steps", 16, "--dataset", "text.txt", "--tokenizer", "byte", "--device",
+             "cpu", "--save_minutes", 0, "--evals", 1)
+    call(train, *flags, "--run", "alone")
+    torchrun = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts",
+         "1", HERE / "parallel.py", *map(str, flags), "--into", "two", "--shard", "full"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = desk / "runs/two/log.jsonl"
+    for _ in range(6000):
+        if log.exists() and log.read_text().count("\n") > 5: break
+        time.sleep(0.01)
+    ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    out, _ = torchrun.communicate(timeout=90)
+    assert torchrun.returncode == 0 and "exitcode: -9" in out, out
+    one, two = (losses_of(desk / "runs" / run) for run in ("alone", "two"))
+    assert one[0] == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in two[0]]
+    assert one[1][0][1]["loss"] == pytest.approx(two[1][0][1]["loss"], rel=1e-4)
+
+# -----------------------------------------------------------------------------
+# sample.py: the engine
+
+def one_at_a_time(m, row, how):   # greedy, all of the text through the model for each token
+    row, n, begin = list(row), len(row), 0
+    while len(row) < n + how.max_tokens and row[n:][-1:] != [5]:
+        if len(row) - begin > m.cfg.seq_len: begin = len(row) - m.cfg.seq_len // 2
+        row.append(int(m(torch.tensor([row[begin:]]))[0][0, -1].argmax()))
+    return row[n:-1] if row[-1] == how.stop else row[n:]
+
+SERVED = [dict(n_kv_heads=2), dict(mixers="WA", window=5), dict(ffns="x", bigram=300),
+          *(dict(mixers=letters) for letters in ("MA", "DA", "SL", "H"))]
+
+def schedule(seed):   # a random engine, and texts at random times, against one at a time
+    rng = random.Random(seed)
+    m, size = make(tiny(**SERVED[seed % len(SERVED)])), rng.choice([1, 2, 3, 8])
+    guess = rng.choice([None, sample.look_up(61), sample.draft_of(m)])
+    engine = sample.Engine(m, rng.choice([0, 60, 200]) // size, size, rng.choice([1, 3, 7, 40]),
+                           rng.choice([1, 2, 9]), guess, rng.choice([1, 3]))
+    some, jobs, todo = partial(rng.choices, range(61)), {}, rng.randrange(1, 4)
+    start = some(k=12)
+    while todo or engine.texts:
+        if todo and rng.random() < 0.4:
+            prompt = rng.choice([7, 8]), *start[:rng.randrange(13)], *some(k=rng.randrange(12))
+            job, todo = (prompt, sample.Sampling(rng.choice([1, 5, 21]), 0.0, stop=5)), todo - 1
+            jobs[job] = [engine.add(*job) for _ in range(rng.choice([1, 3]))]
+        if jobs and rng.random() < 0.03: jobs[job][-1].ended = "left"
+        engine.step()
+        assert sum(engine.ref) == sum(len(text.blocks) for text in engine.texts)
+        assert all((n == 0) == (b in engine.idle) for b, n in enumerate(engine.ref) if b)
+    for job, texts in jobs.items():
+        want = one_at_a_time(m, *job)
+        for text in texts: assert text.new == want[:text.n_new if text.ended == "left" else None]
+    return engine
+
+@torch.no_grad()
+def test_random_schedules_say_what_decoding_one_at_a_time_says_and_lose_no_block():
+    engines = [schedule(seed) for seed in range(40)]
+    assert sum(e.accepted for e in engines) > 9 < sum(e.guessed - e.accepted for e in engines)
+
+@pytest.mark.parametrize("mixers, computed", [("A", 17 + 4 * 1), ("D", 5 * 17)])
+def test_samples_of_a_prompt_share_its_reading(mixers, computed):   # a state is not shared
+    m, read, how = make(tiny(mixers=mixers)), [], partial(sample.Sampling, 3)
+    m.embed_tokens.register_forward_hook(lambda _, x, y: read.append((x[0] > 0).sum().item()))
+    out = sample.generate(m, [[1] * 17], how(), n=5, size=4)
+    assert sum(read) == computed + 5 * 2 - sum(text[:2].count(0) for text in out)   # 0 is padding
+    assert out == [sample.generate(m, [[1] * 17], how(seed=i))[0] for i in range(5)]
+
+def test_verified_guesses_have_exactly_the_models_distribution():
+    rng, V = np.random.default_rng(0), 4
+    draw = lambda *shape: torch.tensor(rng.dirichlet(np.full(V, 0.5), shape))
+    p1, p2, p3, q1, q2 = draw(), draw(V), draw(V, V), draw(), draw(V)   # by the tokens before
+    total = torch.zeros(V, V, V).double()
+    for a, b in itertools.product(range(V), repeat=2):
+        stack = [((), q1[a] * q2[a, b])]
+        while stack:   # all that verify may do after guesses a, b
+            path, chance = stack.pop()
+            def choose(p, left=iter(path)):
+                for choice in left: return choice
+                stack.extend(((*path, i), chance * x) for i, x in enumerate(p) if x)
+                raise StopIteration
+            p, q = torch.stack([p1, p2[a], p3[a, b]]), torch.stack([q1, q2[a]])
+            try: x, *more = sample.verify(p, q, [a, b], choose)
+            except StopIteration: continue
+            later = [p2[x][:, None] * p3[x], p3[x, more[:1]], 1.0][len(more)]   # the model goes on
+            total[(x, *more)] += chance * (later[0] if len(more) == 1 else later)
+    assert (total - p1[:, None, None] * p2[:, :, None] * p3).abs().max() < 1e-12
+
+def test_a_draft_model_changes_the_speed_and_not_the_frequencies():
+    target, small = (make(tiny(vocab_size=3, d_model=d)) for d in (16, 8))
+    texts = sample.generate(target, [[0]], sample.Sampling(3, temperature=1.5), n=900,
+                            guess=sample.draft_of(small), k=2)
+    p = target(torch.tensor([[0, a] for a in range(3)]))[0].div(1.5).softmax(-1)
+    want = 900 * (p[0, 0, :, None] * p[:, 1]).flatten()   # of the first two tokens
+    got = torch.tensor([3 * a + b for a, b, _ in texts]).bincount(minlength=9)
+    assert ((got - want) ** 2 / want).sum() < 26.1   # of 8 degrees of freedom: once in a thousand
+
+def test_eight_bits_are_rounded_by_half_a_step_at_most():
+    linear, x = kernels.Linear(7, 5, bias=True).double(), torch.randn(2, 3, 7).double()
+    w = (q := sample.Int8(linear)).weight * q.scale[:, None]
+    assert ((w - linear.weight).abs() <= 0.501 * q.scale[:, None]).all()
+    assert torch.allclose(q(x), x @ w.mT + linear.bias)
+
+def test_sliding_windows_count_each_token_once_behind_enough_others():
+    batches = list(sample.sliding(np.arange(83), 24, 10))
+    assert torch.cat([y[y >= 0] for _, y in batches]).tolist() == list(range(1, 83))
+    for x, y in batches: assert x.shape[1] <= 24 and (x[0, 0] == 0 or (y[:, :14] < 0).all())
+    assert all(((y < 0) | (y == x + 1)).all() for x, y in batches)
+
+def test_a_stop_string_ends_a_text_wherever_tokens_cut_it():
+    tokenizer, out = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT]), []
+    stream = sample.TextStream(tokenizer, out.append, ["<end>", "\nQ:"])
+    assert [stream.put(b) for b in b"a<en<end>"] == 8 * [False] + [True]
+    assert out[0] == "a" and "".join(out) == "a<en"
+
+def test_the_lesson_computes_the_table_of_a_13b_model(monkeypatch, capsys):
+    monkeypatch.setattr(sample, "generate", lambda *_: None)
+    sample.lesson()
+    rows = " ".join(re.findall(r"[.\d]+ GB +[.\d]+ ms", capsys.readouterr().out))
+    assert rows == ("26.87 GB   8.02 ms 79.72 GB  23.80 ms 240.78 GB  71.87 ms 33.41 GB   9.97 ms "
+                    "65.63 GB  19.59 ms")   # CS336, lecture 10

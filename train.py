@@ -312,9 +312,9 @@ class Log:
                 self.write(f"step {step:6d}  {'a spike' if good else 'no gradient taken'}: loss "
                            f"{loss:.4f}, gradient norm {norm:.4g}", step=step, odd=loss)
             if now.bad == 3:
+                good = self.run and [*checkpoints(self.run), self.run][0]  # or shards alone
                 raise SystemExit("three steps in a row without a finite loss; the last good "
-                                 f"checkpoint: {self.run and checkpoints(self.run)[0]}; begin "
-                                 "anew: smaller --lr, or other data")
+                                 f"checkpoint: {good}; begin anew: smaller --lr, or other data")
         self.waiting, now.level = [], level.now
 
     def line(self, now, mark, x, vitals, model, loader, machine):
@@ -331,7 +331,7 @@ class Log:
 
 def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluation=None,
         step=local_step, save=save_checkpoint, load=load_checkpoint, agree=lambda x: x,
-        is_main=True):
+        is_main=True, clip=clip_grad_norm, watch=health):
     """Trains until the budget of cfg is spent or a signal comes -> (Progress, dict of the last
     evaluation, which is empty if a signal came). `evaluation(model)` returns the dict of
     `evaluate`; run is a directory, or None to keep nothing."""
@@ -375,14 +375,14 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
             batches, scale = take(loader, micro, machine.device), schedule(x)
             optimizer.zero_grad()
             loss = step(forward, batches)
-            norm = clip_grad_norm(params, cfg.clip * torch.isfinite(loss))
+            norm = clip(params, cfg.clip * torch.isfinite(loss))
             look = not vitals or (now.step + 1) % cfg.log_steps == 0  # a line of the log follows
             before = [p.detach().clone() for p in params] if look else None
             optimizer.step(scale)
             log.add(loss, norm)
             now.step, now.seen = now.step + 1, loader.seen
             if look: vitals = dict(lr=optimizer.groups[0]["lr"] * scale, norm=norm,
-                                   **health(model, batches[0][0], params, before))
+                                   **watch(model, batches[0][0], params, before))
             if look or machine.device.type == "cpu": log.read(now)
             now.seconds = agree(now.seconds + time.perf_counter() - start)
     if asked and is_main:
