@@ -845,7 +845,7 @@ TORCHS = {"sgd": T.SGD, "momentum": partial(T.SGD, momentum=0.9), "adagrad": T.A
           "rmsprop": T.RMSprop, "adam": partial(T.Adam, betas=(0.9, 0.95)),
           "adamw": partial(T.AdamW, betas=(0.9, 0.95), weight_decay=0.1)}
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@cases("name", optim.OPTIMIZERS)
 def test_optimizer_equals_its_definition_and_survives_saving_bit_for_bit(name, tmp_path):
     (a, b), (G, H) = (x.detach() for x in numbers((2, 5, 3), (2, 50, 5, 3)))
     starts, gradients = (a, b, a.T), (G, H, G.mT)  # two are tall and move together, one is wide
@@ -867,30 +867,19 @@ def test_optimizer_equals_its_definition_and_survives_saving_bit_for_bit(name, t
         assert torch.equal(whole, saved)
     assert torch.equal(sets[0][3], torch.ones(4)) and not optimizers[0].state[0][3]
 
-def after(optimizer, p, gradients):
-    for g in gradients:
-        p.grad = g.clone()
-        optimizer.step()
-    return p.detach().clone()
-
-def test_soap_is_adam_in_a_basis_that_turns_with_the_problem():
-    torch.manual_seed(0)
-    start, turn = torch.randn(5, 5).double(), torch.linalg.qr(torch.randn(5, 5).double()).Q
-    gradients = torch.randn(25, 5, 5).double()
-    new = lambda: torch.nn.Parameter(start.clone())
-    p, q, one = new(), new(), torch.eye(5).double()
+def test_soap_with_the_identity_for_a_basis_is_adam():
+    start, gradients = (x.detach() for x in numbers((5, 5), (25, 5, 5)))
+    p, q, one = *(torch.nn.Parameter(start.clone()) for _ in range(2)), torch.eye(5).double()
     soap, adam = optim.SOAP([p], every=10 ** 9), optim.AdamW([q], lr=optim.SOAP.defaults["lr"])
     soap.state[0][0].update(l=one.clone(), r=one.clone(), l_basis=one, r_basis=one)
-    assert torch.allclose(after(soap, p, gradients), after(adam, q, gradients), atol=1e-12)
-    p, q = new(), torch.nn.Parameter(turn @ start)
-    turned = after(optim.SOAP([q]), q, turn @ gradients)
-    assert torch.allclose(turn @ after(optim.SOAP([p]), p, gradients), turned, atol=1e-6)
+    for p.grad, q.grad in zip(gradients, gradients.clone()): soap.step(), adam.step()
+    assert torch.allclose(p, q, atol=1e-12)
 
 def test_the_first_step_of_shampoo_sets_all_singular_values_alike():
     for shape in (6, 4), (4, 6):  # (G G^T)^(-1/4) G (G^T G)^(-1/4) = U V^T, made 1 an entry long
         p, G = torch.nn.Parameter(torch.zeros(shape).double()), numbers(shape)[0].detach()
-        U, _, V = torch.linalg.svd(G, full_matrices=False)
-        after(optim.Shampoo([p], lr=1.0), p, [G])
+        (U, _, V), p.grad = torch.linalg.svd(G, full_matrices=False), G
+        optim.Shampoo([p], lr=1.0).step()
         assert torch.allclose(p, -U @ V * math.sqrt(24 / 4), atol=1e-6)
 
 def test_a_turned_valley_stops_a_diagonal_preconditioner_and_no_other():
@@ -899,13 +888,13 @@ def test_a_turned_valley_stops_a_diagonal_preconditioner_and_no_other():
     soap = partial(optim.SOAP, weight_decay=0.0)
     assert needs(soap, True) == needs(soap, False) <= 100
 
-@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (24, 24)])
+@cases("shape", [(40, 12), (12, 40), (24, 24)])
 def test_orthogonalized_singular_values_lie_within_the_polynomials_band(shape):
-    for name, low, high in (("POLAR_EXPRESS", 0.85, 1.15), ("NEWTON_SCHULZ", 0.67, 1.22)):
+    U, _, V = torch.linalg.svd(G := numbers(shape)[0], full_matrices=False)
+    for some, low, high in ((optim.POLAR_EXPRESS, 0.85, 1.15), (optim.NEWTON_SCHULZ, 0.67, 1.22)):
         x = torch.logspace(-1.9, 0, 999).double() / 1.02  # the same polynomials, on numbers
-        for a, b, c in getattr(optim, name): x = a * x + b * x ** 3 + c * x ** 5
-        U, S, V = torch.linalg.svd(G := numbers(shape)[0], full_matrices=False)
-        S = (U.mT @ optim.orthogonalize(G, getattr(optim, name)) @ V.mT).diagonal()
+        for a, b, c in some: x = a * x + b * x ** 3 + c * x ** 5
+        S = (U.mT @ optim.orthogonalize(G, some) @ V.mT).diagonal()
         assert low < x.min() and x.max() < high and S.max() < high and S[:9].min() > low
 
 def test_with_mup_the_best_learning_rate_stays_where_it_was_at_the_smallest_width():
@@ -947,7 +936,7 @@ def test_clipping_scales_to_the_global_norm_and_leaves_small_gradients():
         assert torch.allclose(optim.clip_grad_norm(params, 1.0), norm)
         assert all(torch.allclose(p.grad, g / max(norm, 1)) for p, g in zip(params, grads))
 
-@pytest.mark.parametrize("name, warmup, cooldown, final, xs, values", [
+@cases("name, warmup, cooldown, final, xs, values", [
     ("cosine", 7 / 21, None, 0.1, (0, 7 / 21, 8 / 21, 14 / 21, 1, 1.5),  # of the course
      (0, 1, 0.98871756, 0.55, 0.1, 0.1)),
     ("wsd", 0.1, 0.4, 0.2, (0.0, 0.05, 0.1, 0.35, 0.6, 0.8, 1.0, 1.5),
@@ -1028,7 +1017,6 @@ def finished(tmp_path_factory):
         patch.chdir(folder)
         call(train, f"{WHOLE} --run one")
     return folder
-
 @pytest.fixture
 def desk(tmp_path, monkeypatch, finished):
     """A copy of it, as the current directory."""
@@ -1038,7 +1026,6 @@ def desk(tmp_path, monkeypatch, finished):
 def losses_of(run):
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [[(r["step"], r[kind]) for r in rows if kind in r] for kind in ("loss", "valid")]
-
 def assert_as_if_undisturbed(desk):
     one, cut = desk / "runs/one", desk / "runs/cut"
     assert losses_of(one) == losses_of(cut) and [*map(len, losses_of(one))] == [60, 2]
@@ -1048,19 +1035,18 @@ def assert_as_if_undisturbed(desk):
 def test_accumulation_gives_the_gradients_of_the_whole_batch():
     m, x, y = make(tiny("modern")), ids(6, 10), ids(6, 10, seed=1)
     y[4:, 3:] = -1  # the last micro-batch counts fewer targets than the others
-    loss = m(x, y)[0].sum() / (y >= 0).sum()
-    want = [loss, *torch.autograd.grad(loss, list(m.parameters()))]
+    loss, params = m(x, y)[0].sum() / (y >= 0).sum(), [*m.parameters()]
+    want = [loss, *torch.autograd.grad(loss, params)]
     for micro in (6, 2, 1):
         m.zero_grad()
-        got = train.local_step(m, list(zip(x.split(micro), y.split(micro))))
-        got = [got, *(p.grad for p in m.parameters())]
+        loss = train.local_step(m, [*zip(x.split(micro), y.split(micro))])
+        got = [loss, *(p.grad for p in params)]
         assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got, want))
 
 def test_evaluation_counts_every_token_once_whatever_the_batch():
     m, tokens = make(tiny(dropout=0.5)), np.random.default_rng(0).integers(0, 61, 333)
-    x, nats = torch.tensor(tokens)[None], 0
-    for i in range(0, 332, 24):
-        nats += m(x[:, i:i + 24][:, :332 - i], x[:, i + 1:i + 25])[0].sum().item()
+    pairs = zip(*(torch.tensor(x)[None].split(24, 1) for x in (tokens[:-1], tokens[1:])))
+    nats = sum(m(*pair)[0].sum().item() for pair in pairs)
     for batch_size in (1, 5, 100):
         batches = data.in_order(tokens, 24, batch_size)
         out = sample.evaluate(m.train(), batches, 500, CPU.device)
@@ -1075,7 +1061,7 @@ def test_shannons_ladder_on_a_text_counted_by_hand():
     p01, p10 = (50 + 51 / 104) / 51, (49 + 51 / 104) / 50  # one kind of follower each
     assert out["bigram"] == pytest.approx(-(50 * math.log2(p01) + 49 * math.log2(p10)) / 100)
 
-@pytest.mark.parametrize("row", train.RECIPES.values(), ids=train.RECIPES)
+@cases("row", train.RECIPES.values(), ids=train.RECIPES)
 def test_a_recipe_scales_to_other_budgets_by_the_laws_that_it_names(row):
     assert train.recipe(row, row["minutes"])[0] == {"micro_batch": None, **row}
     for k in 2.0 ** -30, 1 / 9, 5, 64:
@@ -1088,7 +1074,7 @@ def test_a_recipe_scales_to_other_budgets_by_the_laws_that_it_names(row):
     fits = train.settle(dict(device="cpu", preset="qwen3", n_heads=3, d_model=48))["model"]
     assert fits["n_kv_heads"] == 1  # the preset's 2 do not divide 3 heads
 
-@pytest.mark.parametrize("where, n, error", [
+@cases("where, n, error", [
     ("prepare", 1, KeyboardInterrupt), ("take", 32, KeyboardInterrupt),
     ("take", 31, KeyboardInterrupt),  # after the evaluation of step 30, before a save
     ("save_tensors", 3, UserError)])  # as if the disk were full
@@ -1216,30 +1202,29 @@ def test_evaluation_on_a_part_counts_the_bytes_of_that_part(desk):
         tokens, n_bytes = train.validation(corpus, limit)
         assert (len(tokens), n_bytes) == wanted
 
-LAST = """--preset gpt7 | --dataset nowhere | --minutes -1 | --batch_size 6 --micro_batch 4
-    --optimizer adamm | --minutes 1 --steps 5 | --n_heads 7 | --device abacus
+BEFORE = {train: ON_TEXT, sample: "--run one"}
+LAST = {sample: "--temperature -1 | --top_p 0 | --max_tokens 0 | --top_k 0",
+    train: """--preset gpt7 | --dataset nowhere | --minutes -1 | --batch_size 6 --micro_batch 4
+    --optimizer adamm | --minutes 1 --steps 5 | --n_heads 7 | --device abacus | --run none --resume
     --mixers AX | --mixers AAW | --ffns '' | --n_kv_heads 3 | --mixers L --n_kv_heads 2
     --window 4 | --d_head 3 | --d_latent 8 | --n_layers 0 | --n_experts 4 | --ffns x --n_active 9
     --pos rop | --pos none --rope_theta 5 | --dropout 1 | --softcap -1 | --softcap inf
-    --norm rmsnorm | --norm_place mid"""  # the last flag of each is wrong
-MISTAKES = [(train, flags, re.findall(r"--(\w+)", flags)[-1] + ": got")
-            for flags in re.split(r" \| |\n +", LAST)] + [
-    (sample, f"--run one {flags}", flags[2:].split()[0] + ": got") for flags in
-    ("--temperature -1", "--top_p 0", "--max_tokens 0", "--top_k 0")] + [
-    (train, "--resume --run none", "resume: got"), (train, "--race mixers=A,Q", "mixers: got"),
+    --norm rmsnorm | --norm_place mid"""}  # the last flag of each is wrong
+MISTAKES = [(script, flags, re.findall(r"--(\w+)", flags)[-1] + ": got")
+            for script, rows in LAST.items() for flags in re.split(r" \| |\n +", rows)] + [
+    (train, "--race mixers=A,Q", "mixers: got"), (train, "--race seed=1 --run x", "--run"),
     (train, "--race lr=1e-3,fast", "float"), (train, "--race width=3,4", "FIELD"),
-    (train, "--race seed=1 --run x", "--run"), (train, "--run one", "exists"),
-    (train, "--batch_size 100000", "a smaller --batch_size"),
+    (train, "--run one", "exists"), (train, "--batch_size 100000", "a smaller --batch_size"),
     (train, "--run one --resume --lr 0.5", "lr: got 0.5, wanted None"),
     (train, "--run one --resume --softcap 3.0", "softcap: got 3.0, wanted None"),
-    (sample, "--run one --prompt \udce9", "not UTF-8"), (sample, "--run one --prompt ''", "empty"),
-    (sample, "--run one --prompt " + "x" * 17, "at most the context, 16"),
+    (sample, "--prompt \udce9", "not UTF-8"), (sample, "--prompt ''", "empty"),
+    (sample, "--prompt " + "x" * 17, "at most the context, 16"),
     (sample, "--run two --prompt x", "known under runs/: one")]
 
-@pytest.mark.parametrize("script, flags, says", MISTAKES, ids=lambda x: ascii(x)[:60])
+@cases("script, flags, says", MISTAKES, ids=lambda x: ascii(x)[:60])
 def test_a_mistake_of_the_user_gives_one_message_and_leaves_nothing(
         desk, capsys, script, flags, says):
-    with pytest.raises(SystemExit) as e: call(script, ON_TEXT * (script is train) + " " + flags)
+    with pytest.raises(SystemExit) as e: call(script, f"{BEFORE[script]} {flags}")
     err = capsys.readouterr().err.splitlines()
     assert e.value.code == 2 and says in err[-1] and (len(err) == 1 or says == "float")
     assert [path.name for path in desk.glob("runs/*")] == ["one"]
