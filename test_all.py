@@ -5,8 +5,9 @@ hand, plain torch or numpy written in the test, autograd, float64, torch's own i
 conservation law. References are held against oracles and fast versions against references.
 Tests run in a temporary directory, without network and without a GPU, in minutes on two cores.
 """
-import ast, contextlib, dataclasses, errno, gzip, hashlib, html, http.server, importlib, itertools
-import json, math, os, random, re, shlex, shutil, signal, subprocess, sys, threading, time, types
+import ast, contextlib, dataclasses, errno, gzip, hashlib, html, http.server, importlib, io
+import itertools, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, threading
+import time, types
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,9 @@ HERE, cases = Path(__file__).parent, pytest.mark.parametrize
 def call(script, *words):  # one text as one would type it, or its words
     words = shlex.split(words[0]) if len(words) == 1 else map(str, words)
     script.main(script.build_parser().parse_args(list(words)))
-def read_json(path): return json.loads(Path(path).read_text())
+def said(*words):  # what a command prints
+    with contextlib.redirect_stdout(io.StringIO()) as out: call(*words)
+    return out.getvalue()
 
 # -----------------------------------------------------------------------------
 # The house: budgets, imports, configuration, README.md
@@ -191,8 +194,7 @@ def formats(tmp_path, trained):   # {file in tmp_path: its content}, the tokeniz
     for name, content in files.items(): (tmp_path / name).write_text(content, encoding="utf-8")
     return files
 
-def test_every_format_gives_the_same_ids_and_the_hash_is_that_of_the_file(
-        tmp_path, trained, formats):
+def test_every_format_gives_the_same_ids_and_the_hash_is_the_files(tmp_path, trained, formats):
     text = random_text(random.Random(0), 500) + EOT + "def hello"
     char = bpe.CharTokenizer("hello \u00e9\n", [EOT, "\u00e9"])
     for tok, names in (char, []), (trained[1], formats):
@@ -580,12 +582,6 @@ def test_linear_attention_is_attention_with_another_kernel():
     want = layer.o_proj(kernels.merge(share / share.sum(-1, keepdim=True) @ v))
     assert close(layer(x, kernels.Context(cfg, torch.zeros(1, 70))), want)
 
-def test_long_convolution_equals_its_definition():
-    row, doc = torch.arange(9).expand(2, 1, 9), torch.zeros(2, 1, 9)
-    want = lambda u, h: sum(F.pad(u[:, :9 - g] * h[g], (0, 0, g, 0)) for g in range(9))
-    reference = lambda u, h: kernels.long_conv_reference(u, h, row, doc, row, doc)
-    for f in (kernels.long_conv, reference): agree(f, want, *numbers((2, 9, 3), (9, 3)))
-
 def test_small_operations_are_their_formulas_and_survive_huge_logits():
     want = [f(3 / 10000 ** (2 * i / 6)) for f in (math.sin, math.cos) for i in range(3)]
     assert torch.allclose(kernels.sinusoid(torch.tensor([[3]]), 6), torch.tensor(want))
@@ -650,27 +646,25 @@ def test_dropout_acts_in_training_only_and_softcap_bounds_logits():
     a, b, c = m(ids(2, 9))[0], m(ids(2, 9))[0], m.train()(ids(2, 9))[0]
     assert torch.equal(a, b) and not torch.equal(a, c) and 2 < a.abs().max() < 3
 
-def test_tensor_files_round_trip_and_are_safetensors(tmp_path):
+HARMS = [lambda d: d[:-3], lambda d: d[:5], lambda d: b"", lambda d: b"\xff" * 8 + d[8:],
+         lambda d: d.replace(b"F32", b"I32"), lambda d: d.replace(b"[40]", b"[20]"),
+         lambda d: d.replace(b'"me"', b'"us"'), lambda d: d[:-9] + b"x" + d[-8:],
+         lambda d: d[:12] + b"\xff" + d[13:]]
+
+def test_tensor_files_round_trip_are_safetensors_and_damage_is_named(tmp_path):
     tensors = {"b": torch.arange(5), "c": torch.randn(2, 2).bfloat16(), "none": torch.zeros(0, 3),
-               "flag": torch.tensor([True, False]), "one": torch.tensor(2.5).double()}
-    model.save_tensors(tmp_path / "t", tensors, {"who": "me"})
-    out, metadata = model.load_tensors(tmp_path / "t")
+               "flag": torch.tensor([True, False]), "one": torch.tensor(2.5).double(),
+               "long": torch.randn(40)}
+    model.save_tensors(path := tmp_path / "t.safetensors", tensors, {"who": "me"})
+    out, metadata = model.load_tensors(path)
     assert metadata["who"] == "me" and out.keys() == tensors.keys()
     assert all(torch.equal(out[k], t) and out[k].dtype == t.dtype for k, t in tensors.items())
-    raw = (tmp_path / "t").read_bytes()
-    n = int.from_bytes(raw[:8], "little")
+    n = int.from_bytes((raw := path.read_bytes())[:8], "little")
     a, b = json.loads(raw[8:8 + n])["b"]["data_offsets"]
     assert n % 8 == 0 and np.frombuffer(raw[8 + n:][a:b], np.int64).tolist() == [0, 1, 2, 3, 4]
-
-@cases("harm", [lambda d: d[:-3], lambda d: d[:5], lambda d: b"", lambda d: b"\xff" * 8 + d[8:],
-    lambda d: d.replace(b"F32", b"I32"), lambda d: d.replace(b"[40]", b"[20]"),
-    lambda d: d.replace(b'"me"', b'"us"'),
-    lambda d: d[:-9] + b"x" + d[-8:], lambda d: d[:12] + b"\xff" + d[13:]])
-def test_damaged_tensor_file_is_named(tmp_path, harm):
-    path = tmp_path / "t.safetensors"
-    model.save_tensors(path, {"a": torch.randn(40)}, {"who": "me"})
-    path.write_bytes(harm(path.read_bytes()))
-    with pytest.raises(UserError, match=str(path)): model.load_tensors(path)
+    for harm in HARMS:
+        path.write_bytes(harm(raw))
+        with pytest.raises(UserError, match=str(path)): model.load_tensors(path)
 
 @cases("name", EVERY)
 def test_a_saved_model_comes_back_the_same_also_as_others_would_publish_it(tmp_path, name):
@@ -936,14 +930,13 @@ def test_clipping_scales_to_the_global_norm_and_leaves_small_gradients():
         assert torch.allclose(optim.clip_grad_norm(params, 1.0), norm)
         assert all(torch.allclose(p.grad, g / max(norm, 1)) for p, g in zip(params, grads))
 
-@cases("name, warmup, cooldown, final, xs, values", [
-    ("cosine", 7 / 21, None, 0.1, (0, 7 / 21, 8 / 21, 14 / 21, 1, 1.5),  # of the course
-     (0, 1, 0.98871756, 0.55, 0.1, 0.1)),
-    ("wsd", 0.1, 0.4, 0.2, (0.0, 0.05, 0.1, 0.35, 0.6, 0.8, 1.0, 1.5),
-     (0, 0.5, 1, 1, 1, 0.6, 0.2, 0.2))])
-def test_schedule_has_the_values_worked_by_hand(name, warmup, cooldown, final, xs, values):
-    got = [optim.SCHEDULES[name](x, warmup, cooldown, final) for x in xs]
-    assert got == pytest.approx(values)
+@cases("name, warmup, cooldown, final, values", [  # {fraction of the run: of the peak}
+    ("cosine", 7 / 21, None, 0.1, {  # of the course
+        0: 0, 7 / 21: 1, 8 / 21: 0.98871756, 14 / 21: 0.55, 1: 0.1, 1.5: 0.1}),
+    ("wsd", 0.1, 0.4, 0.2, {0: 0, 0.05: 0.5, 0.1: 1, 0.35: 1, 0.6: 1, 0.8: 0.6, 1: 0.2, 1.5: 0.2})])
+def test_schedule_has_the_values_worked_by_hand(name, warmup, cooldown, final, values):
+    schedule = optim.SCHEDULES[name]
+    assert {x: schedule(x, warmup, cooldown, final) for x in values} == pytest.approx(values)
 
 def test_optimizers_refuse_what_they_do_not_know():
     m, adam = model.LM(tiny()), optim.Adam([torch.ones(3, requires_grad=True)])
@@ -1074,12 +1067,10 @@ def test_a_recipe_scales_to_other_budgets_by_the_laws_that_it_names(row):
     fits = train.settle(dict(device="cpu", preset="qwen3", n_heads=3, d_model=48))["model"]
     assert fits["n_kv_heads"] == 1  # the preset's 2 do not divide 3 heads
 
-@cases("where, n, error", [
-    ("prepare", 1, KeyboardInterrupt), ("take", 32, KeyboardInterrupt),
+@cases("where, n, error", [("prepare", 1, KeyboardInterrupt), ("take", 32, KeyboardInterrupt),
     ("take", 31, KeyboardInterrupt),  # after the evaluation of step 30, before a save
     ("save_tensors", 3, UserError)])  # as if the disk were full
-def test_a_run_that_is_resumed_repeats_the_undisturbed_one_bit_for_bit(
-        desk, monkeypatch, capsys, where, n, error):
+def test_a_resumed_run_repeats_the_undisturbed_one(desk, monkeypatch, where, n, error):
     real, calls = getattr(train, where), itertools.count(1)
     def fails(*args):
         if next(calls) == n: raise error("No space left on device")
@@ -1089,30 +1080,25 @@ def test_a_run_that_is_resumed_repeats_the_undisturbed_one_bit_for_bit(
         call(train, f"{WHOLE} --run cut")
     call(train, "--resume")
     assert_as_if_undisturbed(desk)
-    capsys.readouterr()
-    call(train, "--run one --compare cut")
-    assert capsys.readouterr().out.count("+0.0000") == 10  # at equal tokens, and at equal FLOPs
+    assert said(train, "--run one --compare cut").count("+0.0000") == 10  # at equal tokens, FLOPs
 
 def test_killed_at_any_moment_a_run_goes_on_as_if_undisturbed(desk):
     for flags, at, number, status in (("", 20, signal.SIGKILL, -9),
                                       ("--resume", 40, signal.SIGTERM, 0)):
         flags = shlex.split(f"{WHOLE} --run cut {flags}")
-        child = subprocess.Popen([sys.executable, HERE / "train.py", *flags],
-                                 stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen([sys.executable, train.__file__, *flags], stdout=-1, text=True)
         next(line for line in child.stdout if line.startswith(f"step {at:6d}"))
         child.send_signal(number)
-        said = child.stdout.read()
-        assert child.wait() == status
-    assert "SIGTERM: stopped after step" in said and not (desk / "runs/cut/result.json").exists()
+        out = child.communicate()[0]
+        assert child.returncode == status
+    assert "SIGTERM: stopped after step" in out and not (desk / "runs/cut/result.json").exists()
     call(train, "--resume")
     assert_as_if_undisturbed(desk)
 
-def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(desk, capsys):
-    newest, older = train.checkpoints(desk / "runs/one")
-    before = losses_of(desk / "runs/one")
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(desk):
+    (newest, older), before = train.checkpoints(desk / "runs/one"), losses_of(desk / "runs/one")
     newest.write_bytes(newest.read_bytes()[:-50])
-    call(train, "--resume")
-    assert newest.name in capsys.readouterr().out and older.stem.endswith("59")
+    assert newest.name in said(train, "--resume") and older.stem.endswith("59")
     assert losses_of(desk / "runs/one") == before
     for path in train.checkpoints(desk / "runs/one"): path.write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint that is whole"): call(train, "--resume")
@@ -1122,8 +1108,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(desk, capsys):
 def test_a_step_without_a_finite_loss_is_skipped_and_three_end_the_run(desk, monkeypatch):
     calls, seen = itertools.count(1), []
     def step(m, batches):
-        n, loss = next(calls), train.local_step(m, batches)
-        seen.append(m)
+        n, loss, seen[:] = next(calls), train.local_step(m, batches), [m]
         if n in (3, 4, 6, 7, 8): (loss if n == 3 else next(m.parameters()).grad).fill_(math.nan)
         return loss
     monkeypatch.setattr(train, "fit", partial(train.fit, step=step))
@@ -1140,29 +1125,25 @@ def test_a_gpu_learns_in_bfloat16_compiled_as_a_cpu_does_in_float32(desk):
     a, b = ([loss for _, loss in losses_of(desk / "runs" / name)[0]] for name in ("cpu", "cuda"))
     assert a == pytest.approx(b, rel=0.05) and b[-1] < b[0] - 0.5
 
-def test_owt_from_a_mirror_goes_from_download_to_sample_and_board(desk, capsys):
-    text = (EOT + "\n").join(TEXT.splitlines()).encode()
-    files = {f"owt_{part}.txt.gz": gzip.compress(text[-n:])
-             for part, n in (("train", 0), ("valid", 900))}
-    with server(files) as (url, _):
-        call(train, f"{TINY} --dataset owt --mirror {url} --steps 3 --vocab_size 300 --device cpu "
-                    "--run web")
-    out, runs = capsys.readouterr().out, desk / "runs"
+def test_owt_from_a_mirror_goes_from_download_to_sample_and_board(desk):
+    text, runs = (EOT + "\n").join(TEXT.splitlines()).encode(), desk / "runs"
+    sizes = dict(train=0, valid=900)
+    files = {f"owt_{part}.txt.gz": gzip.compress(text[-sizes[part]:]) for part in sizes}
+    flags = f"{TINY} --dataset owt --steps 3 --vocab_size 300 --device cpu --run web"
+    with server(files) as (url, _): out = said(train, f"{flags} --mirror {url}")
     assert "no CUDA device: a small model trains on the same data for 3 steps" in out
     assert "sample:" in out and "validation bits_per_byte" in out
-    call(sample, "--run web --prompt '7 times' --max_tokens 5")
-    assert capsys.readouterr().out.startswith("7 times")
+    assert said(sample, "--run web --prompt '7 times' --max_tokens 5").startswith("7 times")
     row = json.loads((runs / "web/result.json").read_text())
     for name, score in (("two", 0.1), ("three", 99.0)):
         (runs / name).mkdir()
         (runs / name / "result.json").write_text(json.dumps(row | {"bits_per_byte": score}))
-    call(train, "--board")
-    ranks = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    ranks = [line.split()[0] for line in said(train, "--board").splitlines()[1:]]
     assert [name for name in ranks if name != "one"] == ["two", "web", "three"]
 
-def test_a_race_trains_each_value_and_seed_and_prints_a_table(desk, capsys):
-    call(train, f"{WHOLE} --steps 3 --race mixers=A,S --seeds 2")
-    head, *table = [line.split() for line in capsys.readouterr().out.splitlines()]
+def test_a_race_trains_each_value_and_seed_and_prints_a_table(desk):
+    table = said(train, f"{WHOLE} --steps 3 --race mixers=A,S --seeds 2")
+    head, *table = [line.split() for line in table.splitlines()]
     assert head[0] == "mixers" and [row[0] for row in table] == ["A", "S"]
     for mixer, _, mean, std, *_ in table:
         runs = [desk / f"runs/race-mixers-{mixer}-{i}" for i in (1, 2)]
@@ -1170,19 +1151,16 @@ def test_a_race_trains_each_value_and_seed_and_prints_a_table(desk, capsys):
         a, b = (result["bits_per_byte"] for result in results)
         assert (mean, std) == (f"{(a + b) / 2:.4f}", f"{abs(a - b) / 2 ** 0.5:.4f}")
         assert all(r["tokens_per_s"] > 0 and r["memory_bytes"] > 1e8 for r in results)
-        configs = [train.resumed(run, {}) for run in runs]
-        assert [(c["model"]["mixers"], c["train"]["seed"]) for c in configs] == [
-            (mixer, 0), (mixer, 1)]
+        for seed, run in enumerate(runs):
+            settings = train.resumed(run, {})
+            assert (settings["model"]["mixers"], settings["train"]["seed"]) == (mixer, seed)
 
-def test_walk_and_profile_leave_no_run(desk, capsys):
-    call(train, f"{WHOLE} --walk")
-    out = capsys.readouterr().out
+def test_walk_and_profile_leave_no_run(desk):
+    out = said(train, f"{WHOLE} --walk")
     assert "9. the same batch again" in out and "layers.0.self_attn.q_proj" in out
-    before, after = re.search(r"loss (\S+) -> (\S+)", out).groups()
-    assert float(after) <= float(before)
-    for look, says in ("profile", "aten::"), ("noise", "gradient noise scale"):
-        call(train, f"{WHOLE} --{look}")
-        assert says in capsys.readouterr().out
+    before, after = map(float, re.search(r"loss (\S+) -> (\S+)", out).groups())
+    assert after <= before and "aten::" in said(train, f"{WHOLE} --profile")
+    assert "gradient noise scale" in said(train, f"{WHOLE} --noise")
     assert (desk / "runs/trace.json").exists() and len([*desk.glob("runs/*/")]) == 1
 
 def test_the_micro_batch_is_halved_until_it_fits_and_the_batch_stays():
@@ -1198,9 +1176,8 @@ def test_the_micro_batch_is_halved_until_it_fits_and_the_batch_stays():
 def test_evaluation_on_a_part_counts_the_bytes_of_that_part(desk):
     corpus = data.prepare("text.txt", "byte")
     n = corpus.info["valid"]["tokens"]  # a byte a token, less two end-of-texts
-    for limit, wanted in ((101, (101, 100)), (None, (n, n - 2))):
-        tokens, n_bytes = train.validation(corpus, limit)
-        assert (len(tokens), n_bytes) == wanted
+    found = [train.validation(corpus, limit) for limit in (101, None)]
+    assert [(len(tokens), n_bytes) for tokens, n_bytes in found] == [(101, 100), (n, n - 2)]
 
 BEFORE = {train: ON_TEXT, sample: "--run one"}
 LAST = {sample: "--temperature -1 | --top_p 0 | --max_tokens 0 | --top_k 0",
