@@ -213,12 +213,11 @@ def test_every_format_gives_the_same_ids_and_the_hash_is_the_files(tmp_path, tra
     ("qwen2", {"type": "NFC"}, ["\u00c3 \u00a9", "1 2"], "e\u0301\u00e9<s>12",
      [256, 256, 999, 16, 17])])
 def test_a_tokenizer_json_of_others_gives_ids_worked_by_hand(kind, normalizer, merges, text, ids):
-    split = dict(type="Split", behavior="Isolated", invert=False)
-    pre = [split | {"pattern": {"Regex": bpe.SPLIT_PATTERNS[kind]}},
-           dict(type="ByteLevel", add_prefix_space=False, use_regex=False)]
-    made = ["".join(pair).replace(" ", "") for pair in merges]
+    pattern, made = bpe.SPLIT_PATTERNS[kind], ["".join(pair).replace(" ", "") for pair in merges]
     vocab = dict(zip([*SPELLED.values(), *made, "cab"], range(259)))
-    assert bpe.from_json({"pre_tokenizer": {"pretokenizers": pre}, "normalizer": normalizer,
+    assert bpe.from_json({"normalizer": normalizer, "pre_tokenizer": {"pretokenizers": [
+            dict(type="Split", behavior="Isolated", invert=False, pattern={"Regex": pattern}),
+            dict(type="ByteLevel", add_prefix_space=False, use_regex=False)]},
         "added_tokens": [{"id": 999, "content": "<s>", "lstrip": False}],
         "post_processor": {"type": "TemplateProcessing"}, "model": dict(
             type="BPE", ignore_merges=kind == "llama3", merges=merges, vocab=vocab)},
@@ -259,8 +258,8 @@ def test_atomic_write_leaves_the_old_file_when_the_writer_raises(tmp_path, error
 @cases("number, status", [(signal.SIGINT, 1), (signal.SIGKILL, -9)])
 def test_ctrl_c_ends_training_quietly_and_no_worker_outlives_a_kill(tmp_path, number, status):
     (tmp_path / "big").write_text("".join(f"word{i} " for i in range(2_000_000)))
-    command = [sys.executable, bpe.__file__, "train", "big", "--out", "t.json"]
-    child = subprocess.Popen(command, stdout=-1, stderr=-1, cwd=tmp_path, start_new_session=True)
+    child = subprocess.Popen([sys.executable, bpe.__file__, *"train big --out t.json".split()],
+                             stdout=-1, stderr=-1, cwd=tmp_path, start_new_session=True)
     child.stdout.readline(), time.sleep(1)   # the workers are at it
     (os.killpg if status == 1 else os.kill)(child.pid, number)   # Ctrl-C goes to workers too
     error = child.communicate(timeout=30)[1]   # returns when no process holds the pipe any more
@@ -456,6 +455,9 @@ def numbers(*shapes):
     torch.manual_seed(0)
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 close = partial(torch.allclose, atol=1e-10)  # float64, sums reordered
+def agree(f, g, *x):  # in value and in gradient
+    results = [(y, *torch.autograd.grad(y.square().sum(), x)) for y in (f(*x), g(*x))]
+    assert all(torch.allclose(*pair, atol=1e-11) for pair in zip(*results))
 
 EVERY = {name: dict(name=name) for name in model.PRESETS}  # and each letter that no preset has
 for field, letters in dict(mixers=model.MIXERS, ffns=model.FFNS).items():
@@ -535,10 +537,6 @@ def test_counts_equal_the_published_ones_and_those_of_the_course(name, sizes, mo
     assert sum(m.n_params().values()) == n == sum(p.numel() for p in m.parameters())
     total = sum(m.flops(1024).values())
     if n in COURSE: assert (total, 100 * m.flops(1024)["head"] / total) == COURSE[n]
-
-def agree(f, g, *x):  # in value and in gradient
-    results = [(y, *torch.autograd.grad(y.square().sum(), x)) for y in (f(*x), g(*x))]
-    assert all(torch.allclose(*pair, atol=1e-11) for pair in zip(*results))
 
 @cases("kv", [1, 2, 4])
 def test_attention_equals_its_reference(kv):
@@ -1074,14 +1072,13 @@ def test_a_resumed_run_repeats_the_undisturbed_one(desk, monkeypatch, where, n, 
     assert said(train, "--run one --compare cut").count("+0.0000") == 10  # at equal tokens, FLOPs
 
 def test_killed_at_any_moment_a_run_goes_on_as_if_undisturbed(desk):
-    for flags, at, number, status in (("", 20, signal.SIGKILL, -9),
-                                      ("--resume", 40, signal.SIGTERM, 0)):
-        flags = shlex.split(f"{WHOLE} --run cut {flags}")
+    for more, at, number, code in ("", 20, signal.SIGKILL, -9), ("--resume", 40, signal.SIGTERM, 0):
+        flags = shlex.split(f"{WHOLE} --run cut {more}")
         child = subprocess.Popen([sys.executable, train.__file__, *flags], stdout=-1, text=True)
         next(line for line in child.stdout if line.startswith(f"step {at:6d}"))
         child.send_signal(number)
         out = child.communicate()[0]
-        assert child.returncode == status
+        assert child.returncode == code
     assert "SIGTERM: stopped after step" in out and not (desk / "runs/cut/result.json").exists()
     call(train, "--resume")
     assert_as_if_undisturbed(desk)
