@@ -29,7 +29,7 @@ RUN       python model.py          # parameters and FLOPs; last line "... of the
 REFERENCES  at each class and preset; of ReLU^2 2109.08668, of the soft-cap 2408.00118
 EXERCISE  Empty `MoE.forward`; fill it until `pytest test_all.py -k experts` is green again.
 """
-import argparse, dataclasses, json, math, re, struct
+import argparse, dataclasses, json, math, os, re, struct, zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -40,11 +40,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from bpe import UserError, atomic_write
-from kernels import (CHUNK, DTYPES, NORMS, Context, Embedding, ImplicitFilter, KVCache, Linear,
-                     RMSNorm, StateCache, attention, blocks, documents, flag, fresh,
-                     keep_freed_memory, linear_cross_entropy, logits_of, long_conv,
-                     long_conv_reference, merge, norm_of, pack, project, scan, seconds, short_conv,
-                     sinusoid, softmax, split, unpack, up, weights, writer)
+from kernels import (NORMS, Context, Embedding, KVCache, Linear, RMSNorm, StateCache, attention,
+                     blocks, documents, fresh, keep_freed_memory, linear_cross_entropy, logits_of,
+                     merge, norm_of, project, seconds, sinusoid, softmax, split, take, up, visible,
+                     weights, writer)
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -96,7 +95,6 @@ class ModelConfig:
     values: bool = flag(False, "a table of value vectors by token in each layer", "AWN")
     bigram: int | None = flag(None, "rows, 4 a token or more, of a hashed table of token pairs")
     dropout: float = flag(0.0, "probability, in embeddings, attention and what blocks add")
-
     def __post_init__(self):
         need, letters = partial(need_field, self), set(self.mixers + self.ffns)
         for f in dataclasses.fields(self):
@@ -141,6 +139,102 @@ class ModelConfig:
 OF = {f.name: f.metadata["of"] for f in dataclasses.fields(ModelConfig)}
 
 # -----------------------------------------------------------------------------
+# Memories of a fixed size: one recurrence, in chunks
+# Linear attention, state space models and the delta rule are a matrix that decays and is written
+# to, one key and value after the other. Token by token that is T small steps, bound by memory. In
+# chunks of C tokens it is products of matrices: C^2 within a chunk, one step from chunk to chunk.
+
+CHUNK = 64  # of 32, 64, 128 the fastest at widths of 64 and 128 [measured on a CPU]
+def scan_reference(q, k, v, log_a, b, pos, S):
+    """The recurrence, token by token, per head with state S (B, H, N, Dv):
+        w_t = v_t - b_t a_t S_{t-1}^T k_t    S_t = a_t S_{t-1} + k_t w_t^T    y_t = S_t^T q_t
+    q, k (B, H or 1, T, N), v (B, H, T, Dv), log_a (B, H or 1, T) <= 0, b (B, H, T) or None for 0,
+    pos (B, T) -> y (B, H, T, Dv), S. Position 0 forgets S first; padding, -1, leaves it alone."""
+    out, b = [], torch.zeros_like(log_a) if b is None else b
+    each = (x.unbind(2) for x in (q, k, v, log_a, b))
+    for q, k, v, log_a, b, p in zip(*each, pos[:, None].unbind(2)):
+        p, old = p[..., None, None], log_a.exp()[..., None, None] * S
+        old = old.masked_fill(p == 0, 0.0)
+        w = v[..., None, :] - b[..., None, None] * (k[..., None, :] @ old)
+        S = torch.where(p < 0, S, old + k[..., None] * w)
+        out.append((q[..., None, :] @ S).squeeze(-2))
+    return torch.stack(out, 2), S
+
+def scan(q, k, v, log_a, b, pos, S):
+    """The same in chunks. Unrolled from the chunk's first state S_0, with g_ti = a_{i+1} ... a_t,
+        S_t = g_t0 S_0 + sum_{i <= t} g_ti k_i w_i^T
+    so y is a masked attention within the chunk plus a reading of S_0. Put into w_t, the sum gives
+    equations (I + A) W = V - b g_0 K S_0, A_ti = b_t g_ti k_t . k_i for i < t: a triangular system,
+    solved for both right sides before S_0 is known (the WY form of 2406.06484). With b = 0, W = V.
+    g is the exp of a difference of sums of logs, never positive: nothing overflows. A document's
+    start within i+1..t makes g 0."""
+    dtype, T = v.dtype, pos.shape[1]
+    C = min(CHUNK, T)
+    n = -(-T // C)
+    def cut(x, fill=0.0):  # (B, H, T, ...) -> (B, H, n, C, ...)
+        return F.pad(up(x), (0, 0) * (x.ndim - 3) + (0, n * C - T), value=fill).unflatten(2, (n, C))
+    q, k, v, log_a, pos = cut(q), cut(k), cut(v), cut(log_a), cut(pos[:, None], -1)
+    k, log_a = k.masked_fill(pos[..., None] < 0, 0.0), log_a.masked_fill(pos < 0, 0.0)
+    total, doc = F.pad(log_a.cumsum(-1), (1, 0)), F.pad((pos == 0).cumsum(-1), (1, 0))
+    seen = (doc[..., None] == doc[..., None, :]).tril()
+    g = (total[..., None] - total[..., None, :]).masked_fill(~seen, -math.inf).exp()
+    within, enter, leave = g[..., 1:, 1:], g[..., 1:, :1], g[..., -1:, 1:].mT
+    parts = [q * enter, within * (q @ k.mT), (k * leave).mT, g[..., -1:, :1], v]
+    if b is not None:
+        b = cut(b)[..., None]
+        A, right = (b * within * (k @ k.mT)).tril(-1), torch.cat((v, b * enter * k), -1)
+        parts[4:] = torch.linalg.solve_triangular(
+            A, right, upper=False, unitriangular=True).split((v.shape[-1], k.shape[-1]), -1)
+    out = []
+    for q, qk, k_T, a, w, *from_state in zip(*(x.unbind(2) for x in parts)):
+        for m in from_state: w = w - m @ S
+        out.append(q @ S + qk @ w)  # (B,H,C,N) @ (B,H,N,Dv) + (B,H,C,C) @ (B,H,C,Dv)
+        S = a * S + k_T @ w  # (B,H,N,C) @ (B,H,C,Dv) -> (B,H,N,Dv)
+    return torch.cat(out, 2)[:, :, :T].to(dtype), S
+
+# -----------------------------------------------------------------------------
+# Convolutions along time
+
+def short_conv(x, weight, pos, tail):
+    """silu(sum_i weight_i x_{t-i}) for each channel, x (B, T, C), weight (W, C), tail (B, W-1, C)
+    what came before -> the same shape, and the next tail. Padding stands last in x (packed)."""
+    W, T = len(weight), x.shape[1]
+    past, weight = torch.cat((tail.to(x.dtype), x), 1), weight.to(x.dtype)
+    y = sum(weight[i] * past[:, W - 1 - i:][:, :T].masked_fill(pos[..., None] < i, 0.0)
+            for i in range(W))
+    last = (pos >= 0).sum(1, keepdim=True) + torch.arange(W - 1, device=x.device)
+    return F.silu(y), take(past, last)
+
+class ImplicitFilter(nn.Module):
+    """Hyena's h (S, D), what a token adds to those 0..S-1 places later: a small network of eight
+    waves that tell the distance, under a window that decays. The slowest window falls to 1 % at
+    seq_len, the fastest at a tenth of it [our choice]."""
+    def __init__(self, d, seq_len):
+        super().__init__()
+        widths, self.seq_len = (17, 32, 32, d), seq_len
+        self.layers = nn.ModuleList(Linear(*pair, bias=True) for pair in zip(widths, widths[1:]))
+    def forward(self, S):
+        w = self.layers[0].weight
+        t = torch.arange(S, device=w.device)[:, None] / self.seq_len
+        angle = 2 * math.pi * t * torch.arange(1, 9, device=w.device)
+        h = self.layers[0](torch.cat((t, angle.cos(), angle.sin()), -1).to(w.dtype))
+        for layer in self.layers[1:]: h = layer(h.sin())
+        return h * torch.exp(-4.6 * t * torch.linspace(1, 10, h.shape[1], device=w.device))
+
+def long_conv_reference(u, h, pos, doc, u_pos, u_doc):
+    """y_t = sum_s h[t - s] u_s over the places s that t may see (as for `visible`): u (B, S, D),
+    h (S, D) -> (B, T, D), by T S D multiplications."""
+    mask, gap = visible(pos, doc, u_pos, u_doc)[:, 0], pos[:, 0, :, None] - u_pos
+    return torch.stack([torch.where(m[..., None], h[g.clamp(0, len(h) - 1)] * u, 0.0).sum(1)
+                        for m, g in zip(mask.unbind(1), gap.unbind(1))], 1)
+
+def long_conv(u, h):
+    """The same for one document: a convolution is a product of spectra, at T log T. Zeros up to 2T
+    keep the end of the circle from reaching its beginning."""
+    n = 2 * u.shape[1]
+    return torch.fft.irfft(torch.fft.rfft(u, n, 1) * torch.fft.rfft(h, n, 0), n, 1)[:, :n // 2]
+
+# -----------------------------------------------------------------------------
 # Mixers: how a token reads from other tokens
 # Contract: __init__(cfg), forward(x, ctx, cache=None) -> y, new_cache(batch, size, device, dtype),
 # flops(T, S) -> {part: FLOPs}. A cache has n, update, next_pos and truncate.
@@ -152,9 +246,9 @@ class Mixer(nn.Module):
     def new_cache(self, batch, size, device, dtype):
         return KVCache(batch, size, *self.kv, self.window, device, dtype)
     def pairs(self, T, S):
-        if (n := blocks(T, self.window)) > 1: T, S = n * self.window, 2 * self.window
-        elif self.window: S = min(S, T + self.window + KVCache.SLACK)  # with a cache
-        return (2 * T * S * self.cfg.n_heads * d for d in self.score_widths)
+        if T < S and self.window: S = min(S, T + self.window + KVCache.SLACK)  # with a cache
+        n = sum((b - a) * (b - c) for a, b, c in blocks(T, self.window)) if T == S else T * S
+        return (2 * n * self.cfg.n_heads * d for d in self.score_widths)
     def flops(self, T, S):
         (scores, values), out = self.pairs(T, S), 2 * T * weights(self.o_proj)
         return dict(qkv=2 * T * weights(self) - out, scores=scores, values=values, out=out)
@@ -172,7 +266,6 @@ class Attention(Mixer):
         norm = partial(RMSNorm, cfg.d_head, cfg.norm_eps) if cfg.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()  # gains bound the scores (2010.04245)
         if cfg.values: self.v_embed = Embedding(cfg.vocab_size, cfg.n_kv_heads * cfg.d_head, 0.0)
-
     def forward(self, x, ctx, cache=None):
         c, turn = self.cfg, ctx.turn if self.turned else lambda x: x
         q = turn(self.q_norm(split(self.q_proj(x), c.n_heads)))  # (B, H, T, Dh)
@@ -197,7 +290,6 @@ class LatentAttention(Mixer):
         self.kv_b_proj = Linear(R, 2 * H * Dh, std=cfg.init_std)  # U and W, by head
         self.o_proj = writer(cfg, H * Dh)
         self.kv, self.score_widths = (1, R + r, 0), (Dh + r, Dh)
-
     def forward(self, x, ctx, cache=None):
         (H, Dh, R, r), drop = self.sizes, self.cfg.dropout if self.training else 0.0
         q, q_r = split(self.q_proj(x), H).split((Dh, r), -1)
@@ -223,7 +315,6 @@ class Recurrent(Mixer):
     (of decay) or two (of writing), y goes through a norm and a gate, as in Gated DeltaNet."""
     TAPS = 4  # of the short convolution [2405.21060]
     rates, delta, extra = None, 0, 0  # delta: is there a delta rule, extra: columns beside v
-
     def __init__(self, cfg, heads=None, k_heads=None, d_k=None, d_v=None):
         super().__init__()
         self.cfg, self.heads, self.k_heads = cfg, heads or cfg.n_heads, k_heads or cfg.n_heads
@@ -239,7 +330,6 @@ class Recurrent(Mixer):
             self.o_norm, dt = RMSNorm(self.d_v, cfg.norm_eps), torch.logspace(-3, -1, self.heads)
             self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus gives dt
             self.A_log = nn.Parameter(torch.linspace(1, 16, self.heads).log())
-
     def forward(self, x, ctx, cache=None):
         x, pos = ctx.packed(x), ctx.packed(ctx.pos)
         tail, S = (cache or self.new_cache(len(x), 0, x.device, x.dtype)).slot
@@ -250,12 +340,10 @@ class Recurrent(Mixer):
         if self.rates: y = self.o_norm(y) * F.silu(split(self.z_proj(x), self.heads))
         if cache is not None: cache.update(ctx.pos, tail, S)
         return ctx.packed(self.o_proj(merge(y)), back=True)
-
     def new_cache(self, batch, size, device, dtype):
         tail = torch.zeros(batch, self.TAPS - 1, sum(self.widths), device=device, dtype=dtype)
         shape = (batch, self.heads, self.d_k * (self.rates != 0), self.d_v + self.extra)
         return StateCache(tail, up(torch.zeros(shape, device=device, dtype=dtype)))
-
     def pairs(self, T, S):
         C, H, N = min(CHUNK, T), self.heads, self.d_k
         P = -(-T // C) * C  # whole chunks
@@ -280,7 +368,6 @@ class StateSpace(Recurrent):
     def __init__(self, cfg):
         super().__init__(cfg, k_heads=1, d_k=cfg.d_state, d_v=2 * cfg.d_head)
         self.D = nn.Parameter(torch.ones(cfg.n_heads))
-
     def mix(self, x, q, k, v, pos, S, plain):
         dt = F.softplus(up(self.rate_proj(x)).mT + self.dt_bias[:, None])  # (B, H, T)
         y, S = scan(q, k, v * dt[..., None], -self.A_log.exp()[:, None] * dt, None, pos, S)
@@ -337,7 +424,6 @@ class FFN(nn.Module):
         self.d_ff = d_ff or cfg.d_ff or (max(64, 8 * D // 3 // 64 * 64) if gated else 4 * D)
         self.gate_proj = project(cfg, self.d_ff) if gated else None
         self.up_proj, self.down_proj = project(cfg, self.d_ff), writer(cfg, self.d_ff)
-
     def forward(self, x):  # (B, T, D) -> (B, T, F) -> (B, T, D)
         h = self.up_proj(x)
         h = self.act(self.gate_proj(x)) * h if self.gate_proj else self.act(h)
@@ -357,7 +443,6 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(ffn(cfg, d_ff=self.d_ff) for _ in range(cfg.n_experts))
         self.shared_experts = ffn(cfg, d_ff=self.d_ff * cfg.n_shared) if cfg.n_shared else None
         if cfg.balance_bias: self.register_buffer("bias", torch.zeros(cfg.n_experts))
-
     def forward(self, x):
         c, flat = self.cfg, x.flatten(0, 1)  # (B, T, D) -> (B T, D)
         z = up(self.gate(flat))
@@ -403,7 +488,6 @@ class Block(nn.Module):
         for name in filter(None, self.norms): self.add_module(name, norm_of(cfg))
         self.self_attn, self.mlp = MIXERS[mixer](cfg), FFNS[ffn](cfg)
         self.drop = nn.Dropout(cfg.dropout)
-
     def forward(self, x, ctx, cache=None):
         a, b, c, d, e, f = (getattr(self, n) if n else nn.Identity() for n in self.norms)
         x = c(x + self.drop(b(self.self_attn(a(x), ctx, cache))))
@@ -435,6 +519,7 @@ class LM(nn.Module):
         seen = cache[0].n if cache and pos is None else 0
         assert self.cfg.pos != "learned" or seen + tokens.shape[1] <= self.cfg.seq_len, "too long"
         ctx = Context(self.cfg, tokens, pos, cache[0].next_pos() if cache else None)
+        for c in cache or (): c.counted = pos is None
         x, aux = self.embed(ctx, cache), {"loss": 0.0, "load": []}
         for i, layer in enumerate(self.layers):
             x, extra = layer(x, ctx, cache[i] if cache else None)
@@ -462,7 +547,6 @@ class LM(nn.Module):
         last = StateCache(torch.zeros(batch, 1, dtype=torch.long, device=device))
         caches = [layer.self_attn.new_cache(*sizes) for layer in self.layers]
         return [*caches, last] if self.cfg.bigram else caches
-
     def flops(self, T, S=None):
         """{part: FLOPs} of T new tokens of one sequence over S places, or T (latents expanded)."""
         total = Counter(head=2 * T * self.cfg.d_model * self.cfg.vocab_size)
@@ -472,7 +556,6 @@ class LM(nn.Module):
     def flops_per_token(self):
         """FLOPs to train on a token at the full context: three forward passes (backward is two)."""
         return 3 * sum(self.flops(self.cfg.seq_len).values()) / self.cfg.seq_len
-
     def n_params(self):
         """{part: parameters}, a layer's parts summed over layers; a tied head costs nothing."""
         total, sizes = Counter(), ((n.split("."), p.numel()) for n, p in self.named_parameters())
@@ -515,7 +598,6 @@ def fields_of(name, given):
     both = {"mixers": ModelConfig.mixers, "ffns": ModelConfig.ffns, **PRESETS[name], **given}
     letters = set(both["mixers"] + both["ffns"])
     return {k: v for k, v in both.items() if k in given or not OF[k] or set(OF[k]) & letters}
-
 def preset(name, **sizes):  # sizes, and any other field, override its row
     return ModelConfig(**fields_of(name, sizes))
 
@@ -525,23 +607,57 @@ def preset(name, **sizes):  # sizes, and any other field, override its row
 # family is written as that family, which transformers loads; one key more has the ModelConfig. The
 # table has, for both directions, a family's names of our fields and, unlike Llama's, our tensors.
 
-def save_tensors(path, tensors, metadata=None):
-    """Writes {name: tensor} and {str: str} as one file, whole or not at all."""
-    with atomic_write(path) as file: file.writelines(pack(tensors, metadata or {}))
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+def save_tensors(path, tensors, metadata={}):
+    """Writes {name: tensor} and {str: str} as one file, whole or not at all: eight bytes with the
+    length of a JSON header, the header (name -> dtype, shape, byte range), the raw numbers. Nothing
+    in it can be executed, unlike in a pickle, so a stranger's file is safe to open. Ours carry a
+    checksum: a damaged checkpoint is found before it is trained on."""
+    names, header, blobs, start = {v: k for k, v in DTYPES.items()}, {}, [], 0
+    for name, t in tensors.items():
+        flat = t.detach().cpu().contiguous().reshape(-1)
+        blobs.append(memoryview(flat.view(torch.uint8).numpy()))  # its bytes, whatever the dtype
+        end = start + len(blobs[-1])
+        header[name] = dict(dtype=names[t.dtype], shape=list(t.shape), data_offsets=[start, end])
+        start = end
+    crc = zlib.crc32(json.dumps([metadata, header]).encode())
+    for blob in blobs: crc = zlib.crc32(blob, crc)
+    text = json.dumps({"__metadata__": {**metadata, "crc32": str(crc)}, **header}).encode()
+    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of eight bytes
+    with atomic_write(path) as file:
+        file.writelines([struct.pack("<Q", len(text)), text, *blobs])
 
 def read_tensors(path):
-    """Yields what `unpack` does; damage is an error that names the file."""
+    """Yields the (name, tensor)s of a file, the first its metadata, each in memory of its own, which
+    is free when it is let go. Damage is an error that names the file."""
     try:
-        with open(path, "rb") as file: yield from unpack(file)
+        with open(path, "rb") as file:
+            size, end = os.fstat(file.fileno()).st_size, 8 + struct.unpack("<Q", file.read(8))[0]
+            header, begin = dict(json.loads(file.read(min(end, size) - 8))), end
+            metadata = dict(header.pop("__metadata__", {}))
+            wanted = metadata.pop("crc32", None)  # only our own files have it
+            crc = zlib.crc32(json.dumps([metadata, header]).encode())
+            yield "__metadata__", metadata
+            for name, h in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                a, b = (begin + i for i in h["data_offsets"])
+                if not a == end <= b <= size:
+                    raise ValueError(f"{name} at {a:,} to {b:,}, not {end:,} on")
+                raw, dtype, end = bytearray(b - a), DTYPES[h["dtype"]], b
+                file.readinto(raw)
+                if wanted: crc = zlib.crc32(raw, crc)
+                t = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+                yield name, t.reshape(h["shape"])
+        if end != size: raise ValueError(f"{size:,} bytes, not {end:,}")
+        if wanted and int(wanted) != crc: raise ValueError("its checksum does not match")
     except (OSError, struct.error, ValueError, LookupError, TypeError, RuntimeError) as e:
         raise UserError(f"{path}: got {type(e).__name__}: {e}; wanted a whole safetensors file of "
                         f"{', '.join(DTYPES)}; check the path, or restore the file from a copy")
 
 def load_tensors(path):
     """-> ({name: tensor}, metadata)."""
-    pairs = read_tensors(path)
-    _, metadata = next(pairs)
-    return {name: t.clone() for name, t in pairs}, metadata
+    tensors = dict(read_tensors(path))
+    return tensors, tensors.pop("__metadata__")
 
 LLAMA = dict(vocab_size="vocab_size", seq_len="max_position_embeddings", d_model="hidden_size",
              n_layers="num_hidden_layers", n_heads="num_attention_heads", tie="tie_word_embeddings",
@@ -586,10 +702,8 @@ def views(model):
         turn = name == "gpt2" and p.ndim == 2 and own.startswith("layers")
         out.setdefault(theirs, []).append(p.T if turn else p)
     return out
-
 def published(model):  # {published name: tensor}
     return {n: v[0] if len(v) == 1 else torch.cat(v, -1) for n, v in views(model).items()}
-
 def save_model(model, directory):
     """Writes config.json and model.safetensors, each whole or not at all."""
     (architecture, name, keys, _), own = family(model.cfg), dataclasses.asdict(model.cfg)
@@ -658,14 +772,12 @@ def load_model(directory, device="cpu", dtype=torch.float32):
 # The lesson: where parameters and FLOPs are. The bench: what a token costs as the text gets longer.
 # Layers and widths of GPT-2 (Radford et al. 2019, table 2), last of GPT-3 (2005.14165, table 2.1).
 SIZES = (12, 768), (24, 1024), (36, 1280), (48, 1600), (96, 12288)
-
 def lesson(T=2048):
     parts = ("qkv", "scores", "values", "out", "ffn", "head")
     print(f"forward, T = {T}{'parameters':>23s}{'FLOPs':>12s}", *(f"{p:>7s}" for p in parts))
-    rows = [(name, preset(name)) for name in PRESETS] + [
-        (f"GPT of {n} x {d}", preset("gpt2", vocab_size=50257, seq_len=T, n_layers=n, d_model=d))
-        for n, d in SIZES]
-    for name, cfg in rows:
+    rows = {name: preset(name) for name in PRESETS} | {f"GPT of {n} x {d}": preset(
+        "gpt2", vocab_size=50257, seq_len=T, n_layers=n, d_model=d) for n, d in SIZES}
+    for name, cfg in rows.items():
         model = meta_model(cfg)
         flops, n = model.flops(T), sum(model.n_params().values())
         share = [100 * flops.get(p, 0) / sum(flops.values()) for p in parts]
@@ -687,9 +799,7 @@ def bench(lengths=(1024, 4096, 16384)):
         print(f"{letter:14s}", *(f"{r:9,.0f}" for r in rates))
     dense, experts = (rate(FFNS[f](ModelConfig(ffns=f)), 4096) for f in "sx")
     print(f"experts, 2 of 8, reach {experts / dense:.2f} of a dense FFN's {dense:,.0f} at 4,096")
-
 def main(args): bench() if args.what == "bench" else lesson()
-
 def build_parser():
     parser = argparse.ArgumentParser(description="Parameters and FLOPs of presets, by part.")
     parser.add_argument("what", nargs="?", choices=["lesson", "bench"], default="lesson",
