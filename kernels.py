@@ -21,15 +21,15 @@ THE COSTS
     4 T^2 Dh FLOPs a head, half of that if causal, and 10 T^2 Dh backward (2.5 times; 3.5 here, as p
     is made twice); in tiles it moves 4 T Dh numbers, written out 4 T^2 more.
 
-CONTENTS  DEVICES / fastest_dtype / choose / Linear, norms, attention / FlashAttention-2 / the loss
-          / positions, masks, caches / the lesson and the bench
+CONTENTS  DEVICES / dtype, memory, choose / flags / loss, Linear, norms, attention / its kernel /
+          positions, masks, caches / scan, convolutions / the lesson and the bench
 NOT HERE  TMA, warp specialization, fp8; cuBLAS is called, and torch.compile fuses the small things
 RUN       python kernels.py         # last line: "... bound by arithmetic from n = 886 on"
           python kernels.py bench   # on a GPU: each kernel's time beside torch's
 REFERENCES
     Williams et al. 2009 (the roofline model); NVIDIA's datasheets; Dao 2023 (2307.08691) and Triton
-    (Tillet et al. 2019) for tiles; Liger (2410.10989) for the loss; Su et al. 2021 (2104.09864)
-    RoPE; Zhang, Sennrich 2019 (1910.07467) RMSNorm; Glorot, Bengio 2010 initial scale
+    (Tillet et al. 2019) for tiles; Su et al. 2021 (2104.09864) RoPE; Zhang, Sennrich 2019
+    (1910.07467) RMSNorm; Glorot, Bengio 2010 initial scale; Yang et al. 2024 (2406.06484) the scan
 EXERCISE  Empty `roofline_s` and fill it until `pytest test_all.py -k roofline` is green again.
 """
 import argparse, ctypes, dataclasses, itertools, math, os, platform, re, sys, time
@@ -72,16 +72,13 @@ def device_name(device):  # what to call a device in a log: the GPU's name, or t
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     if device.type == "mps": return "Apple GPU"
     info = Path("/proc/cpuinfo")  # on Linux
-    models = re.findall(r"^model name\s*: (.*)", info.read_text() if info.is_file() else "", re.M)
-    name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {len(models)} cores" if models else name
+    model = re.search(r"model name\s*: (.*)", info.read_text() if info.is_file() else "")
+    return f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores"
 
-def synchronize(device):
-    """Waits for a device's queue: without it a timer sees only how fast work is handed over."""
+def synchronize(device):  # waits for its queue: else a timer sees how fast work is handed over
     if device.type != "cpu": getattr(torch, device.type).synchronize()
 
-def generator_of(model):
-    """(type of the model's device, the module that gets and sets the random generator there)."""
+def generator_of(model):  # (device type, the module that gets and sets the generator there)
     kind = next(model.parameters()).device.type
     return kind, torch if kind == "cpu" else getattr(torch, kind)
 
@@ -95,12 +92,12 @@ def seconds(run, device, repeats=5):  # median time of run() in seconds, after o
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[repeats // 2]
 
-def peak_flops_per_s(device, dtype, n=None):
+def peak_flops_per_s(device, dtype):
     """(FLOP/s, where it is from): the datasheet's dense peak for 16-bit numbers, or else what an
     (n, n) product reaches now (float32 on a GPU may or may not use its tensor cores)."""
-    row = device_row(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    row = device_row(device_name(device)) if device.type == "cuda" else None
     if row and dtype in (torch.bfloat16, torch.float16): return row[0], "datasheet"
-    n = n or (1024 if device.type == "cpu" else 4096)
+    n = 1024 if device.type == "cpu" else 4096
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n ** 3 / seconds(lambda: a @ b, device), f"measured: {n} x {n} product"
 
@@ -129,12 +126,12 @@ def keep_freed_memory():
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1))
 USES, KERNELS, SAID = ("auto", "torch", "triton"), {"use": "auto"}, set()
-def usable(): return triton is not None and (INTERPRET or torch.cuda.is_available())
+def usable(): return triton and (INTERPRET or torch.cuda.is_available())
 def choose(name, x, ok=True):
     """Is `name` done by a Triton kernel, if it can (ok)? Said once. `use` may be torch, triton or
     auto: triton on a GPU, if there is one; TRITON_INTERPRET=1 runs kernels on a CPU, slowly."""
     if KERNELS["use"] == "torch" or triton is None or not (x.is_cuda or INTERPRET): return False
-    ok = ok and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ok = ok and x.dtype in (torch.float32, torch.float16, INTERPRET or torch.bfloat16)
     if not torch.compiler.is_compiling() and (name, ok) not in SAID:
         print(f"kernels: {name} by {'triton' if ok else 'torch'}", file=sys.stderr)
         SAID.add((name, ok))
@@ -143,8 +140,7 @@ def choose(name, x, ok=True):
 # rows and columns of tiles, warps, stages [our choice, not yet measured: `bench --tune` measures].
 # None spills registers on sm_90 [compiled, Triton 3.6]. "wide": of rows of more than 128 numbers.
 CONFIGS = {"attention": (128, 64, 8, 3), "attention wide": (128, 32, 8, 2), "dq": (128, 64, 8, 2),
-           "dq wide": (64, 32, 8, 2), "dkv": (64, 64, 8, 2), "dkv wide": (32, 64, 8, 2),
-           "decode": (16, 64, 4, 2), "decode wide": (16, 32, 4, 2)}
+           "dq wide": (64, 32, 8, 2), "dkv": (64, 64, 8, 2), "dkv wide": (32, 64, 8, 2)}
 
 def tile(name, x):
     """Rows, columns and other options of a kernel's tiles for x; 16 by 16 in the interpreter."""
@@ -153,9 +149,6 @@ def tile(name, x):
     if INTERPRET: rows = columns = 16
     return rows, columns, dict(num_warps=warps, num_stages=stages)
 def room(D): return max(16, 1 << (D - 1).bit_length())  # a power of two that tl.dot takes
-
-# -----------------------------------------------------------------------------
-# Settings
 
 def flag(default, help, of=""):
     """A dataclass field that knows what --help says of it, and which letters read it (any: "")."""
@@ -168,7 +161,6 @@ def add_fields(parser, config_class, recipes):
         if "None" in str(f.type) and text.lower() == "none": return None
         if kind is bool and text.lower() not in ("true", "false"): raise ValueError(text)
         return text.lower() == "true" if kind is bool else kind(text)
-
     group = parser.add_argument_group(config_class.__name__)
     for f in dataclasses.fields(config_class):
         kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
@@ -197,24 +189,20 @@ def cross_entropy_reference(logits, targets):
     nats = z.logsumexp(-1) - z.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
     return torch.where(targets >= 0, nats, 0.0)
 
-def cross_entropy(logits, targets):
-    """The same from torch's fused call, which passes over the (..., V) logits less often."""
-    z = up(logits).flatten(0, -2)
-    return F.cross_entropy(z, targets.flatten(), ignore_index=-1, reduction="none").view_as(targets)
-
 def logits_of(x, weight, cap=None):
     """(..., D) @ (D, V) -> (..., V), soft-capped to (-cap, cap) if a cap is given."""
     z = F.linear(x, weight.to(x.dtype))
     return z if cap is None else cap * torch.tanh(z / cap)
 
 LOGITS = 2 ** 27  # numbers: half a gigabyte in float32 [our choice]
-
 def linear_cross_entropy(x, weight, targets, cap=None):
     """The loss from the stream (B, T, D) and the head (V, D). Of logits beyond LOGITS only a part
     is ever there: backward makes each part again, for 2 V D FLOPs a token (a checkpoint)."""
-    nats = lambda x, targets: cross_entropy(logits_of(x, weight, cap), targets)
+    def nats(x, targets):  # torch's fused call passes over the logits less often
+        z = up(logits_of(x, weight, cap))
+        return F.cross_entropy(z, targets, ignore_index=-1, reduction="none")
     rows, flat = max(1, LOGITS // len(weight)), x.flatten(0, 1)
-    if len(flat) <= rows: return nats(x, targets)
+    if len(flat) <= rows: return nats(flat, targets.flatten()).view_as(targets)
     parts = zip(flat.split(rows), targets.flatten().split(rows))
     return torch.cat([checkpoint(nats, *p, use_reentrant=False) for p in parts]).view_as(targets)
 
@@ -276,21 +264,17 @@ def attention_reference(q, k, v, mask=None):
     scores = scores.masked_fill(~mask, float("-inf"))  # before the softmax, which then renormalises
     return softmax(scores) @ v  # (B,H,T,S) @ (B,H,S,Dh) -> (B,H,T,Dh)
 
-def attention(q, k, v, mask=None, dropout=0.0, window=None):
-    """The same from torch's fused call, or from a kernel if there is no mask: then the queries are
-    the last T of S places, and see `window` keys, themselves included, or all before them."""
-    (H, T, d), (Hkv, S, d_v) = q.shape[1:], (*k.shape[1:3], v.shape[-1])
-    if mask is None and not dropout and choose("attention", q, d == d_v <= 256):
-        return FlashAttention.apply(q, k, v, True, window)
-    if mask is None and (window or T != S):
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        mask = mask.triu(S - T - (window or S) + 1)
-    if H != Hkv and T == 1 and q.dtype.itemsize < 4 and mask is not None:  # 5 times faster
-        q = q.unflatten(1, (Hkv, -1)).squeeze(3)  # heads that share keys are queries of one
+def fused(q, v, p): return choose("attention", q, not p and q.shape[-1] == v.shape[-1] <= 256)
+def attention(q, k, v, mask=None, dropout=0.0):
+    """The same from a kernel or torch's fused call, which need not write the (T, S) matrix."""
+    gqa, d_v = q.shape[1] != k.shape[1], v.shape[-1]
+    if mask is None and fused(q, v, dropout): return FlashAttention.apply(q, k, v, True, None)
+    if gqa and q.shape[2] == 1 and q.dtype.itemsize < 4 and mask is not None:  # 5 times faster
+        q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # heads that share keys are queries of one
         return attention(q, k, v, mask, dropout).flatten(1, 2)[:, :, None]
-    if d_v < d: v = F.pad(v, (0, d - d_v))  # unequal, it writes the (T, S) matrix to memory
+    if d_v < q.shape[-1]: v = F.pad(v, (0, q.shape[-1] - d_v))  # unequal, it writes that matrix
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None,
-                                          enable_gqa=H != Hkv)[..., :d_v]
+                                          enable_gqa=gqa)[..., :d_v]
 
 # -----------------------------------------------------------------------------
 # FlashAttention-2 (2307.08691)
@@ -298,76 +282,57 @@ def attention(q, k, v, mask=None, dropout=0.0, window=None):
 # program holds a tile of queries on the chip and passes over keys and values in tiles, with a
 # running maximum m and sum l per row: when m rises, what was summed before shrinks by exp(m - m').
 # Backward makes each tile of p again from the logsumexp alone. Its programs hold keys and values
-# and pass over queries (dK, dV), then hold queries and dO and pass over keys (dQ). All three are one
-# kernel: sums of weights times X or Y, whatever is held. Each number is written by one program, so
-# results repeat exactly.
+# and pass over queries (dK, dV), then hold queries and dO and pass over keys (dQ). All three are
+# one kernel: sums of weights times X or Y, whatever is held. Each number is written by one program,
+# so results repeat exactly.
 
 @jit
-def load(at, rows, ok, D: constexpr, BD: constexpr, MASK: constexpr):
+def load(at, rows, ok, D: constexpr, BD: constexpr):
     """Rows of D numbers at their offsets, in BD columns; zeros beyond D, and where not ok."""
     d = tl.arange(0, BD)
-    at = at + (rows[:, None] + d[None, :])
-    if MASK: return tl.load(at, mask=ok[:, None] & (d[None, :] < D), other=0.0)
-    elif D < BD: return tl.load(at, mask=d[None, :] < D, other=0.0)
-    else: return tl.load(at)
+    return tl.load(at + (rows[:, None] + d[None, :]), ok[:, None] & (d[None, :] < D), 0.0)
 
 @jit
-def spans(first, last, N, KEYS: constexpr, CAUSAL: constexpr, WINDOW: constexpr, B: constexpr):
-    """What is seen from queries at first..last, or who sees the KEYS there, of 0..N-1 in blocks of
+def spans(first, last, T, KEYS: constexpr, CAUSAL: constexpr, WINDOW: constexpr, B: constexpr):
+    """What is seen from queries at first..last, or who sees the KEYS there, of 0..T-1 in blocks of
     B: from lo to hi, from full to past without a mask."""
-    lo, full, past, hi = first * 0, first * 0, N, N
+    lo, full, past, hi = first * 0, first * 0, T, T
     if CAUSAL and KEYS: lo, full = first, last
     elif CAUSAL: past, hi = first + 1, last + 1
     if WINDOW and KEYS: past, hi = first + WINDOW, last + WINDOW
     elif WINDOW: lo, full = first - WINDOW + 1, last - WINDOW + 1
-    lo, hi = tl.maximum(lo, 0) // B * B, tl.minimum(hi, N)
+    lo, hi = tl.maximum(lo, 0) // B * B, tl.minimum(hi, T)
     full = tl.minimum(tl.cdiv(tl.maximum(full, lo), B) * B, hi)
-    return lo, full, tl.maximum(tl.minimum(past, N) // B * B, full), hi
+    return lo, full, tl.maximum(tl.minimum(past, T) // B * B, full), hi
 
 @jit
-def attention_pass(A, C, X, Y, DA, DC, LSE, DELTA, TABLE, LENGTHS, sa, sc, sx, sy, sd, st, H, R, T,
-                   S, scale, FORWARD: constexpr, KEYS: constexpr, GROUPS: constexpr,
-                   PAGE: constexpr, SPLITS: constexpr, D: constexpr, BD: constexpr,
-                   CAUSAL: constexpr, WINDOW: constexpr, BM: constexpr, BN: constexpr):
-    """BM of the R rows of a head are held, of A (and of C backward), all others of X and Y pass by.
-    With a block TABLE, key j is in row j % PAGE of page TABLE[b, j // PAGE], and heads that share
-    keys come as one, of R = groups T queries."""
+def attention_pass(A, C, X, Y, DA, DC, LSE, DELTA, sa, sc, sx, sy, sd, H, T, scale,
+                   FORWARD: constexpr, KEYS: constexpr, GROUPS: constexpr, D: constexpr,
+                   BD: constexpr, CAUSAL: constexpr, WINDOW: constexpr, BM: constexpr,
+                   BN: constexpr):
+    """BM of the T rows of a head are held, of A (backward of C, too); X and Y pass by in BNs."""
     i0 = (tl.program_id(0) if KEYS else tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    b, h, part = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(2)
-    i, first, last = i0 + tl.arange(0, BM), i0, tl.minimum(i0 + BM, R) - 1  # longest tiles first
-    t = i
-    if PAGE: S, t, first, last = tl.load(LENGTHS + b), i % T, 0 * T, T - 1
-    N, gap = (T, T - S) if KEYS else (S, S - T)  # the queries are the last T of S places
-    lo, full, past, hi = spans(first + gap, last + gap, N, KEYS, CAUSAL, WINDOW, BN)
-    if SPLITS > 1:  # this program's share of the keys
-        share = tl.cdiv(tl.cdiv(hi - lo, BN), SPLITS) * BN
-        lo += part * share
-        hi = tl.minimum(hi, lo + share)
-        full = tl.minimum(tl.maximum(full, lo), hi)
-        past = tl.minimum(tl.maximum(past, full), hi)
-    a = load(A + b * sa[0] + h * sa[1], i * sa[2], i < R, D, BD, True)
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H  # long tiles go first
+    i, last = i0 + tl.arange(0, BM), tl.minimum(i0 + BM, T) - 1
+    lo, full, past, hi = spans(i0, last, T, KEYS, CAUSAL, WINDOW, BN)
+    a = load(A + b * sa[0] + h * sa[1], i * sa[2], i < T, D, BD)
     m, l = tl.full((BM,), -1e30, tl.float32), tl.zeros((BM,), tl.float32)
     da, dc = tl.zeros((BM, BD), tl.float32), tl.zeros((BM, BD), tl.float32)
-    if not FORWARD: c = load(C + b * sc[0] + h * sc[1], i * sc[2], i < R, D, BD, True)
+    if not FORWARD: c = load(C + b * sc[0] + h * sc[1], i * sc[2], i < T, D, BD)
     for EDGES in tl.static_range(2):  # the blocks in the middle, then both ends with masks
         start, end = (lo, full + hi - past) if EDGES else (full, past)
         n = tl.cdiv(end - start, BN)  # blocks of a head; heads that share keys follow in one loop
         for step in range(n * GROUPS if KEYS else n):
             j, other = start + step % n * BN, h * GROUPS + step // n if KEYS else h // GROUPS
             j = (tl.where(j < full, j, j + past - full) if EDGES else j) + tl.arange(0, BN)
-            at_x, at_y, page = j * sx[2], j * sy[2], b
-            if PAGE:
-                page = tl.load(TABLE + b * st + j // PAGE, mask=j < N, other=0).to(tl.int64)
-                at_x, at_y = page * sx[0] + j % PAGE * sx[2], page * sy[0] + j % PAGE * sy[2]
-                page = 0
-            x = load(X + page * sx[0] + other * sx[1], at_x, j < N, D, BD, EDGES)
-            y = load(Y + page * sy[0] + other * sy[1], at_y, j < N, D, BD, EDGES)
-            query, key = (j[None, :], i[:, None]) if KEYS else (t[:, None], j[None, :])
+            x = load(X + b * sx[0] + other * sx[1], j * sx[2], j < T, D, BD)
+            y = load(Y + b * sy[0] + other * sy[1], j * sy[2], j < T, D, BD)
+            query, key = (j[None, :], i[:, None]) if KEYS else (i[:, None], j[None, :])
             s = tl.dot(a, tl.trans(x), input_precision="ieee") * (scale * 1.4426950408889634)
             if EDGES:
-                seen = key < S
-                if CAUSAL: seen = seen & (key <= query + S - T)
-                if WINDOW: seen = seen & (key > query + S - T - WINDOW)
+                seen = key < T
+                if CAUSAL: seen = seen & (key <= query)
+                if WINDOW: seen = seen & (key > query - WINDOW)
                 s = tl.where(seen, s, -float("inf"))
             if FORWARD:
                 new = tl.maximum(m, tl.max(s, 1))
@@ -376,72 +341,49 @@ def attention_pass(A, C, X, Y, DA, DC, LSE, DELTA, TABLE, LENGTHS, sa, sc, sx, s
                 da = tl.dot(p.to(y.dtype), y, da, input_precision="ieee")
             else:
                 row = ((b * H * GROUPS + other) * T + j) if KEYS else (b * H + h) * T + i
-                ok = (j < T if EDGES else None) if KEYS else i < T
-                lse, delta = tl.load(LSE + row, ok), tl.load(DELTA + row, ok)
+                ok = j < T if KEYS else i < T
+                lse, delta = tl.load(LSE + row, ok, 0.0), tl.load(DELTA + row, ok, 0.0)
                 if KEYS: lse, delta = lse[None, :], delta[None, :]
                 else: lse, delta = lse[:, None], delta[:, None]
                 p = tl.exp2(s - lse * 1.4426950408889634)
                 ds = p * (tl.dot(c, tl.trans(y), input_precision="ieee") - delta)
                 da = tl.dot(ds.to(x.dtype), x, da, input_precision="ieee")
                 if KEYS: dc = tl.dot(p.to(y.dtype), y, dc, input_precision="ieee")
-    d = tl.arange(0, BD)
-    at = part * sd[0] + b * sd[1] + h * sd[2] + i[:, None] * sd[3] + d[None, :]
-    ok = (i[:, None] < R) & (d[None, :] < D)
-    if FORWARD:  # a share may be empty: it weighs nothing
-        l = tl.where(l > 0, l, 1e-30)
-        da = da / l[:, None]
-        row = (part * tl.num_programs(1) + tl.program_id(1)) * R + i
-        tl.store(LSE + row, (m + tl.log2(l)) * 0.6931471805599453, i < R)
+    if FORWARD:  # nowhere is l 0: every row sees itself
+        da /= l[:, None]
+        tl.store(LSE + (b * H + h) * T + i, (m + tl.log2(l)) * 0.6931471805599453, i < T)
     else: da *= scale
+    d = tl.arange(0, BD)
+    at = b * sd[0] + h * sd[1] + i[:, None] * sd[2] + d[None, :]
+    ok = (i[:, None] < T) & (d[None, :] < D)
     tl.store(DA + at, da.to(DA.dtype.element_ty), ok)
     if KEYS: tl.store(DC + at, dc.to(DC.dtype.element_ty), ok)
 
-def flash(q, k, v, causal=True, window=None, table=None, lengths=None, splits=None):
-    """-> out (B, H, T, D), logsumexp (B, H, T). Few queries: heads that share keys make one tile,
-    and the keys are split over programs. A cache without pages has the identity block table."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    (B, H, T, D), Hkv, page = q.shape, k.shape[1], k.shape[2]
-    few, longest = table is not None or T * H // Hkv <= 16, page
-    if table is not None: longest = page * table.shape[1]
-    elif few:  # constexprs must not change with the length, or each token would compile a kernel
-        table, page = torch.arange(B, device=q.device)[:, None], 2 ** 30
-        lengths = torch.full((B,), longest, device=q.device)
-    if few: q = q.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, Hkv, groups T, D)
-    (_, h, R), groups = q.shape[:3], 1 if few else H // Hkv
-    BM, BN, options = tile("decode" if few else "attention", q)
-    splits = splits or 2 ** int(math.log2(max(1, min(64, 264 // (B * h), longest // 256) * few)))
-    out = torch.empty(splits, B, R, h, D, device=q.device,
-                      dtype=q.dtype if splits == 1 else torch.float32).transpose(2, 3)
-    lse = torch.empty(splits, B, h, R, device=q.device)
-    attention_pass[(triton.cdiv(R, BM), B * h, splits)](
-        q, None, k, v, out, None, lse, None, table, lengths, q.stride()[:3], (0, 0, 0),
-        k.stride()[:3], v.stride()[:3], out.stride()[:4], table.stride(0) if few else 0, h, R, T,
-        page, D ** -0.5, True, False, groups, page if few else None, splits, D, room(D), causal,
-        window, BM, BN, **options)
-    if splits > 1: out = (lse.softmax(0)[..., None] * out).sum(0, keepdim=True).to(q.dtype)
-    return out[0].reshape(B, H, T, D), lse.logsumexp(0).view(B, H, T)
+def launch(name, held, lse, delta, out, *how):
+    (B, h, T, D), (BM, BN, options) = held[0].shape, tile(name, held[0])
+    groups = max(h, held[2].shape[1]) // min(h, held[2].shape[1])
+    strides = [x.stride()[:3] if x is not None else (0, 0, 0) for x in (*held, out[0])]
+    attention_pass[(triton.cdiv(T, BM), B * h)](
+        *held, *out, lse, delta, *strides, h, T, D ** -0.5, name == "attention", name == "dkv",
+        groups, D, room(D), *how, BM, BN, **options)
 
 class FlashAttention(torch.autograd.Function):
+    """q (B, H, T, D), k, v (B, Hkv, T, D), causal, window -> (B, H, T, D)."""
     @staticmethod
-    def forward(ctx, q, k, v, causal, window):
-        out, lse = flash(q, k, v, causal, window)
+    def forward(ctx, q, k, v, *how):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        ctx.how, (B, H, T, D), new = how, q.shape, partial(torch.empty, device=q.device)
+        lse, out = new(B, H, T), new(B, T, H, D, dtype=q.dtype).transpose(1, 2)  # `merge` is free
+        launch("attention", (q, None, k, v), lse, None, (out, None), *how)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.how = causal, window
         return out
     @staticmethod
     def backward(ctx, dout):
-        *qkv, out, lse = ctx.saved_tensors
-        q, k, v, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (*qkv, dout))
-        (B, H, T, D), (_, Hkv, S, _) = q.shape, k.shape
-        delta, lse = (up(dout) * up(out)).sum(-1), lse.contiguous()  # the softmax's share
+        (q, k, v, out, lse), dout = ctx.saved_tensors, dout.contiguous()
+        delta = (up(dout) * up(out)).sum(-1)  # the gradient's share by the softmax
         dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
-        for name, keys, held in (("dkv", True, (k, v, q, dout, dk, dv)),
-                                 ("dq", False, (q, dout, k, v, dq, dq))):
-            BM, BN, options = tile(name, q)
-            (_, h, n, _), strides = held[0].shape, (x.stride()[:3] for x in held[:4])
-            attention_pass[(triton.cdiv(n, BM), B * h)](
-                *held, lse, delta, None, None, *strides, (0, *held[4].stride()[:3]), 0, h, n, T, S,
-                D ** -0.5, False, keys, H // Hkv, None, 1, D, room(D), *ctx.how, BM, BN, **options)
+        launch("dkv", (k, v, q, dout), lse, delta, (dk, dv), *ctx.how)
+        launch("dq", (q, dout, k, v), lse, delta, (dq, None), *ctx.how)
         return dq, dk, dv, None, None
 
 # -----------------------------------------------------------------------------
@@ -467,12 +409,6 @@ def rope_tables(pos, d_head, theta, factor=None, context=None):
     angle = pos[:, None, :, None] * freq
     return angle.cos(), angle.sin()
 
-def rotate(x, cos, sin):
-    """RoPE on (B, H, T, Dh). Feature i of the first half pairs with feature i of the second, as in
-    Llama's and Qwen's checkpoints; the paper pairs neighbours, a permutation of W_q and W_k."""
-    a, b = up(x).chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-
 def documents(pos):
     """Numbers the documents of each row, (B, T) -> (B, T): [0 1 2 0 1] -> [1 1 1 2 2]."""
     return (pos == 0).cumsum(-1)
@@ -487,13 +423,13 @@ def visible(q_pos, q_doc, k_pos, k_doc, window=None):
     return ok if window is None else ok & (gap < window)
 
 def blocks(T, window):
-    """Local attention to T places in blocks of `window` queries a..b, which see keys c..b, their own
-    block and the one before: 2 w T pairs, not T^2. One if T is too short for that to pay [measured
-    on a CPU]."""
+    """Local attention in blocks of `window` queries a..b, which see keys c..b, their own block and
+    the one before: 2 w T pairs, not T^2. One if T is too short for that to pay [measured on a CPU].
+    """
     if window is None or T < max(4 * window, 256): return [(0, T, 0)]
     return [(a, min(T, a + window), max(0, a - window)) for a in range(0, T, window)]
 
-def take(x, index):  # x[b, index[b, t]]: (B, S, ...) and (B, T) -> (B, T, ...)
+def take(x, index):  # (B, S, ...), (B, T) -> (B, T, ...)
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 class Context:
@@ -508,24 +444,27 @@ class Context:
             if start is not None: pos = pos + start  # (B, T) + (B, 1)
         self.pos, self.rows = pos, pos[:1] if self.plain else pos
         self.order = None if self.plain else (pos < 0).sort(dim=1, stable=True).indices
-    def turn(self, x):  # RoPE on (B, H, T, Dh), if the model has it
+    def turn(self, x):
+        """RoPE on (B, H, T, Dh), if the model has it. Feature i of the first half pairs with i of
+        the second, as in Llama's and Qwen's checkpoints; the paper pairs neighbours, a permutation
+        of W_q and W_k."""
         if not self.rope: return x
-        d = x.shape[-1]
+        d, (a, b) = x.shape[-1], up(x).chunk(2, -1)
         if d not in self.tables: self.tables[d] = rope_tables(self.rows, d, *self.rope)
-        return rotate(x, *self.tables[d])
+        cos, sin = self.tables[d]
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
     def mask(self, window=None, a=0, b=None, c=0):
-        """(B or 1, 1, T, S): of queries a..b, keys c..b. None for plain causal attention: fused
-        kernels need none for it."""
+        """(B or 1, 1, T, S): of queries a..b, keys c..b. None if plainly causal: kernels know."""
         if self.plain and (window is None or window >= self.tokens.shape[1]): return None
         if (window, a, b) not in self.masks:
             rows = self.rows[:, None], documents(self.rows[:, None])  # (B or 1, 1, T)
             at = (x[..., i:b] for i in (a, c) for x in rows)
             self.masks[window, a, b] = visible(*at, window)
         return self.masks[window, a, b]
-    def attend(self, q, k, v, window=None, dropout=0.0):  # to keys of this forward
-        if self.plain and choose("attention", q): return attention(q, k, v, None, dropout, window)
-        y = [attention(q[:, :, a:b], k[:, :, c:b], v[:, :, c:b], self.mask(window, a, b, c),
-                       dropout) for a, b, c in blocks(q.shape[2], window)]
+    def attend(self, q, k, v, window=None, p=0.0):  # to keys of this forward
+        if self.plain and fused(q, v, p): return FlashAttention.apply(q, k, v, True, window)
+        y = [attention(q[:, :, a:b], k[:, :, c:b], v[:, :, c:b], self.mask(window, a, b, c), p)
+             for a, b, c in blocks(q.shape[2], window)]
         return y[0] if len(y) == 1 else torch.cat(y, 2)
     def packed(self, x, back=False):
         """(B, T, ...) with each row's padding moved behind its tokens, or back: what convolves or
@@ -543,7 +482,6 @@ class KVCache:
     """Keys and values of a layer, token i in column i; with a window in column i modulo `size`, a
     ring: memory is constant, and the last SLACK tokens can be taken back. Padding takes columns."""
     SLACK = 16  # [our choice]
-    counted, plain = False, True  # do positions count on, now; and have they always: then no mask
     def __init__(self, batch, size, heads, d_k, d_v, window, device, dtype):
         size = size if window is None else min(size, window + self.SLACK)
         new = lambda kind, *shape: torch.zeros(batch, *shape, device=device, dtype=kind)
@@ -552,7 +490,7 @@ class KVCache:
         self.n, self.lost, self.size, self.window = 0, 0, size, window  # tokens seen, overwritten
     def update(self, k, v, pos):
         """Appends k, v (B, Hkv, T, Dh) at positions pos (B, T) -> keys and values (B, Hkv, S, Dh)
-        and the mask (B, 1, T, S) of the new queries, or None if it is plainly causal."""
+        and the mask (B, 1, T, S) of the new queries."""
         a, b, pos = self.n, self.n + pos.shape[1], pos[:, None]
         assert self.window or b <= self.size, f"the cache holds {self.size} positions, not {b}"
         new = (k, v, pos, documents(pos) + (self.last(3) if a else 0))
@@ -562,12 +500,9 @@ class KVCache:
         for column, x in zip(self.columns, new): column[:, :, at] = x[:, :, -self.size:]
         if not self.window: seen = [c[:, :, :b] for c in self.columns]
         self.n, self.lost = b, max(self.lost, b - self.size)
-        self.plain &= self.counted and not self.window
-        return *seen[:2], None if self.plain else visible(*new[2:], *seen[2:], self.window)
-    def last(self, i):
-        return self.columns[i][:, :, (self.n - 1) % self.size, None]
-    def next_pos(self):
-        """(B, 1): the position after the last one of each row; None if the cache is empty."""
+        return seen[0], seen[1], visible(*new[2:], *seen[2:], self.window)
+    def last(self, i): return self.columns[i][:, :, (self.n - 1) % self.size, None]
+    def next_pos(self):  # (B, 1): the position after each row's last; None if the cache is empty
         return self.last(2)[:, 0] + 1 if self.n else None
     def truncate(self, n):  # forgets all but the first n tokens (what followed was a wrong guess)
         assert 0 <= n <= self.n and (self.lost == 0 or n >= self.lost + max(1, self.window - 1)), \
@@ -591,6 +526,91 @@ class StateCache:
         self.saved = kept
 
 # -----------------------------------------------------------------------------
+# Memories of a fixed size: one recurrence, in chunks
+# Linear attention, state space models and the delta rule are a matrix that decays and is written
+# to, one key and value after the other. Token by token that is T small steps, bound by memory. In
+# chunks of C tokens it is products of matrices: C^2 within a chunk, one step from chunk to chunk.
+
+CHUNK = 64  # of 32, 64, 128 the fastest at widths of 64 and 128 [measured on a CPU]
+def scan_reference(q, k, v, log_a, b, pos, S):
+    """The recurrence, token by token, per head with state S (B, H, N, Dv):
+        w_t = v_t - b_t a_t S_{t-1}^T k_t    S_t = a_t S_{t-1} + k_t w_t^T    y_t = S_t^T q_t
+    q, k (B, H or 1, T, N), v (B, H, T, Dv), log_a (B, H or 1, T) <= 0, b (B, H, T) or None for 0,
+    pos (B, T) -> y (B, H, T, Dv), S. Position 0 forgets S first; padding, -1, leaves it alone."""
+    out, b = [], torch.zeros_like(log_a) if b is None else b
+    each = (x.unbind(2) for x in (q, k, v, log_a, b))
+    for q, k, v, log_a, b, p in zip(*each, pos[:, None].unbind(2)):
+        p, old = p[..., None, None], log_a.exp()[..., None, None] * S
+        old = old.masked_fill(p == 0, 0.0)
+        w = v[..., None, :] - b[..., None, None] * (k[..., None, :] @ old)
+        S = torch.where(p < 0, S, old + k[..., None] * w)
+        out.append((q[..., None, :] @ S).squeeze(-2))
+    return torch.stack(out, 2), S
+
+def scan(q, k, v, log_a, b, pos, S):
+    """The same in chunks. Unrolled from the chunk's first state S_0, with g_ti = a_{i+1} ... a_t,
+        S_t = g_t0 S_0 + sum_{i <= t} g_ti k_i w_i^T
+    so y is a masked attention within the chunk plus a reading of S_0. Put into w_t, the sum gives
+    equations (I + A) W = V - b g_0 K S_0, A_ti = b_t g_ti k_t . k_i for i < t: a triangular system,
+    solved for both right sides before S_0 is known (the WY form of 2406.06484). With b = 0, W = V.
+    g is the exp of a difference of sums of logs, never positive: nothing overflows. A document's
+    start within i+1..t makes g 0."""
+    dtype, T, C, out = v.dtype, pos.shape[1], min(CHUNK, pos.shape[1]), []
+    n = -(-T // C)
+    def cut(x, fill=0.0):  # (B, H, T, ...) -> (B, H, n, C, ...)
+        return F.pad(up(x), (0, 0) * (x.ndim - 3) + (0, n * C - T), value=fill).unflatten(2, (n, C))
+    q, k, v, log_a, pos = cut(q), cut(k), cut(v), cut(log_a), cut(pos[:, None], -1)
+    k, log_a = k.masked_fill(pos[..., None] < 0, 0.0), log_a.masked_fill(pos < 0, 0.0)
+    total, doc = F.pad(log_a.cumsum(-1), (1, 0)), F.pad((pos == 0).cumsum(-1), (1, 0))
+    seen = (doc[..., None] == doc[..., None, :]).tril()
+    g = (total[..., None] - total[..., None, :]).masked_fill(~seen, -math.inf).exp()
+    within, enter, leave = g[..., 1:, 1:], g[..., 1:, :1], g[..., -1:, 1:].mT
+    parts = [q * enter, within * (q @ k.mT), (k * leave).mT, g[..., -1:, :1], v]
+    if b is not None:
+        b = cut(b)[..., None]
+        A, right = (b * within * (k @ k.mT)).tril(-1), torch.cat((v, b * enter * k), -1)
+        parts[4:] = torch.linalg.solve_triangular(
+            A, right, upper=False, unitriangular=True).split((v.shape[-1], k.shape[-1]), -1)
+    for q, qk, k_T, a, w, *from_state in zip(*(x.unbind(2) for x in parts)):
+        for m in from_state: w = w - m @ S
+        out.append(q @ S + qk @ w)  # (B,H,C,N) @ (B,H,N,Dv) + (B,H,C,C) @ (B,H,C,Dv)
+        S = a * S + k_T @ w  # (B,H,N,C) @ (B,H,C,Dv) -> (B,H,N,Dv)
+    return torch.cat(out, 2)[:, :, :T].to(dtype), S
+
+def short_conv(x, weight, pos, tail):
+    """silu(sum_i weight_i x_{t-i}) for each channel, x (B, T, C), weight (W, C), tail (B, W-1, C)
+    what came before -> the same shape, and the next tail. Padding stands last in x (packed)."""
+    W, T = len(weight), x.shape[1]
+    past, weight = torch.cat((tail.to(x.dtype), x), 1), weight.to(x.dtype)
+    y = sum(weight[i] * past[:, W - 1 - i:][:, :T].masked_fill(pos[..., None] < i, 0.0)
+            for i in range(W))
+    last = (pos >= 0).sum(1, keepdim=True) + torch.arange(W - 1, device=x.device)
+    return F.silu(y), take(past, last)
+
+def implicit_filter(layers, S, seq_len):
+    """Hyena's h (S, D), what a token adds to those 0..S-1 places later: a small network of eight
+    waves that tell the distance, under a window that decays. The slowest window falls to 1 % at
+    seq_len, the fastest at a tenth of it [our choice]."""
+    t = torch.arange(S, device=layers[0].weight.device)[:, None] / seq_len
+    angle = 2 * math.pi * t * torch.arange(1, 9, device=t.device)
+    h = layers[0](torch.cat((t, angle.cos(), angle.sin()), -1).to(layers[0].weight.dtype))
+    for layer in layers[1:]: h = layer(h.sin())
+    return h * torch.exp(-4.6 * t * torch.linspace(1, 10, h.shape[1], device=t.device))
+
+def long_conv_reference(u, h, pos, doc, u_pos, u_doc):
+    """y_t = sum_s h[t - s] u_s over the places s that t may see (as for `visible`): u (B, S, D),
+    h (S, D) -> (B, T, D), by T S D multiplications."""
+    mask, gap = visible(pos, doc, u_pos, u_doc)[:, 0], pos[:, 0, :, None] - u_pos
+    return torch.stack([torch.where(m[..., None], h[g.clamp(0, len(h) - 1)] * u, 0.0).sum(1)
+                        for m, g in zip(mask.unbind(1), gap.unbind(1))], 1)
+
+def long_conv(u, h):
+    """The same for one document: a convolution is a product of spectra, at T log T. Zeros up to 2T
+    keep the end of the circle from reaching its beginning."""
+    n = 2 * u.shape[1]
+    return torch.fft.irfft(torch.fft.rfft(u, n, 1) * torch.fft.rfft(h, n, 0), n, 1)[:, :n // 2]
+
+# -----------------------------------------------------------------------------
 # The lesson and the bench: what an operation needs, at least, and what it takes
 
 def gelu_reference(x):
@@ -598,9 +618,10 @@ def gelu_reference(x):
     reads one or two inputs from memory and writes its result there: 22 numbers per element."""
     return 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.044715 * x * x * x)))
 
-def work(n, T, new):
+def work(new, gpu):
     """(name, its rows of CONFIGS, FLOPs, numbers that it must read or write, the operation): on
     (n, n) matrices, and as in a model with 16 heads of 128, 4 of keys, on T tokens."""
+    n, T = (4096, 16384) if gpu else (2048, 1024)
     a, b, s, heads, pairs = new(n, n), new(n, n), n * n, 40 * 128 * T, 16 * 128 * T * T / 2
     yield "a @ b", (), 2 * n ** 3, 3 * s, lambda: a @ b
     yield "a + b", (), s, 3 * s, lambda: a + b
@@ -612,39 +633,37 @@ def work(n, T, new):
         torch.autograd.grad(f(*x).sum(), x)
     loss = lambda x, W: linear_cross_entropy(x[None], W, torch.arange(n, device=x.device)[None])
     yield "loss, and back", (), 6 * n ** 3, 7 * s, lambda: back(loss, a, b)
-    q, k, v, cache = new(1, 16, T, 128), new(1, 4, T, 128), new(1, 4, T, 128), new(2, 8, 4, T, 128)
+    q, k, v = new(1, 16, T, 128), new(1, 4, T, 128), new(1, 4, T, 128)
     yield "attention", ("attention",), 4 * pairs, heads, lambda: attention(q, k, v)
     yield "and back", ("dkv", "dq"), 14 * pairs, 3 * heads, lambda: back(attention, q, k, v)
-    one = q[0, :, :8, None].transpose(0, 1)  # a token of eight texts
-    yield "decoding", ("decode",), 64 * 8 * 128 * T, cache.numel(), lambda: attention(one, *cache)
 
-def main(args):
+def table(args, rows):
+    """Times rows(new, gpu), such as `work`: what an operation needs at least, and takes."""
     device, gpu = torch.device(args.device), args.device == "cuda"
-    n, T, dtype = args.n or (4096 if gpu else 2048), 16384 if gpu else 1024, fastest_dtype(device)
+    dtype, bench = fastest_dtype(device), args.what == "bench" and gpu and triton
     new = lambda *shape: torch.randn(*shape, device=device).to(dtype)
-    bench, timer = args.what == "bench" and gpu and triton, partial(seconds, device=device)
+    timer = partial(seconds, device=device)
     if bench: timer = lambda run: triton.testing.do_bench(run, return_mode="median") / 1e3
     elif args.what == "bench": print("no GPU with Triton here: torch's paths alone")
-    print(args)
-    (peak, source), x, out = peak_flops_per_s(device, dtype, n), new(4096, 4096), new(4096, 4096)
+    (peak, source), x, out = peak_flops_per_s(device, dtype), new(4096, 4096), new(4096, 4096)
     bandwidth = 2 * x.nbytes / seconds(lambda: out.copy_(x), device)
-    print(f"{device_name(device)}, {torch.get_num_threads()} threads, {dtype}: peak {peak:.3g} "
-          f"FLOP/s ({source}),\ncopying {bandwidth:.3g} bytes/s; the ridge lies at "
+    print(f"{args}\n{device_name(device)}, {torch.get_num_threads()} threads, {dtype}: peak "
+          f"{peak:.3g} FLOP/s ({source}),\ncopying {bandwidth:.3g} bytes/s; the ridge lies at "
           f"{peak / bandwidth:.1f} FLOPs per byte. Last, in bf16, the least on an H100 and an H200")
-    form = "{},{},{},{},{},{},{},{},{},{},{}" if args.csv else "{:17}{:9}" + 9 * "{:>11}"
+    form = ",".join(11 * ["{}"]) if args.csv else "{:17}{:9}" + 9 * "{:>11}"
     print(form.format("operation", "path", "FLOPs", "bytes", "intensity", "least ms", "takes ms",
                       "percent", "bound by", "H100 ms", "H200 ms"))
     def row(path, use, name, flops, numbers, run):
-        KERNELS["use"], n_bytes = use, numbers * x.itemsize
+        KERNELS["use"], n_bytes, takes = use, numbers * x.itemsize, timer(run)
         least, side = roofline_s(flops, n_bytes, peak, bandwidth)
-        takes = timer(run)
-        gpus = (DEVICES[d][::2] for d in ("H100", "H200"))
-        times = (f"{1e3 * roofline_s(flops, 2 * numbers, *gpu)[0]:.4f}" for gpu in gpus)
-        print(form.format(
-            name, path, f"{flops:.2e}", f"{n_bytes:.2e}", f"{flops / n_bytes:.1f}",
-            f"{1e3 * least:.3f}", f"{1e3 * takes:.3f}", f"{100 * least / takes:.0f}", side, *times))
+        gpus = (roofline_s(flops, 2 * numbers, *DEVICES[d][::2])[0] for d in ("H100", "H200"))
+        print(form.format(name, path, f"{flops:.2e}", f"{n_bytes:.2e}", f"{flops / n_bytes:.1f}",
+                          f"{1e3 * least:.3f}", f"{1e3 * takes:.3f}", f"{100 * least / takes:.0f}",
+                          side, *(f"{1e3 * s:.4f}" for s in gpus)))
         return takes
-    for name, configs, *counts, run in work(n, T, new):
+    rows = [row for row in rows(new, gpu) if args.profile in (None, row[0])]
+    if not rows: raise SystemExit(f"profile: got {args.profile!r}, wanted a name in column one")
+    for name, configs, *counts, run in rows:
         row("torch", "torch", name, *counts, run)
         if bench: row("compiled", "torch", name, *counts, torch.compile(run))
         if bench and configs: row("triton", "triton", name, *counts, run)
@@ -656,20 +675,23 @@ def main(args):
                 except (triton.OutOfResources, RuntimeError) as e: print(key, c, type(e).__name__)
             CONFIGS[key] = found[min(found)]
             print(f'"{key}": {CONFIGS[key]},')
+        if args.profile:
+            with torch.profiler.profile() as profile: run()
+            print(profile.key_averages().table(f"self_{args.device}_time_total", row_limit=9))
+
+def main(args):
+    table(args, work)
     print(f"on an H100 a product of bf16 matrices is bound by arithmetic from n = "
           f"{3 * DEVICES['H100'][0] / DEVICES['H100'][2]:.0f} on")
 
-def build_parser():
-    parser = argparse.ArgumentParser(
-        description="Measures what operations take on a device, beside what the roofline allows.")
+def build_parser(what="what operations take on a device, beside what the roofline allows"):
+    parser = argparse.ArgumentParser(description=f"Shows {what}.")
     parser.add_argument("what", nargs="?", choices=["lesson", "bench"], default="lesson",
                         help="bench: on a GPU, beside torch.compile and kernels (default: lesson)")
     parser.add_argument("--csv", action="store_true", help="commas between columns")
     parser.add_argument("--tune", action="store_true", help="bench: try other tiles for CONFIGS")
-    parser.add_argument("--n", type=int, choices=[2 ** i for i in range(6, 16)], metavar="N", help=
-                        "rows, a power of two from 64 to 32768 (default: 2048, on a GPU 4096)")
-    found = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
-    there = [name for name, is_there in found if is_there] + ["cpu"]
+    parser.add_argument("--profile", metavar="NAME", help="of one operation, under torch.profiler")
+    there = [d for d in ("cuda", "mps") if getattr(torch, d).is_available()] + ["cpu"]
     parser.add_argument("--device", default=there[0], choices=there,
                         help="one of those that are here (default: %(default)s)")
     return parser

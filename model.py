@@ -40,10 +40,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from bpe import UserError, atomic_write
-from kernels import (NORMS, Context, Embedding, KVCache, Linear, RMSNorm, StateCache, attention,
-                     blocks, documents, fresh, keep_freed_memory, linear_cross_entropy, logits_of,
-                     merge, norm_of, project, seconds, sinusoid, softmax, split, take, up, visible,
-                     weights, writer)
+from kernels import (CHUNK, NORMS, Context, Embedding, KVCache, Linear, RMSNorm, StateCache,
+                     attention, blocks, build_parser, documents, flag, fresh, implicit_filter,
+                     keep_freed_memory, linear_cross_entropy, logits_of, long_conv,
+                     long_conv_reference, merge, norm_of, project, scan, short_conv, sinusoid,
+                     softmax, split, table, up, weights, writer)
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -137,102 +138,6 @@ class ModelConfig:
             need(ok, name, wanted)
 
 OF = {f.name: f.metadata["of"] for f in dataclasses.fields(ModelConfig)}
-
-# -----------------------------------------------------------------------------
-# Memories of a fixed size: one recurrence, in chunks
-# Linear attention, state space models and the delta rule are a matrix that decays and is written
-# to, one key and value after the other. Token by token that is T small steps, bound by memory. In
-# chunks of C tokens it is products of matrices: C^2 within a chunk, one step from chunk to chunk.
-
-CHUNK = 64  # of 32, 64, 128 the fastest at widths of 64 and 128 [measured on a CPU]
-def scan_reference(q, k, v, log_a, b, pos, S):
-    """The recurrence, token by token, per head with state S (B, H, N, Dv):
-        w_t = v_t - b_t a_t S_{t-1}^T k_t    S_t = a_t S_{t-1} + k_t w_t^T    y_t = S_t^T q_t
-    q, k (B, H or 1, T, N), v (B, H, T, Dv), log_a (B, H or 1, T) <= 0, b (B, H, T) or None for 0,
-    pos (B, T) -> y (B, H, T, Dv), S. Position 0 forgets S first; padding, -1, leaves it alone."""
-    out, b = [], torch.zeros_like(log_a) if b is None else b
-    each = (x.unbind(2) for x in (q, k, v, log_a, b))
-    for q, k, v, log_a, b, p in zip(*each, pos[:, None].unbind(2)):
-        p, old = p[..., None, None], log_a.exp()[..., None, None] * S
-        old = old.masked_fill(p == 0, 0.0)
-        w = v[..., None, :] - b[..., None, None] * (k[..., None, :] @ old)
-        S = torch.where(p < 0, S, old + k[..., None] * w)
-        out.append((q[..., None, :] @ S).squeeze(-2))
-    return torch.stack(out, 2), S
-
-def scan(q, k, v, log_a, b, pos, S):
-    """The same in chunks. Unrolled from the chunk's first state S_0, with g_ti = a_{i+1} ... a_t,
-        S_t = g_t0 S_0 + sum_{i <= t} g_ti k_i w_i^T
-    so y is a masked attention within the chunk plus a reading of S_0. Put into w_t, the sum gives
-    equations (I + A) W = V - b g_0 K S_0, A_ti = b_t g_ti k_t . k_i for i < t: a triangular system,
-    solved for both right sides before S_0 is known (the WY form of 2406.06484). With b = 0, W = V.
-    g is the exp of a difference of sums of logs, never positive: nothing overflows. A document's
-    start within i+1..t makes g 0."""
-    dtype, T = v.dtype, pos.shape[1]
-    C = min(CHUNK, T)
-    n = -(-T // C)
-    def cut(x, fill=0.0):  # (B, H, T, ...) -> (B, H, n, C, ...)
-        return F.pad(up(x), (0, 0) * (x.ndim - 3) + (0, n * C - T), value=fill).unflatten(2, (n, C))
-    q, k, v, log_a, pos = cut(q), cut(k), cut(v), cut(log_a), cut(pos[:, None], -1)
-    k, log_a = k.masked_fill(pos[..., None] < 0, 0.0), log_a.masked_fill(pos < 0, 0.0)
-    total, doc = F.pad(log_a.cumsum(-1), (1, 0)), F.pad((pos == 0).cumsum(-1), (1, 0))
-    seen = (doc[..., None] == doc[..., None, :]).tril()
-    g = (total[..., None] - total[..., None, :]).masked_fill(~seen, -math.inf).exp()
-    within, enter, leave = g[..., 1:, 1:], g[..., 1:, :1], g[..., -1:, 1:].mT
-    parts = [q * enter, within * (q @ k.mT), (k * leave).mT, g[..., -1:, :1], v]
-    if b is not None:
-        b = cut(b)[..., None]
-        A, right = (b * within * (k @ k.mT)).tril(-1), torch.cat((v, b * enter * k), -1)
-        parts[4:] = torch.linalg.solve_triangular(
-            A, right, upper=False, unitriangular=True).split((v.shape[-1], k.shape[-1]), -1)
-    out = []
-    for q, qk, k_T, a, w, *from_state in zip(*(x.unbind(2) for x in parts)):
-        for m in from_state: w = w - m @ S
-        out.append(q @ S + qk @ w)  # (B,H,C,N) @ (B,H,N,Dv) + (B,H,C,C) @ (B,H,C,Dv)
-        S = a * S + k_T @ w  # (B,H,N,C) @ (B,H,C,Dv) -> (B,H,N,Dv)
-    return torch.cat(out, 2)[:, :, :T].to(dtype), S
-
-# -----------------------------------------------------------------------------
-# Convolutions along time
-
-def short_conv(x, weight, pos, tail):
-    """silu(sum_i weight_i x_{t-i}) for each channel, x (B, T, C), weight (W, C), tail (B, W-1, C)
-    what came before -> the same shape, and the next tail. Padding stands last in x (packed)."""
-    W, T = len(weight), x.shape[1]
-    past, weight = torch.cat((tail.to(x.dtype), x), 1), weight.to(x.dtype)
-    y = sum(weight[i] * past[:, W - 1 - i:][:, :T].masked_fill(pos[..., None] < i, 0.0)
-            for i in range(W))
-    last = (pos >= 0).sum(1, keepdim=True) + torch.arange(W - 1, device=x.device)
-    return F.silu(y), take(past, last)
-
-class ImplicitFilter(nn.Module):
-    """Hyena's h (S, D), what a token adds to those 0..S-1 places later: a small network of eight
-    waves that tell the distance, under a window that decays. The slowest window falls to 1 % at
-    seq_len, the fastest at a tenth of it [our choice]."""
-    def __init__(self, d, seq_len):
-        super().__init__()
-        widths, self.seq_len = (17, 32, 32, d), seq_len
-        self.layers = nn.ModuleList(Linear(*pair, bias=True) for pair in zip(widths, widths[1:]))
-    def forward(self, S):
-        w = self.layers[0].weight
-        t = torch.arange(S, device=w.device)[:, None] / self.seq_len
-        angle = 2 * math.pi * t * torch.arange(1, 9, device=w.device)
-        h = self.layers[0](torch.cat((t, angle.cos(), angle.sin()), -1).to(w.dtype))
-        for layer in self.layers[1:]: h = layer(h.sin())
-        return h * torch.exp(-4.6 * t * torch.linspace(1, 10, h.shape[1], device=w.device))
-
-def long_conv_reference(u, h, pos, doc, u_pos, u_doc):
-    """y_t = sum_s h[t - s] u_s over the places s that t may see (as for `visible`): u (B, S, D),
-    h (S, D) -> (B, T, D), by T S D multiplications."""
-    mask, gap = visible(pos, doc, u_pos, u_doc)[:, 0], pos[:, 0, :, None] - u_pos
-    return torch.stack([torch.where(m[..., None], h[g.clamp(0, len(h) - 1)] * u, 0.0).sum(1)
-                        for m, g in zip(mask.unbind(1), gap.unbind(1))], 1)
-
-def long_conv(u, h):
-    """The same for one document: a convolution is a product of spectra, at T log T. Zeros up to 2T
-    keep the end of the circle from reaching its beginning."""
-    n = 2 * u.shape[1]
-    return torch.fft.irfft(torch.fft.rfft(u, n, 1) * torch.fft.rfft(h, n, 0), n, 1)[:, :n // 2]
 
 # -----------------------------------------------------------------------------
 # Mixers: how a token reads from other tokens
@@ -393,12 +298,13 @@ class Hyena(Recurrent):
     def __init__(self, cfg):
         super().__init__(cfg, 1, 1, cfg.d_model, cfg.d_model)
         self.skip = nn.Parameter(torch.ones(cfg.d_model))
-        self.filter = ImplicitFilter(cfg.d_model, cfg.seq_len)
+        widths = 17, 32, 32, cfg.d_model
+        self.filter = nn.ModuleList(Linear(*pair, bias=True) for pair in zip(widths, widths[1:]))
     def mix(self, x, q, k, v, pos, S, plain):  # S (B, 1, n, D + 2): k * v, position, document
         pos, new, at = pos[:, None], up(k * v), torch.arange(pos.shape[1], device=x.device)
         doc = documents(pos) + (S[:, :, -1:, -1] if S.shape[2] else 0)
         S = torch.cat((S, torch.cat((new, torch.stack((pos, doc), -1).to(new.dtype)), -1)), 2)
-        u, h = S[:, 0, :, :-2], self.filter(S.shape[2])
+        u, h = S[:, 0, :, :-2], implicit_filter(self.filter, S.shape[2], self.cfg.seq_len)
         # Rows of one document from its start are what an FFT convolves.
         if len(h) == len(at) and (plain or ((pos == at) | (pos < 0)).all()): y = long_conv(u, h)
         else: y = long_conv_reference(u, h, pos, doc, *S[..., -2:].long().unbind(-1))
@@ -511,7 +417,6 @@ class LM(nn.Module):
         head_std = 0.0 if cfg.zero_init else cfg.init_std
         self.lm_head = None if cfg.tie else Linear(cfg.d_model, cfg.vocab_size, std=head_std)
         self.drop = nn.Dropout(cfg.dropout)
-
     def forward(self, tokens, targets=None, pos=None, cache=None, last=0):
         """tokens (B, T) -> (logits (B, T, V) or of the `last` places, aux). With targets (B, T), -1
         of which do not count: (nats (B, T), aux), so that the caller averages. pos (B, T) counts
@@ -519,7 +424,6 @@ class LM(nn.Module):
         seen = cache[0].n if cache and pos is None else 0
         assert self.cfg.pos != "learned" or seen + tokens.shape[1] <= self.cfg.seq_len, "too long"
         ctx = Context(self.cfg, tokens, pos, cache[0].next_pos() if cache else None)
-        for c in cache or (): c.counted = pos is None
         x, aux = self.embed(ctx, cache), {"loss": 0.0, "load": []}
         for i, layer in enumerate(self.layers):
             x, extra = layer(x, ctx, cache[i] if cache else None)
@@ -528,9 +432,7 @@ class LM(nn.Module):
         head = self.norm(x[:, -last:]), (self.lm_head or self.embed_tokens).weight  # (V, D)
         if targets is None: return logits_of(*head, self.cfg.softcap), aux
         return linear_cross_entropy(*head, targets, self.cfg.softcap), aux
-
-    def embed(self, ctx, cache=None):
-        """The stream before the first layer, (B, T, D)."""
+    def embed(self, ctx, cache=None):  # the stream before the first layer, (B, T, D)
         x = self.embed_tokens(ctx.tokens)
         if self.cfg.bigram:  # hashed by two odd numbers, so that few pairs share a row
             pair = 36313 * ctx.before(cache and cache[-1]) + 27191 * ctx.tokens
@@ -539,7 +441,6 @@ class LM(nn.Module):
         if self.cfg.pos == "learned": x = x + self.embed_positions(ctx.pos.clamp(min=0))
         if self.cfg.pos == "sinusoidal": x = x + sinusoid(ctx.pos, self.cfg.d_model).to(x.dtype)
         return self.drop(x).to(self.compute_dtype or x.dtype)
-
     def new_cache(self, batch, size):
         """Room for `size` positions in `batch` rows: a cache a layer, and one of last tokens."""
         device, dtype = self.embed_tokens.weight.device, self.embed_tokens.weight.dtype
@@ -553,11 +454,9 @@ class LM(nn.Module):
         for layer in self.layers:
             total.update(layer.self_attn.flops(T, S or T) | layer.mlp.flops(T))
         return dict(total)
-    def flops_per_token(self):
-        """FLOPs to train on a token at the full context: three forward passes (backward is two)."""
+    def flops_per_token(self):  # to train on it at the full context: backward is two forwards
         return 3 * sum(self.flops(self.cfg.seq_len).values()) / self.cfg.seq_len
-    def n_params(self):
-        """{part: parameters}, a layer's parts summed over layers; a tied head costs nothing."""
+    def n_params(self):  # {part: parameters}, of all layers together; a tied head costs nothing
         total, sizes = Counter(), ((n.split("."), p.numel()) for n, p in self.named_parameters())
         for words, n in sizes: total[words[2] if words[0] == "layers" else words[0]] += n
         return dict(total)
@@ -629,8 +528,8 @@ def save_tensors(path, tensors, metadata={}):
         file.writelines([struct.pack("<Q", len(text)), text, *blobs])
 
 def read_tensors(path):
-    """Yields the (name, tensor)s of a file, the first its metadata, each in memory of its own, which
-    is free when it is let go. Damage is an error that names the file."""
+    """Yields the (name, tensor)s of a file, the first its metadata. Each has its own memory, free
+    when it is let go. Damage is an error that names the file."""
     try:
         with open(path, "rb") as file:
             size, end = os.fstat(file.fileno()).st_size, 8 + struct.unpack("<Q", file.read(8))[0]
@@ -641,8 +540,7 @@ def read_tensors(path):
             yield "__metadata__", metadata
             for name, h in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 a, b = (begin + i for i in h["data_offsets"])
-                if not a == end <= b <= size:
-                    raise ValueError(f"{name} at {a:,} to {b:,}, not {end:,} on")
+                if not a == end <= b <= size: raise ValueError(f"{name} at {a:,} to {b:,}")
                 raw, dtype, end = bytearray(b - a), DTYPES[h["dtype"]], b
                 file.readinto(raw)
                 if wanted: crc = zlib.crc32(raw, crc)
@@ -654,8 +552,7 @@ def read_tensors(path):
         raise UserError(f"{path}: got {type(e).__name__}: {e}; wanted a whole safetensors file of "
                         f"{', '.join(DTYPES)}; check the path, or restore the file from a copy")
 
-def load_tensors(path):
-    """-> ({name: tensor}, metadata)."""
+def load_tensors(path):  # ({name: tensor}, metadata)
     tensors = dict(read_tensors(path))
     return tensors, tensors.pop("__metadata__")
 
@@ -704,8 +601,7 @@ def views(model):
     return out
 def published(model):  # {published name: tensor}
     return {n: v[0] if len(v) == 1 else torch.cat(v, -1) for n, v in views(model).items()}
-def save_model(model, directory):
-    """Writes config.json and model.safetensors, each whole or not at all."""
+def save_model(model, directory):  # config.json and model.safetensors, whole or not at all
     (architecture, name, keys, _), own = family(model.cfg), dataclasses.asdict(model.cfg)
     values = {**own, **dict.fromkeys(("d_ff", "d_expert"), model.layers[0].mlp.d_ff)}
     config = {"architectures": [architecture], "model_type": name, "eos_token_id": model.eos,
@@ -785,26 +681,20 @@ def lesson(T=2048):
     print("A layer's matrices grow with d_model^2, scores and values with d_model, so that their\n"
           f"share falls. Scores and values take {sum(share[1:3]):.1f} % of the FLOPs at 175B")
 
-def bench(lengths=(1024, 4096, 16384)):
-    """tokens/s, forward and backward, of a layer of d_model 256 in float32."""
-    def rate(layer, T, *ctx):  # an FFN returns aux, too
-        x = torch.randn(1, T, 256, requires_grad=True)
-        run = lambda: (layer(x, *ctx) if ctx else layer(x)[0]).sum().backward()
-        return T / seconds(run, x.device, 3)
+def layers(new, gpu):
+    """Rows for kernels.table: forward and backward of a layer of d_model 256."""
+    def row(letter, layer, T, *ctx):  # an FFN returns aux, too
+        x, one = new(1, T, 256).requires_grad_(), layer.to(new(1))
+        run = lambda: (one(x, *ctx) if ctx else one(x)[0]).sum().backward()
+        flops = 3 * sum((layer.flops(T, T) if ctx else layer.flops(T)).values())
+        return f"{letter}, {T:,} tokens", (), flops, 3 * weights(layer) + 4 * x.numel(), run
     keep_freed_memory()
-    print("tokens/s at T =", *(f"{T:9,d}" for T in lengths))
     for letter, kind in MIXERS.items():
-        cfg = ModelConfig(mixers=letter, seq_len=lengths[0])  # W sees a quarter of it
-        rates = (rate(kind(cfg), T, Context(cfg, torch.zeros(1, T))) for T in lengths)
-        print(f"{letter:14s}", *(f"{r:9,.0f}" for r in rates))
-    dense, experts = (rate(FFNS[f](ModelConfig(ffns=f)), 4096) for f in "sx")
-    print(f"experts, 2 of 8, reach {experts / dense:.2f} of a dense FFN's {dense:,.0f} at 4,096")
-def main(args): bench() if args.what == "bench" else lesson()
-def build_parser():
-    parser = argparse.ArgumentParser(description="Parameters and FLOPs of presets, by part.")
-    parser.add_argument("what", nargs="?", choices=["lesson", "bench"], default="lesson",
-                        help="bench: tokens/s of mixers and experts (default: lesson)")
-    return parser
+        cfg = ModelConfig(mixers=letter, seq_len=1024)  # W sees a quarter of it
+        for T in (1024, 4096, 16384):
+            yield row(letter, kind(cfg), T, Context(cfg, new(1, T)))
+    for letter in "sx": yield row(letter, FFNS[letter](ModelConfig(ffns=letter)), 4096)
 
+def main(args): table(args, layers) if args.what == "bench" else lesson()
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    main(build_parser("parameters and FLOPs of presets, by part; bench: layers").parse_args())
