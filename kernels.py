@@ -128,13 +128,15 @@ def keep_freed_memory():
 USES, KERNELS, SAID = ("auto", "torch", "triton"), {"use": "auto"}, set()
 def usable(): return triton and (INTERPRET or torch.cuda.is_available())
 def choose(name, x, ok=True):
-    """Is `name` done by a Triton kernel, if it can (ok)? Said once. `use` may be torch, triton or
-    auto: triton on a GPU, if there is one; TRITON_INTERPRET=1 runs kernels on a CPU, slowly."""
-    if KERNELS["use"] == "torch" or triton is None or not (x.is_cuda or INTERPRET): return False
-    ok = ok and x.dtype in (torch.float32, torch.float16, INTERPRET or torch.bfloat16)
-    if not torch.compiler.is_compiling() and (name, ok) not in SAID:
+    """Is `name` done by a Triton kernel, if it can (ok)? Said once. `use`: torch, triton, or auto,
+    which is triton for 16 bits on a Hopper GPU. TRITON_INTERPRET=1 runs it on a CPU, slowly."""
+    if not (x.is_cuda or INTERPRET): return False
+    ok, forced = ok and triton and KERNELS["use"] != "torch", KERNELS["use"] == "triton"
+    ok = ok and (forced or x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9)
+    ok = ok and x.dtype in (torch.float16, INTERPRET or torch.bfloat16, forced and torch.float32)
+    if not torch.compiler.is_compiling() and (name, bool(ok)) not in SAID:
         print(f"kernels: {name} by {'triton' if ok else 'torch'}", file=sys.stderr)
-        SAID.add((name, ok))
+        SAID.add((name, bool(ok)))
     return ok
 
 # rows and columns of tiles, warps, stages [our choice, not yet measured: `bench --tune` measures].
@@ -424,8 +426,7 @@ def visible(q_pos, q_doc, k_pos, k_doc, window=None):
 
 def blocks(T, window):
     """Local attention in blocks of `window` queries a..b, which see keys c..b, their own block and
-    the one before: 2 w T pairs, not T^2. One if T is too short for that to pay [measured on a CPU].
-    """
+    the one before: 2 w T pairs, not T^2. One if T is too short to gain [measured on a CPU]."""
     if window is None or T < max(4 * window, 256): return [(0, T, 0)]
     return [(a, min(T, a + window), max(0, a - window)) for a in range(0, T, window)]
 
@@ -446,8 +447,7 @@ class Context:
         self.order = None if self.plain else (pos < 0).sort(dim=1, stable=True).indices
     def turn(self, x):
         """RoPE on (B, H, T, Dh), if the model has it. Feature i of the first half pairs with i of
-        the second, as in Llama's and Qwen's checkpoints; the paper pairs neighbours, a permutation
-        of W_q and W_k."""
+        the second, as in Llama's and Qwen's checkpoints; the paper pairs neighbours."""
         if not self.rope: return x
         d, (a, b) = x.shape[-1], up(x).chunk(2, -1)
         if d not in self.tables: self.tables[d] = rope_tables(self.rows, d, *self.rope)
