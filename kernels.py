@@ -649,17 +649,17 @@ def table(args, rows):
     bandwidth = 2 * x.nbytes / seconds(lambda: out.copy_(x), device)
     print(f"{args}\n{device_name(device)}, {torch.get_num_threads()} threads, {dtype}: peak "
           f"{peak:.3g} FLOP/s ({source}),\ncopying {bandwidth:.3g} bytes/s; the ridge lies at "
-          f"{peak / bandwidth:.1f} FLOPs per byte. Last, in bf16, the least on an H100 and an H200")
+          f"{peak / bandwidth:.1f} FLOPs per byte. Last: in bf16 on an H100, an H200")
     form = ",".join(11 * ["{}"]) if args.csv else "{:17}{:9}" + 9 * "{:>11}"
     print(form.format("operation", "path", "FLOPs", "bytes", "intensity", "least ms", "takes ms",
                       "percent", "bound by", "H100 ms", "H200 ms"))
     def row(path, use, name, flops, numbers, run):
         KERNELS["use"], n_bytes, takes = use, numbers * x.itemsize, timer(run)
         least, side = roofline_s(flops, n_bytes, peak, bandwidth)
-        gpus = (roofline_s(flops, 2 * numbers, *DEVICES[d][::2])[0] for d in ("H100", "H200"))
+        gpus = (roofline_s(flops, 2 * numbers, *DEVICES[d][::2]) for d in ("H100", "H200"))
         print(form.format(name, path, f"{flops:.2e}", f"{n_bytes:.2e}", f"{flops / n_bytes:.1f}",
                           f"{1e3 * least:.3f}", f"{1e3 * takes:.3f}", f"{100 * least / takes:.0f}",
-                          side, *(f"{1e3 * s:.4f}" for s in gpus)))
+                          side, *(f"{1e3 * s:.4f} {by[:3]}" for s, by in gpus)))
         return takes
     rows = [row for row in rows(new, gpu) if args.profile in (None, row[0])]
     if not rows: raise SystemExit(f"profile: got {args.profile!r}, wanted a name in column one")
