@@ -7,7 +7,7 @@ THE IDEA
     moved, tells which. Large matrix products reuse each number often and are bound by arithmetic;
     what works element by element is bound by memory, and gets faster only by moving less: several
     steps in one pass, or tiles that stay on the chip until nothing is left to do with them. Here
-    are the operations of a model as definitions (`x_reference`), in torch, and as Triton kernels.
+    are the operations of a model as definitions (`x_reference`) and in torch, attention in Triton.
 
 THE MATHS
     time >= max(FLOPs / peak, bytes / bandwidth)                        the roofline
@@ -23,7 +23,7 @@ THE COSTS
 
 CONTENTS  DEVICES / dtype, memory, choose / flags / loss, Linear, norms, attention / its kernel /
           positions, masks, caches / scan, convolutions / the lesson and the bench
-NOT HERE  TMA, warp specialization, fp8; cuBLAS is called, and torch.compile fuses the small things
+NOT HERE  kernels of norms, loss and decoding: cuBLAS is called, torch.compile fuses; TMA, fp8
 RUN       python kernels.py         # last line: "... bound by arithmetic from n = 886 on"
           python kernels.py bench   # on a GPU: each kernel's time beside torch's
 REFERENCES
@@ -672,7 +672,7 @@ def table(args, rows):
             for c in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
                 CONFIGS[key] = c
                 try: found[row("triton", "triton", f"{key} {c}", *counts, run)] = c
-                except (triton.OutOfResources, RuntimeError) as e: print(key, c, type(e).__name__)
+                except (triton.TritonError, RuntimeError) as e: print(key, c, type(e).__name__)
             CONFIGS[key] = found[min(found)]
             print(f'"{key}": {CONFIGS[key]},')
         if args.profile:

@@ -25,7 +25,7 @@ SHAPES
 CONTENTS  ModelConfig / MIXERS / FFNS / Block, LM / PRESETS / runs / the lesson
 NOT HERE  operations and caches beneath (kernels.py), sharding over devices, sampling (sample.py)
 RUN       python model.py          # parameters and FLOPs; last line "... of the FLOPs at 175B"
-          python model.py bench    # tokens/s of each mixer at three lengths, and of experts
+          python model.py bench    # time of each mixer at three lengths, and of experts
 REFERENCES  at each class and preset; of ReLU^2 2109.08668, of the soft-cap 2408.00118
 EXERCISE  Empty `MoE.forward`; fill it until `pytest test_all.py -k experts` is green again.
 """
