@@ -25,11 +25,11 @@ SHAPES
 CONTENTS  ModelConfig / MIXERS / FFNS / Block, LM / PRESETS / runs / the lesson
 NOT HERE  operations and caches beneath (kernels.py), sharding over devices, sampling (sample.py)
 RUN       python model.py          # parameters and FLOPs; last line "... of the FLOPs at 175B"
-          python model.py bench    # tokens/s of each mixer at three lengths, and of experts
+          python model.py bench    # time of each mixer at three lengths, and of experts
 REFERENCES  at each class and preset; of ReLU^2 2109.08668, of the soft-cap 2408.00118
 EXERCISE  Empty `MoE.forward`; fill it until `pytest test_all.py -k experts` is green again.
 """
-import argparse, dataclasses, json, math, re, struct
+import argparse, dataclasses, json, math, os, re, struct, zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -40,11 +40,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from bpe import UserError, atomic_write
-from kernels import (CHUNK, DTYPES, NORMS, Context, Embedding, ImplicitFilter, KVCache, Linear,
-                     RMSNorm, StateCache, attention, blocks, documents, flag, fresh,
+from kernels import (CHUNK, NORMS, Context, Embedding, KVCache, Linear, RMSNorm, StateCache,
+                     attention, blocks, build_parser, documents, flag, fresh, implicit_filter,
                      keep_freed_memory, linear_cross_entropy, logits_of, long_conv,
-                     long_conv_reference, merge, norm_of, pack, project, scan, seconds, short_conv,
-                     sinusoid, softmax, split, unpack, up, weights, writer)
+                     long_conv_reference, merge, norm_of, project, scan, short_conv, sinusoid,
+                     softmax, split, table, up, weights, writer)
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -96,7 +96,6 @@ class ModelConfig:
     values: bool = flag(False, "a table of value vectors by token in each layer", "AWN")
     bigram: int | None = flag(None, "rows, 4 a token or more, of a hashed table of token pairs")
     dropout: float = flag(0.0, "probability, in embeddings, attention and what blocks add")
-
     def __post_init__(self):
         need, letters = partial(need_field, self), set(self.mixers + self.ffns)
         for f in dataclasses.fields(self):
@@ -152,9 +151,9 @@ class Mixer(nn.Module):
     def new_cache(self, batch, size, device, dtype):
         return KVCache(batch, size, *self.kv, self.window, device, dtype)
     def pairs(self, T, S):
-        if (n := blocks(T, self.window)) > 1: T, S = n * self.window, 2 * self.window
-        elif self.window: S = min(S, T + self.window + KVCache.SLACK)  # with a cache
-        return (2 * T * S * self.cfg.n_heads * d for d in self.score_widths)
+        if T < S and self.window: S = min(S, T + self.window + KVCache.SLACK)  # with a cache
+        n = sum((b - a) * (b - c) for a, b, c in blocks(T, self.window)) if T == S else T * S
+        return (2 * n * self.cfg.n_heads * d for d in self.score_widths)
     def flops(self, T, S):
         (scores, values), out = self.pairs(T, S), 2 * T * weights(self.o_proj)
         return dict(qkv=2 * T * weights(self) - out, scores=scores, values=values, out=out)
@@ -172,7 +171,6 @@ class Attention(Mixer):
         norm = partial(RMSNorm, cfg.d_head, cfg.norm_eps) if cfg.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()  # gains bound the scores (2010.04245)
         if cfg.values: self.v_embed = Embedding(cfg.vocab_size, cfg.n_kv_heads * cfg.d_head, 0.0)
-
     def forward(self, x, ctx, cache=None):
         c, turn = self.cfg, ctx.turn if self.turned else lambda x: x
         q = turn(self.q_norm(split(self.q_proj(x), c.n_heads)))  # (B, H, T, Dh)
@@ -197,7 +195,6 @@ class LatentAttention(Mixer):
         self.kv_b_proj = Linear(R, 2 * H * Dh, std=cfg.init_std)  # U and W, by head
         self.o_proj = writer(cfg, H * Dh)
         self.kv, self.score_widths = (1, R + r, 0), (Dh + r, Dh)
-
     def forward(self, x, ctx, cache=None):
         (H, Dh, R, r), drop = self.sizes, self.cfg.dropout if self.training else 0.0
         q, q_r = split(self.q_proj(x), H).split((Dh, r), -1)
@@ -223,7 +220,6 @@ class Recurrent(Mixer):
     (of decay) or two (of writing), y goes through a norm and a gate, as in Gated DeltaNet."""
     TAPS = 4  # of the short convolution [2405.21060]
     rates, delta, extra = None, 0, 0  # delta: is there a delta rule, extra: columns beside v
-
     def __init__(self, cfg, heads=None, k_heads=None, d_k=None, d_v=None):
         super().__init__()
         self.cfg, self.heads, self.k_heads = cfg, heads or cfg.n_heads, k_heads or cfg.n_heads
@@ -239,7 +235,6 @@ class Recurrent(Mixer):
             self.o_norm, dt = RMSNorm(self.d_v, cfg.norm_eps), torch.logspace(-3, -1, self.heads)
             self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus gives dt
             self.A_log = nn.Parameter(torch.linspace(1, 16, self.heads).log())
-
     def forward(self, x, ctx, cache=None):
         x, pos = ctx.packed(x), ctx.packed(ctx.pos)
         tail, S = (cache or self.new_cache(len(x), 0, x.device, x.dtype)).slot
@@ -250,12 +245,10 @@ class Recurrent(Mixer):
         if self.rates: y = self.o_norm(y) * F.silu(split(self.z_proj(x), self.heads))
         if cache is not None: cache.update(ctx.pos, tail, S)
         return ctx.packed(self.o_proj(merge(y)), back=True)
-
     def new_cache(self, batch, size, device, dtype):
         tail = torch.zeros(batch, self.TAPS - 1, sum(self.widths), device=device, dtype=dtype)
         shape = (batch, self.heads, self.d_k * (self.rates != 0), self.d_v + self.extra)
         return StateCache(tail, up(torch.zeros(shape, device=device, dtype=dtype)))
-
     def pairs(self, T, S):
         C, H, N = min(CHUNK, T), self.heads, self.d_k
         P = -(-T // C) * C  # whole chunks
@@ -280,7 +273,6 @@ class StateSpace(Recurrent):
     def __init__(self, cfg):
         super().__init__(cfg, k_heads=1, d_k=cfg.d_state, d_v=2 * cfg.d_head)
         self.D = nn.Parameter(torch.ones(cfg.n_heads))
-
     def mix(self, x, q, k, v, pos, S, plain):
         dt = F.softplus(up(self.rate_proj(x)).mT + self.dt_bias[:, None])  # (B, H, T)
         y, S = scan(q, k, v * dt[..., None], -self.A_log.exp()[:, None] * dt, None, pos, S)
@@ -306,12 +298,13 @@ class Hyena(Recurrent):
     def __init__(self, cfg):
         super().__init__(cfg, 1, 1, cfg.d_model, cfg.d_model)
         self.skip = nn.Parameter(torch.ones(cfg.d_model))
-        self.filter = ImplicitFilter(cfg.d_model, cfg.seq_len)
+        widths = 17, 32, 32, cfg.d_model
+        self.filter = nn.ModuleList(Linear(*pair, bias=True) for pair in zip(widths, widths[1:]))
     def mix(self, x, q, k, v, pos, S, plain):  # S (B, 1, n, D + 2): k * v, position, document
         pos, new, at = pos[:, None], up(k * v), torch.arange(pos.shape[1], device=x.device)
         doc = documents(pos) + (S[:, :, -1:, -1] if S.shape[2] else 0)
         S = torch.cat((S, torch.cat((new, torch.stack((pos, doc), -1).to(new.dtype)), -1)), 2)
-        u, h = S[:, 0, :, :-2], self.filter(S.shape[2])
+        u, h = S[:, 0, :, :-2], implicit_filter(self.filter, S.shape[2], self.cfg.seq_len)
         # Rows of one document from its start are what an FFT convolves.
         if len(h) == len(at) and (plain or ((pos == at) | (pos < 0)).all()): y = long_conv(u, h)
         else: y = long_conv_reference(u, h, pos, doc, *S[..., -2:].long().unbind(-1))
@@ -337,7 +330,6 @@ class FFN(nn.Module):
         self.d_ff = d_ff or cfg.d_ff or (max(64, 8 * D // 3 // 64 * 64) if gated else 4 * D)
         self.gate_proj = project(cfg, self.d_ff) if gated else None
         self.up_proj, self.down_proj = project(cfg, self.d_ff), writer(cfg, self.d_ff)
-
     def forward(self, x):  # (B, T, D) -> (B, T, F) -> (B, T, D)
         h = self.up_proj(x)
         h = self.act(self.gate_proj(x)) * h if self.gate_proj else self.act(h)
@@ -357,7 +349,6 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(ffn(cfg, d_ff=self.d_ff) for _ in range(cfg.n_experts))
         self.shared_experts = ffn(cfg, d_ff=self.d_ff * cfg.n_shared) if cfg.n_shared else None
         if cfg.balance_bias: self.register_buffer("bias", torch.zeros(cfg.n_experts))
-
     def forward(self, x):
         c, flat = self.cfg, x.flatten(0, 1)  # (B, T, D) -> (B T, D)
         z = up(self.gate(flat))
@@ -403,7 +394,6 @@ class Block(nn.Module):
         for name in filter(None, self.norms): self.add_module(name, norm_of(cfg))
         self.self_attn, self.mlp = MIXERS[mixer](cfg), FFNS[ffn](cfg)
         self.drop = nn.Dropout(cfg.dropout)
-
     def forward(self, x, ctx, cache=None):
         a, b, c, d, e, f = (getattr(self, n) if n else nn.Identity() for n in self.norms)
         x = c(x + self.drop(b(self.self_attn(a(x), ctx, cache))))
@@ -427,7 +417,6 @@ class LM(nn.Module):
         head_std = 0.0 if cfg.zero_init else cfg.init_std
         self.lm_head = None if cfg.tie else Linear(cfg.d_model, cfg.vocab_size, std=head_std)
         self.drop = nn.Dropout(cfg.dropout)
-
     def forward(self, tokens, targets=None, pos=None, cache=None, last=0):
         """tokens (B, T) -> (logits (B, T, V) or of the `last` places, aux). With targets (B, T), -1
         of which do not count: (nats (B, T), aux), so that the caller averages. pos (B, T) counts
@@ -443,9 +432,7 @@ class LM(nn.Module):
         head = self.norm(x[:, -last:]), (self.lm_head or self.embed_tokens).weight  # (V, D)
         if targets is None: return logits_of(*head, self.cfg.softcap), aux
         return linear_cross_entropy(*head, targets, self.cfg.softcap), aux
-
-    def embed(self, ctx, cache=None):
-        """The stream before the first layer, (B, T, D)."""
+    def embed(self, ctx, cache=None):  # the stream before the first layer, (B, T, D)
         x = self.embed_tokens(ctx.tokens)
         if self.cfg.bigram:  # hashed by two odd numbers, so that few pairs share a row
             pair = 36313 * ctx.before(cache and cache[-1]) + 27191 * ctx.tokens
@@ -454,7 +441,6 @@ class LM(nn.Module):
         if self.cfg.pos == "learned": x = x + self.embed_positions(ctx.pos.clamp(min=0))
         if self.cfg.pos == "sinusoidal": x = x + sinusoid(ctx.pos, self.cfg.d_model).to(x.dtype)
         return self.drop(x).to(self.compute_dtype or x.dtype)
-
     def new_cache(self, batch, size):
         """Room for `size` positions in `batch` rows: a cache a layer, and one of last tokens."""
         device, dtype = self.embed_tokens.weight.device, self.embed_tokens.weight.dtype
@@ -462,19 +448,15 @@ class LM(nn.Module):
         last = StateCache(torch.zeros(batch, 1, dtype=torch.long, device=device))
         caches = [layer.self_attn.new_cache(*sizes) for layer in self.layers]
         return [*caches, last] if self.cfg.bigram else caches
-
     def flops(self, T, S=None):
         """{part: FLOPs} of T new tokens of one sequence over S places, or T (latents expanded)."""
         total = Counter(head=2 * T * self.cfg.d_model * self.cfg.vocab_size)
         for layer in self.layers:
             total.update(layer.self_attn.flops(T, S or T) | layer.mlp.flops(T))
         return dict(total)
-    def flops_per_token(self):
-        """FLOPs to train on a token at the full context: three forward passes (backward is two)."""
+    def flops_per_token(self):  # to train on it at the full context: backward is two forwards
         return 3 * sum(self.flops(self.cfg.seq_len).values()) / self.cfg.seq_len
-
-    def n_params(self):
-        """{part: parameters}, a layer's parts summed over layers; a tied head costs nothing."""
+    def n_params(self):  # {part: parameters}, of all layers together; a tied head costs nothing
         total, sizes = Counter(), ((n.split("."), p.numel()) for n, p in self.named_parameters())
         for words, n in sizes: total[words[2] if words[0] == "layers" else words[0]] += n
         return dict(total)
@@ -515,7 +497,6 @@ def fields_of(name, given):
     both = {"mixers": ModelConfig.mixers, "ffns": ModelConfig.ffns, **PRESETS[name], **given}
     letters = set(both["mixers"] + both["ffns"])
     return {k: v for k, v in both.items() if k in given or not OF[k] or set(OF[k]) & letters}
-
 def preset(name, **sizes):  # sizes, and any other field, override its row
     return ModelConfig(**fields_of(name, sizes))
 
@@ -525,23 +506,55 @@ def preset(name, **sizes):  # sizes, and any other field, override its row
 # family is written as that family, which transformers loads; one key more has the ModelConfig. The
 # table has, for both directions, a family's names of our fields and, unlike Llama's, our tensors.
 
-def save_tensors(path, tensors, metadata=None):
-    """Writes {name: tensor} and {str: str} as one file, whole or not at all."""
-    with atomic_write(path) as file: file.writelines(pack(tensors, metadata or {}))
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+def save_tensors(path, tensors, metadata={}):
+    """Writes {name: tensor} and {str: str} as one file, whole or not at all: eight bytes with the
+    length of a JSON header, the header (name -> dtype, shape, byte range), the raw numbers. Nothing
+    in it can be executed, unlike in a pickle, so a stranger's file is safe to open. Ours carry a
+    checksum: a damaged checkpoint is found before it is trained on."""
+    names, header, blobs, start = {v: k for k, v in DTYPES.items()}, {}, [], 0
+    for name, t in tensors.items():
+        flat = t.detach().cpu().contiguous().reshape(-1)
+        blobs.append(memoryview(flat.view(torch.uint8).numpy()))  # its bytes, whatever the dtype
+        end = start + len(blobs[-1])
+        header[name] = dict(dtype=names[t.dtype], shape=list(t.shape), data_offsets=[start, end])
+        start = end
+    crc = zlib.crc32(json.dumps([metadata, header]).encode())
+    for blob in blobs: crc = zlib.crc32(blob, crc)
+    text = json.dumps({"__metadata__": {**metadata, "crc32": str(crc)}, **header}).encode()
+    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of eight bytes
+    with atomic_write(path) as file:
+        file.writelines([struct.pack("<Q", len(text)), text, *blobs])
 
 def read_tensors(path):
-    """Yields what `unpack` does; damage is an error that names the file."""
+    """Yields the (name, tensor)s of a file, the first its metadata. Each has its own memory, free
+    when it is let go. Damage is an error that names the file."""
     try:
-        with open(path, "rb") as file: yield from unpack(file)
+        with open(path, "rb") as file:
+            size, end = os.fstat(file.fileno()).st_size, 8 + struct.unpack("<Q", file.read(8))[0]
+            header, begin = dict(json.loads(file.read(min(end, size) - 8))), end
+            metadata = dict(header.pop("__metadata__", {}))
+            wanted = metadata.pop("crc32", None)  # only our own files have it
+            crc = zlib.crc32(json.dumps([metadata, header]).encode())
+            yield "__metadata__", metadata
+            for name, h in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                a, b = (begin + i for i in h["data_offsets"])
+                if not a == end <= b <= size: raise ValueError(f"{name} at {a:,} to {b:,}")
+                raw, dtype, end = bytearray(b - a), DTYPES[h["dtype"]], b
+                file.readinto(raw)
+                if wanted: crc = zlib.crc32(raw, crc)
+                t = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+                yield name, t.reshape(h["shape"])
+        if end != size: raise ValueError(f"{size:,} bytes, not {end:,}")
+        if wanted and int(wanted) != crc: raise ValueError("its checksum does not match")
     except (OSError, struct.error, ValueError, LookupError, TypeError, RuntimeError) as e:
         raise UserError(f"{path}: got {type(e).__name__}: {e}; wanted a whole safetensors file of "
                         f"{', '.join(DTYPES)}; check the path, or restore the file from a copy")
 
-def load_tensors(path):
-    """-> ({name: tensor}, metadata)."""
-    pairs = read_tensors(path)
-    _, metadata = next(pairs)
-    return {name: t.clone() for name, t in pairs}, metadata
+def load_tensors(path):  # ({name: tensor}, metadata)
+    tensors = dict(read_tensors(path))
+    return tensors, tensors.pop("__metadata__")
 
 LLAMA = dict(vocab_size="vocab_size", seq_len="max_position_embeddings", d_model="hidden_size",
              n_layers="num_hidden_layers", n_heads="num_attention_heads", tie="tie_word_embeddings",
@@ -586,12 +599,9 @@ def views(model):
         turn = name == "gpt2" and p.ndim == 2 and own.startswith("layers")
         out.setdefault(theirs, []).append(p.T if turn else p)
     return out
-
 def published(model):  # {published name: tensor}
     return {n: v[0] if len(v) == 1 else torch.cat(v, -1) for n, v in views(model).items()}
-
-def save_model(model, directory):
-    """Writes config.json and model.safetensors, each whole or not at all."""
+def save_model(model, directory):  # config.json and model.safetensors, whole or not at all
     (architecture, name, keys, _), own = family(model.cfg), dataclasses.asdict(model.cfg)
     values = {**own, **dict.fromkeys(("d_ff", "d_expert"), model.layers[0].mlp.d_ff)}
     config = {"architectures": [architecture], "model_type": name, "eos_token_id": model.eos,
@@ -658,14 +668,12 @@ def load_model(directory, device="cpu", dtype=torch.float32):
 # The lesson: where parameters and FLOPs are. The bench: what a token costs as the text gets longer.
 # Layers and widths of GPT-2 (Radford et al. 2019, table 2), last of GPT-3 (2005.14165, table 2.1).
 SIZES = (12, 768), (24, 1024), (36, 1280), (48, 1600), (96, 12288)
-
 def lesson(T=2048):
     parts = ("qkv", "scores", "values", "out", "ffn", "head")
     print(f"forward, T = {T}{'parameters':>23s}{'FLOPs':>12s}", *(f"{p:>7s}" for p in parts))
-    rows = [(name, preset(name)) for name in PRESETS] + [
-        (f"GPT of {n} x {d}", preset("gpt2", vocab_size=50257, seq_len=T, n_layers=n, d_model=d))
-        for n, d in SIZES]
-    for name, cfg in rows:
+    rows = {name: preset(name) for name in PRESETS} | {f"GPT of {n} x {d}": preset(
+        "gpt2", vocab_size=50257, seq_len=T, n_layers=n, d_model=d) for n, d in SIZES}
+    for name, cfg in rows.items():
         model = meta_model(cfg)
         flops, n = model.flops(T), sum(model.n_params().values())
         share = [100 * flops.get(p, 0) / sum(flops.values()) for p in parts]
@@ -673,28 +681,20 @@ def lesson(T=2048):
     print("A layer's matrices grow with d_model^2, scores and values with d_model, so that their\n"
           f"share falls. Scores and values take {sum(share[1:3]):.1f} % of the FLOPs at 175B")
 
-def bench(lengths=(1024, 4096, 16384)):
-    """tokens/s, forward and backward, of a layer of d_model 256 in float32."""
-    def rate(layer, T, *ctx):  # an FFN returns aux, too
-        x = torch.randn(1, T, 256, requires_grad=True)
-        run = lambda: (layer(x, *ctx) if ctx else layer(x)[0]).sum().backward()
-        return T / seconds(run, x.device, 3)
+def layers(new, gpu):
+    """Rows for kernels.table: forward and backward of a layer of d_model 256."""
+    def row(letter, layer, T, *ctx):  # an FFN returns aux, too
+        x, one = new(1, T, 256).requires_grad_(), layer.to(new(1))
+        run = lambda: (one(x, *ctx) if ctx else one(x)[0]).sum().backward()
+        flops = 3 * sum((layer.flops(T, T) if ctx else layer.flops(T)).values())
+        return f"{letter}, {T:,} tokens", (), flops, 3 * weights(layer) + 4 * x.numel(), run
     keep_freed_memory()
-    print("tokens/s at T =", *(f"{T:9,d}" for T in lengths))
     for letter, kind in MIXERS.items():
-        cfg = ModelConfig(mixers=letter, seq_len=lengths[0])  # W sees a quarter of it
-        rates = (rate(kind(cfg), T, Context(cfg, torch.zeros(1, T))) for T in lengths)
-        print(f"{letter:14s}", *(f"{r:9,.0f}" for r in rates))
-    dense, experts = (rate(FFNS[f](ModelConfig(ffns=f)), 4096) for f in "sx")
-    print(f"experts, 2 of 8, reach {experts / dense:.2f} of a dense FFN's {dense:,.0f} at 4,096")
+        cfg = ModelConfig(mixers=letter, seq_len=1024)  # W sees a quarter of it
+        for T in (1024, 4096, 16384):
+            yield row(letter, kind(cfg), T, Context(cfg, new(1, T)))
+    for letter in "sx": yield row(letter, FFNS[letter](ModelConfig(ffns=letter)), 4096)
 
-def main(args): bench() if args.what == "bench" else lesson()
-
-def build_parser():
-    parser = argparse.ArgumentParser(description="Parameters and FLOPs of presets, by part.")
-    parser.add_argument("what", nargs="?", choices=["lesson", "bench"], default="lesson",
-                        help="bench: tokens/s of mixers and experts (default: lesson)")
-    return parser
-
+def main(args): table(args, layers) if args.what == "bench" else lesson()
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    main(build_parser("parameters and FLOPs of presets, by part; bench: layers").parse_args())

@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from bpe import UserError, atomic_write
 from data import SOURCES, Loader, in_order, open_tokens, prepare, remove_leftovers, validation
-from kernels import (add_fields, device_name, fastest_dtype, flag, generator_of, keep_freed_memory,
-                     peak_flops_per_s, synchronize)
+from kernels import (KERNELS, USES, add_fields, device_name, fastest_dtype, flag, generator_of,
+                     keep_freed_memory, peak_flops_per_s, synchronize, usable)
 from model import (LM, PRESETS, ModelConfig, fields_of, load_state, load_tensors, need_field,
                    published, save_model, save_tensors)
 from optim import (OPTIMIZERS, SCHEDULES, Level, clip_grad_norm, health, noise_scale, orthogonalize,
@@ -89,8 +89,8 @@ class TrainConfig:
     device: str = flag("auto", "cpu, cuda or mps; auto: the best there is")
     threads: int | None = flag(None, "CPU threads; none: one a core")
     compile: bool | None = flag(None, "torch.compile the model; none: on cuda")
+    kernels: str = flag("auto", "torch, triton, or auto: triton on cuda, where it is installed")
     seed: int = flag(0, "of initial weights, order of data, dropout and the sample")
-
     def __post_init__(self):
         need = partial(need_field, self)
         limits = {**dict.fromkeys(("warmup", "cooldown", "final_lr"), (1, "a fraction, 0 to 1")),
@@ -100,9 +100,11 @@ class TrainConfig:
             if not isinstance(value, (str, bool, type(None))):
                 need(0 <= value <= most and (value or name in limits), name, wanted)
         need((self.minutes is None) != (self.steps is None), "steps", "one of minutes and steps")
-        for name, rows in dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, dtype=DTYPES).items():
-            need(getattr(self, name) in rows, name, " or ".join(rows))
+        for name, of in dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, dtype=DTYPES,
+                             kernels=USES).items():
+            need(getattr(self, name) in of, name, " or ".join(of))
         need((self.device, self.dtype) != ("mps", "float64"), "dtype", "float32 on mps")
+        need(self.kernels != "triton" or usable(), "kernels", "torch: no GPU, or no Triton, here")
         need(self.batch_size % (self.micro_batch or 1) == 0, "micro_batch",
              f"a divisor of batch_size {self.batch_size}")
         need(0 < self.cooldown <= 1 - self.warmup or self.schedule != "wsd", "cooldown",
@@ -153,7 +155,7 @@ class Machine:
     line: str
 
 def set_up(cfg):
-    device = pick_device(cfg.device)
+    device, KERNELS["use"] = pick_device(cfg.device), cfg.kernels
     ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     torch.set_num_threads(cfg.threads or len(ours))
     dtype = DTYPES[cfg.dtype] or fastest_dtype(device)
@@ -217,8 +219,7 @@ class Progress:
     loss_steps: int = 0
     level: tuple = ()      # of the loss, to tell a spike
 
-def checkpoints(run):
-    """Paths, newest first."""
+def checkpoints(run):  # newest first
     return sorted(Path(run).glob("checkpoint-*.safetensors"), reverse=True)
 
 def save_checkpoint(run, model, optimizer, progress):
@@ -546,8 +547,7 @@ def resumed(run, given):
                             f"leave --{name} out, or begin a new run")
     return settings
 
-def free(name):
-    """The first of runs/NAME-1, runs/NAME-2, ... that does not exist."""
+def free(name):  # the first of runs/NAME-1, runs/NAME-2, ... that does not exist
     return next(p for p in (RUNS / f"{name}-{i}" for i in range(1, 10 ** 6)) if not p.exists())
 
 def run_directory(args):
