@@ -817,7 +817,7 @@ def child(code, interpret):
 
 GPU = partial(pytest.param, "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(),
                                                              reason="needs a GPU"))
-@pytest.mark.parametrize("device, dtype, most", [
+@cases("device, dtype, most", [
     ("cpu", "float32", 1e-5), GPU("float32", 1e-4), GPU("float16", 4e-3), GPU("bfloat16", 2e-2)])
 def test_attention_kernel_equals_float64_and_a_model_trains_through_it(device, dtype, most):
     found, said = child(f"new, kind = partial(torch.randn, device={device!r}), torch.{dtype}" + """
