@@ -564,7 +564,7 @@ class Wire(Group):
     def all_gather(self, x, out=None):
         return self.send_for(x.nbytes * self.n, super().all_gather(x, out))
 
-def idle_and_hidden(rank, forward=0.03, backward=0.06):
+def idle_and_hidden(rank, forward=0.05, backward=0.1):
     """A layer's work is a sleep, so that ranks do not compete for processors."""
     nap = lambda s: lambda x: (time.sleep(s), same(x))[1]
     def timed(engine, micro):
@@ -575,7 +575,7 @@ def idle_and_hidden(rank, forward=0.03, backward=0.06):
             engine.step(None, batches)
         return engine.mesh.world.small(time.perf_counter() - start, op=MAX).item()
     def napping(text, how, **fields):
-        _, engine = divided(text, how, d_model=16, seq_len=16, n_heads=2, **fields)
+        _, engine = divided(text, how, d_model=16, seq_len=16, n_heads=2, vocab_size=64, **fields)
         for layer in engine.model.layers.values():
             layer.register_forward_hook(lambda _, args, out: (
                 Both.apply(out[0], nap(forward), nap(backward)), out[1]))
