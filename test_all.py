@@ -1296,25 +1296,36 @@ def batch_of(step, micro, n=1, rank=0):
     y[5:, 3:] = -1  # micro-batches count unlike numbers of targets
     return list(zip(*(t.chunk(n)[rank].split(micro) for t in (x, y))))
 
-def run_plan(text, flags, optimizer, micro, fields, steps=10):
+def alone(optimizer, micro, fields):   # ten steps of one process: losses, norms, gradients, weights
+    m, opt = jolted(optimizer, fields)
+    losses, norms, named = [], [], dict(m.named_parameters())
+    for step in range(10):
+        opt.zero_grad()
+        losses.append(train.local_step(m, batch_of(step, micro)))
+        if not step: grads = {name: p.grad.clone() for name, p in named.items()}
+        norms.append(optim.clip_grad_norm(named.values(), 0.5))
+        opt.step(0.3)
+    return losses, norms, grads, {name: p.detach() for name, p in named.items()}
+
+def run_plan(text, flags, optimizer, micro, fields, steps=10, want=None):
     """-> engine, [largest difference from one process: of loss and gradients in the first step, of
-    norms and weights in all]."""
-    how, (whole, opt) = parallel.ParallelConfig(plan=text, **flags), jolted(optimizer, fields)
-    mesh, named = parallel.Mesh(parallel.read_plan(text, 4), how.ring), whole.state_dict()
-    engine, gaps = parallel.Engine(*jolted(optimizer, fields), mesh, how), [[], []]
+    losses, norms and weights in all]."""
+    how = parallel.ParallelConfig(plan=text, **flags)
+    mesh = parallel.Mesh(parallel.read_plan(text, 4), how.ring)
+    engine, first, losses, norms = parallel.Engine(*jolted(optimizer, fields), mesh, how), [], [], []
     moved = sum((g["params"] for g in engine.optimizer.groups), [])
     for step in range(steps):
-        for o in (opt, engine.optimizer): o.zero_grad()
-        loss = engine.step(None, batch_of(step, micro, mesh.dp.n, mesh.dp.rank))
-        want, grads = train.local_step(whole, batch_of(step, micro)), dict(whole.named_parameters())
-        if not step: gaps[0] = [loss - want, *(p.grad - p.place.take(grads[p.place.name].grad)
-                                               for p in engine.pieces)]
-        clip = partial(optim.clip_grad_norm, max_norm=0.5)
-        gaps[1].append(clip(moved, norms=engine.norms) - clip(whole.parameters()))
-        for o in (opt, engine.optimizer): o.step(0.3)
-    gaps[1] += [p.detach() - p.place.take(named[p.place.name]) for p in moved]
-    most = [max(x.abs().max().item() for x in some) for some in gaps]
-    return engine, mesh.world.small(*most, op=optim.MAX).tolist()
+        engine.optimizer.zero_grad()
+        losses.append(engine.step(None, batch_of(step, micro, mesh.dp.n, mesh.dp.rank)))
+        if want and not step: first = [losses[0] - want[0][0], *(
+            p.grad - p.place.take(want[2][p.place.name]) for p in engine.pieces)]
+        norms.append(optim.clip_grad_norm(moved, 0.5, engine.norms))
+        engine.optimizer.step(0.3)
+    if not want: return engine
+    last = [p.detach() - p.place.take(want[3][p.place.name]) for p in moved]
+    last += [a - b for got, one in zip((losses, norms), want) for a, b in zip(got, one)]
+    return mesh.world.small(*(max(x.abs().max().item() for x in some) for some in (first, last)),
+                            op=optim.MAX).tolist()
 
 def kept(engine, folder, m=None, opt=None):   # saved, and loaded into a whole model
     if engine: parallel.save_shards(folder, engine, engine.optimizer, train.Progress())
@@ -1324,7 +1335,7 @@ def kept(engine, folder, m=None, opt=None):   # saved, and loaded into a whole m
 
 def reshard(folder):
     fields = dict(MODERN, n_kv_heads=4)
-    of, seen = [run_plan(*PLANS[2][:4], fields, steps=2)[0]], []
+    of, seen = [run_plan(*PLANS[2][:4], fields, steps=2)], []
     for text in ("tp=4", "", "dp=4", None):
         seen.append(kept(of[0], folder / f"to {text}", *of[1:]))
         m, opt = jolted("muon", fields)
@@ -1333,13 +1344,13 @@ def reshard(folder):
             parallel.read_plan(text, 4)), parallel.ParallelConfig(shard="full"))]
     return seen
 
-def rank_of_four(rank, folder):
+def rank_of_four(rank, folder, wants):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
-    found = {str(i): run_plan(*row)[1] for i, row in enumerate(PLANS)}
+    found = {str(i): run_plan(*row, want=want) for i, (row, want) in enumerate(zip(PLANS, wants))}
     (folder / "none/checkpoint-00000000.part").mkdir(parents=True, exist_ok=True)
     (folder / "none/checkpoint-00000000.part/00007.safetensors").touch()   # of a kill
-    shards = [kept(run_plan("dp=4", {"shard": s}, "adamw", 2, MODERN, 3)[0], folder / s)
+    shards = [kept(run_plan("dp=4", {"shard": s}, "adamw", 2, MODERN, 3), folder / s)
               for s in parallel.SHARDS]
     for name, some in dict(shards=shards, reshard=reshard(folder)).items():
         found[name] = [len(some[0]) > 40 and all(torch.equal(a[k], some[0][k]) for k in some[0])
@@ -1363,7 +1374,8 @@ def rank_of_four(rank, folder):
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
-    mp.start_processes(rank_of_four, (folder,), nprocs=4, start_method="fork")
+    wants = [alone(*row[2:]) for row in PLANS]
+    mp.start_processes(rank_of_four, (folder, wants), nprocs=4, start_method="fork")
     return {**json.loads((folder / "found.json").read_text()), "folder": folder}
 
 @pytest.mark.parametrize("i", range(len(PLANS)), ids=[" ".join([p[0], *p[1]]) for p in PLANS])
