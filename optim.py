@@ -28,7 +28,7 @@ THE COSTS
     (SGD 0, Momentum, AdaGrad, RMSProp, Muon 4, Adam 8), besides 4 for the weight and 4 for its
     gradient. Those that see a matrix (m, n) take products, 4 to 9 (m + n) FLOPs a parameter.
 
-CONTENTS  Optimizer and the ladder / matrices / OPTIMIZERS / collectives, buckets and shards /
+CONTENTS  Optimizer and the ladder / matrices / OPTIMIZERS / collectives, mesh, buckets, shards /
           roles, groups, muP / clipping, health, noise / SCHEDULES / the lesson
 NOT HERE  who sends the shards of a state to whom (parallel.py)
 RUN       python optim.py    # costs, a narrow valley, muP; last line: "best lr of Adam ... at 512"
@@ -53,7 +53,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import Linear
+from kernels import Linear, seconds
 
 # -----------------------------------------------------------------------------
 # The ladder
@@ -270,7 +270,7 @@ OPTIMIZERS = {"sgd": SGD, "momentum": Momentum, "adagrad": AdaGrad, "rmsprop": R
               "adam": Adam, "adamw": AdamW, "shampoo": Shampoo, "soap": SOAP, "muon": Muon}
 
 # -----------------------------------------------------------------------------
-# Collectives
+# Collectives, and the mesh of ranks
 # In a ring each rank sends to the next and receives from the one before, at once: no link idles.
 # reduce_scatter lets n parts travel, each growing by what every rank adds; all_gather lets finished
 # parts travel once more. Both return a function that waits. torch's are rings, too, of many links.
@@ -337,6 +337,40 @@ class Group:
         x = torch.tensor(values, dtype=torch.float64)
         if self.n > 1: dist.all_reduce(x, op, self.pg)
         return x
+
+# Ranks stand in a box of dp x pp x cp x tp, tp innermost, as it talks most and neighbours are
+# nearest. Every group is a slice of it. dp is two axes, so that ep of its ranks can share experts.
+
+GROUPS = dict(world=(0, 1, 2, 3, 4), data=(0, 1, 3), dp=(0, 1), ep=(1,), copies=(0, 3), pp=(2,),
+              back=(2,), cp=(3,), tp=(4,), stages=(0, 1, 2, 3), ends=(2,))
+
+class Mesh:
+    """A Group for each row of GROUPS; `back` is for gradients, `ends` first and last stage."""
+    def __init__(self, plan, ring=False):
+        self.plan, me, Group.own = plan, dist.get_rank(), ring
+        dp, pp, cp, tp, ep = plan.values()
+        box = torch.arange(dist.get_world_size()).view(dp // ep, ep, pp, cp, tp)
+        for name, axes in GROUPS.items():
+            order = [i for i in range(5) if i not in axes] + [*axes]
+            size = math.prod(box.shape[i] for i in axes)
+            for row in box.permute(order).reshape(-1, size).tolist():
+                if name == "ends": row = row[:1] + row[1:][-1:]
+                pg = dist.new_group(row) if len(row) > 1 else None  # all ranks make all groups
+                if me in row: setattr(self, name, Group(name, row, me, pg))
+        self.first, self.last = self.pp.rank == 0, self.pp.rank == pp - 1
+        self.alone = Group("alone", [me], me, None)
+
+def bench(rank, device="cpu"):
+    """Times the collectives of all ranks by size: torch's, and then the rings."""
+    g = Group("world", [*range(dist.get_world_size())], rank, None)
+    runs = dict(reduce_scatter=lambda x: g.reduce_scatter(x)(), all_reduce=g.all_reduce,
+                all_gather=lambda x: g.all_gather(x[0])())
+    for g.own in (False, True):
+        for size in (2 ** 10, 2 ** 15, 2 ** 20, 2 ** 25):
+            x = torch.ones(g.n, size // 4 // g.n, device=device)
+            times = ", ".join(f"{name} {1e3 * seconds(partial(run, x), x.device):.3f} ms"
+                              for name, run in runs.items())
+            if g.rank == 0: print(f"{'rings' if g.own else 'torch'}{size:11,d} bytes: {times}")
 
 class Both(torch.autograd.Function):
     """x -> forward(x), whose gradient g -> backward(g): a collective and its mirror image."""

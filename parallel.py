@@ -12,16 +12,16 @@ THE MATHS (n ranks of a group, S bytes of a tensor)
     softmax over blocks of keys: y = sum_b e^(L_b - L) y_b, L = log sum_b e^L_b, L_b of a block
 
 THE COSTS (bytes a parameter in float32 with AdamW: weight, gradient, state; sent a step, of W S)
-    none 4 + 4 + 8, optimizer 4 + 4 + 8/n: 2 (n-1)/n S     full (4 + 4 + 8)/n: 3 (n-1)/n S
+    none 4 + 4 + 8, optimizer 4 + 4 + 8/n: 2 (n-1)/n S     full (4 + 4 + 8)/n: 3 m (n-1)/n S
     tp: 4 all_reduces of the stream a layer. pp: the stream over each border, and back; p stages and
     m micro-batches idle (p-1) / (m+p-1) of the time. cp: (n-1) blocks of keys and values, and back
 
-CONTENTS  mesh / schedules / tensors / context / experts / engine / checkpoints / lesson / training
-          (collectives, buckets and shards of data ranks are in optim.py)
+CONTENTS  plans / schedules / tensors / context / experts / engine / checkpoints / lesson / training
+          (collectives, mesh, buckets and shards of data ranks are in optim.py)
 NOT HERE  interleaved schedules, compiled layers; a model larger than a host: each draws all weights
 RUN       python parallel.py                            # each axis on two forked processes
           torchrun --nproc_per_node 2 parallel.py       # trains for a minute; last: bits_per_byte
-          torchrun --nproc_per_node 8 --max-restarts 3 parallel.py --plan dp=2,tp=4 --shard full
+          torchrun --nproc_per_node 8 parallel.py --plan dp=2,tp=4 --n_heads 8 --shard full
 REFERENCES  buckets 2006.15704; ZeRO 1910.02054 (`optimizer` is stage 1, `full` 3); cp 2310.01889;
     tp 1909.08053; sequence 2205.05198; GPipe 1811.06965; 1F1B 2104.04473; ep 2006.16668
 EXERCISE  Empty `one_f_one_b`; fill it until `pytest test_all.py -k schedule` is green again.
@@ -43,10 +43,10 @@ from torch.utils.checkpoint import checkpoint
 import train
 from bpe import UserError
 from data import Loader, in_order, validation
-from kernels import Context, RMSNorm, linear_cross_entropy, logits_of, seconds, up
+from kernels import Context, RMSNorm, linear_cross_entropy, logits_of, up
 from model import FFN, LM, Attention, MoE, ModelConfig, save_model, save_tensors
-from optim import (MAX, SENT, SUM, WHOLE, Both, Bucket, Group, Place, clip_grad_norm, health, pairs,
-                   same)
+from optim import (MAX, SENT, WHOLE, Both, Bucket, Mesh, Place, bench, clip_grad_norm, health,
+                   pairs, same)
 from train import Progress, TrainConfig, flag
 
 # -----------------------------------------------------------------------------
@@ -89,14 +89,13 @@ def read_plan(text: str | None, world: int):
     return plan
 
 def check(model, plan, how):
-    """Refuses by name what of a model (its shapes will do: on the meta device) a plan cannot divide."""
+    """Refuses by name what of a model, be it on the meta device, a plan cannot divide."""
     c, sequence = model.cfg, plan["tp"] if how.sequence else 1
-    d_ffs = sorted({m.d_ff for m in model.modules() if isinstance(m, FFN)})
     for name, axis, sizes, n in (
             ("n_layers", "pp", [c.n_layers], 1), ("n_heads", "tp", [c.n_heads], 1),
-            ("n_kv_heads", "tp", [c.n_kv_heads or 0], 1), ("d_ff", "tp", d_ffs, 1),
-            ("d_model", "tp", [c.d_model], 1), ("seq_len", "cp", [c.seq_len], 2 * sequence),
-            ("n_experts", "ep", [c.n_experts], 1)):
+            ("n_kv_heads", "tp", [c.n_kv_heads or 0], 1), ("d_model", "tp", [c.d_model], 1),
+            ("d_ff", "tp", [m.d_ff for m in model.modules() if isinstance(m, FFN)], 1),
+            ("seq_len", "cp", [c.seq_len], 2 * sequence), ("n_experts", "ep", [c.n_experts], 1)):
         n = n * plan[axis] if plan[axis] * sequence > 1 else 1
         refuse(all(size % n == 0 for size in sizes), name, sizes, f"a multiple of {n}, for {plan}")
     for name, axis, ok, wanted in (
@@ -106,29 +105,6 @@ def check(model, plan, how):
             ("ffns", "ep", "x" in c.ffns, "x, experts"), ("dropout", "tp", not c.dropout, "0"),
             ("dropout", "cp", not c.dropout, "0")):
         refuse(ok or plan[axis] == 1, name, getattr(c, name), f"{wanted} with {axis}")
-
-# -----------------------------------------------------------------------------
-# The mesh: ranks in a box of dp x pp x cp x tp, tp innermost, as it talks most and neighbours are
-# nearest. Every group is a slice of it. dp is two axes, so that ep of its ranks can share experts.
-
-GROUPS = dict(world=(0, 1, 2, 3, 4), data=(0, 1, 3), dp=(0, 1), ep=(1,), copies=(0, 3), pp=(2,),
-              back=(2,), cp=(3,), tp=(4,), stages=(0, 1, 2, 3), ends=(2,))
-
-class Mesh:
-    """A Group for each row of GROUPS; `back` is for gradients, `ends` first and last stage."""
-    def __init__(self, plan, ring=False):
-        self.plan, me, Group.own = plan, dist.get_rank(), ring
-        dp, pp, cp, tp, ep = plan.values()
-        box = torch.arange(dist.get_world_size()).view(dp // ep, ep, pp, cp, tp)
-        for name, axes in GROUPS.items():
-            order = [i for i in range(5) if i not in axes] + [*axes]
-            size = math.prod(box.shape[i] for i in axes)
-            for row in box.permute(order).reshape(-1, size).tolist():
-                if name == "ends": row = row[:1] + row[1:][-1:]
-                pg = dist.new_group(row) if len(row) > 1 else None  # all ranks make all groups
-                if me in row: setattr(self, name, Group(name, row, me, pg))
-        self.first, self.last = self.pp.rank == 0, self.pp.rank == pp - 1
-        self.alone = Group("alone", [me], me, None)
 
 # -----------------------------------------------------------------------------
 # Schedules of a pipeline: for each stage a list of ("F" or "B", micro-batch)
@@ -309,8 +285,8 @@ class Engine(nn.Module):
         part = lambda name, p, *ends: Place(name, cuts.get(p), mesh.tp.rank, mesh.tp.n, *ends)
         self.fixed = [(part(f"model/{name}", p), p, whole[name].shape) for name, p in [
             *self.model.named_buffers(), *self.model.named_parameters()] if not p.requires_grad]
-        where = {id(p): (i, j, s) for i, (g, some) in enumerate(zip(optimizer.groups, optimizer.state))
-                 for j, (p, s) in enumerate(zip(g["params"], some))}  # in the whole optimizer
+        where = {id(p): (i, j, optimizer.state[i][j]) for i, g in enumerate(optimizer.groups)
+                 for j, p in enumerate(g["params"])}  # in the whole optimizer
         for name, p in self.model.named_parameters():
             if not p.requires_grad: continue  # frozen: the same on all data ranks
             matrix = p.ndim == 2 and optimizer.groups[where[id(p)][0]]["role"] == "matrix"
@@ -453,8 +429,8 @@ class Engine(nn.Module):
         return mesh.stages.small(float(total))[0].to(batches[0][0].device)
     def norms(self, *lists):
         """As those of optim.py, over all ranks: a tensor may be on `copies` of them."""
-        return self.mesh.world.small(*(sum(float(x.double().square().sum()) / p.copies for p, x in
-                                           some) for some in lists)).sqrt().to(self.device)
+        squares = [sum(float(x.double().square().sum()) / p.copies for p, x in a) for a in lists]
+        return self.mesh.world.small(*squares).sqrt().to(self.device)
     @torch.no_grad()
     def forward(self, tokens, targets=None):
         """What `evaluate` sums up: nats of a batch, cut for data ranks; or the largest logit."""
@@ -475,15 +451,15 @@ def save_shards(run, engine, optimizer, now):
     tensors, places, world = {}, {}, engine.mesh.world
     def keep(place, x, shape):
         key = str(len(places))
-        tensors[key], places[key] = torch.as_tensor(x), [[*shape], *place]
+        tensors[key], places[key] = x, [[*shape], *place]
     for fixed in engine.fixed: keep(*fixed)
     for p, state in ((p, s) for g, some in zip(optimizer.groups, optimizer.state)
                      for p, s in zip(g["params"], some) if p.saved):
         keep(p.place._replace(name=f"model/{p.place.name}"), p, p.whole)
         for k, x in state.items():
-            name, alike = f"optimizer/{p.key}.{k}", torch.is_tensor(x) and x.shape == p.shape
-            if alike: keep(p.place._replace(name=name), x, p.whole)
-            else: keep(Place(name), x, torch.as_tensor(x).shape)  # Shampoo's l, r; t
+            x, name = torch.as_tensor(x), f"optimizer/{p.key}.{k}"  # Shampoo's l, r; t:
+            if x.shape != p.shape: keep(Place(name), x, x.shape)
+            else: keep(p.place._replace(name=name), x, p.whole)
     path = Path(run) / f"checkpoint-{now.step:08d}"
     if world.rank == 0:  # what a kill in the midst of a save has left
         for old in Path(run).glob("checkpoint-*.part"): shutil.rmtree(old)
@@ -512,121 +488,82 @@ def traffic(engine, batches):
         total += 2 * c.n_layers * 2 * stream
     return (total + 2 * stream * (mesh.pp.n > 1)) / 2  # a ring of two sends half of what it adds up
 
-def divided(text, how, **fields):
-    """(a whole llama, its engine with this plan), of equal weights."""
+def divided(text, rows, micro, how=ParallelConfig(), **fields):
+    """(whole llama, all rows, its engine with this plan, this rank's micro-batches of the rows)."""
     cfg = ModelConfig(**{**dict(vocab_size=512, seq_len=64, d_model=64), **fields})
     make = lambda: train.build(cfg, TrainConfig(optimizer="adamw"), train.Machine(
         torch.device("cpu"), torch.float64, False, 1.0, ""))
-    mesh = Mesh(read_plan(text, dist.get_world_size()), how.ring)
-    return make()[0], Engine(*make(), mesh, how)
-
-def batches_of(mesh, rows, micro, cfg):
-    """This rank's micro-batches of a batch of rows."""
-    random = torch.Generator().manual_seed(0)
+    engine = Engine(*make(), Mesh(read_plan(text, dist.get_world_size()), how.ring), how)
+    random, d = torch.Generator().manual_seed(0), engine.mesh.dp
     pair = torch.randint(0, cfg.vocab_size, (2, rows, cfg.seq_len), generator=random)
-    return [*zip(*(t.chunk(mesh.dp.n)[mesh.dp.rank].split(micro) for t in pair))]
+    return make()[0], pair, engine, [*zip(*(t.chunk(d.n)[d.rank].split(micro) for t in pair))]
 
 def memory_and_traffic(rank):
-    size = lambda some: sum({s.data_ptr(): s.nbytes() for s in some}.values()) / 8  # views once
-    of = lambda some: [t.untyped_storage() for t in some]
-    for text, flags in [("dp=2", dict(shard=shard)) for shard in SHARDS] + [
-            ("dp=2", dict(recompute=True)), *((f"{axis}=2", {}) for axis in ("tp", "pp", "cp")),
-            ("dp=2,ep=2", {})]:
+    if rank == 0: print(
+        "Of a rank of two: numbers a parameter (4 bytes each in float32), MB sent in a step, how "
+        "far\nloss and gradients are from one process's. Llama, float64, AdamW\nplan          ",
+        *map("{:>11s}".format, "weights gradients state activations formula sent differs".split()))
+    of = lambda some: {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in some)}
+    rows = [("dp", dict(shard=shard)) for shard in SHARDS] + [("dp", dict(recompute=True))]
+    for axis, flags in rows + [(axis, {}) for axis in ("tp", "pp", "cp", "ep")]:
+        text, saved = f"{axis}=2", []
         how = ParallelConfig(plan=text, ring=True, **flags)
-        whole, engine = divided(text, how, ffns="sx"["ep" in text])
-        mesh, n, saved = engine.mesh, sum(p.numel() for p in whole.parameters()), []
-        loss = train.local_step(whole, batches_of(SimpleNamespace(dp=mesh.alone), 8, 4, engine.cfg))
-        batches = batches_of(mesh, 8, 4 if "dp" in text or "pp" in text else 8, engine.cfg)
+        whole, pair, engine, batches = divided(text, 8, 4, how, ffns="sx"[axis == "ep"])
+        loss = train.local_step(whole, [*zip(*(t.split(4) for t in pair))])
         SENT.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], same):
             gaps = [engine.step(None, batches) - loss]
         engine.optimizer.step()
-        grads, buckets = {k: p.grad for k, p in whole.named_parameters()}, sum(engine.units, [])
-        gaps += [(p.total - p.place.take(grads[p.place.name])).abs().max() for p in engine.pieces]
-        gap = mesh.world.small(max(abs(float(x)) for x in gaps), op=MAX).item()
-        weights = of([t for b in buckets for t in (b.flat, b.master)])
+        params, buckets = dict(whole.named_parameters()), sum(engine.units, [])
+        gaps += [p.total - p.place.take(params[p.place.name].grad) for p in engine.pieces]
+        gap = engine.mesh.world.small(max(x.abs().max().item() for x in gaps), op=MAX).item()
+        weights = of(t for b in buckets for t in (b.flat, b.master))
         kept = (weights, of(b.sum for b in buckets), of(engine.optimizer.state_tensors().values()),
-                [s for s in of(saved) if s.data_ptr() not in {w.data_ptr() for w in weights}])
+                {at: n for at, n in of(saved).items() if at not in weights})
         sent, formula = sum(SENT.values()) / 1e6, f"{traffic(engine, batches) / 1e6:.4f}"
-        name = f"{text} {flags.get('shard', 'recompute' * how.recompute)}"
-        if rank == 0: print(f"{name:16s}", *(f"{size(some) / n:9.3f}" for some in kept),
-                            f"{'by load' if 'ep' in text else formula:>9s} {sent:9.4f} {gap:8.0e}")
+        sizes = [sum(some.values()) / 8 / sum(p.numel() for p in params.values()) for some in kept]
+        if rank == 0: print(f"{text} {'recompute' * how.recompute or how.shard:9s}", *(
+            f"{x:11.3f}" for x in sizes), f"{'-' if axis == 'ep' else formula:>11s} {sent:11.4f} "
+            f"{gap:11.0e}", flush=True)
 
-class Wire(Group):
-    """A Group with a simulated wire: a message waits for those before it, then takes a time that
-    goes with its bytes, and no processor."""
-    seconds_a_byte, free = 0.0, 0.0
-    def send_for(self, n_bytes, wait):
-        Wire.free = max(Wire.free, time.perf_counter()) + n_bytes * Wire.seconds_a_byte
-        return lambda until=Wire.free: (time.sleep(max(0, until - time.perf_counter())), wait())[1]
-    def reduce_scatter(self, x, op=SUM):
-        return self.send_for(x.nbytes, super().reduce_scatter(x, op))
-    def all_gather(self, x, out=None):
-        return self.send_for(x.nbytes * self.n, super().all_gather(x, out))
+def on_wire(send, takes, wire):
+    """A collective on a simulated wire: it waits for those before it, then takes a time."""
+    def later(*args):
+        wait, wire[0] = send(*args), max(wire[0], time.perf_counter()) + takes
+        return lambda until=wire[0]: (time.sleep(max(0, until - time.perf_counter())), wait())[1]
+    return later
 
 def idle_and_hidden(rank, forward=0.05, backward=0.1):
-    """A layer's work is a sleep, so that ranks do not compete for processors."""
+    """The work of a layer is to sleep, so that ranks do not compete for processors."""
     nap = lambda s: lambda x: (time.sleep(s), same(x))[1]
-    def timed(engine, micro):
-        batches = batches_of(engine.mesh, 8, micro, engine.cfg)
-        for _ in range(2):  # the first one warms up
-            engine.mesh.world.small(0.0)
-            start = time.perf_counter()
-            engine.step(None, batches)
-        return engine.mesh.world.small(time.perf_counter() - start, op=MAX).item()
-    def napping(text, how, **fields):
-        _, engine = divided(text, how, d_model=16, seq_len=16, n_heads=2, vocab_size=64, **fields)
+    def timed(text, micro, wire=0.0, **how):
+        *_, engine, batches = divided(text, 8, micro, ParallelConfig(**how), d_model=16, n_heads=2,
+                                      seq_len=16, vocab_size=64, n_layers=8 if "d" in text else 4)
         for layer in engine.model.layers.values():
             layer.register_forward_hook(lambda _, args, out: (
                 Both.apply(out[0], nap(forward), nap(backward)), out[1]))
-        return engine
+        g, line = engine.mesh.data, [0.0]
+        if wire: g.reduce_scatter, g.all_gather = (
+            on_wire(f, wire, line) for f in (g.reduce_scatter, g.all_gather))
+        engine.mesh.world.small(0.0)
+        start = time.perf_counter()
+        engine.step(None, batches)
+        return engine.mesh.world.small(time.perf_counter() - start, op=MAX).item()
+    timed("pp=4", 8)  # warms up
     for name in SCHEDULES:
-        took = timed(napping("pp=4", ParallelConfig(pipeline=name), n_layers=4), 1)
-        idle = 1 - 8 * (forward + backward) / took
-        if rank == 0: print(f"4 stages, 8 micro-batches, {name}: idle {idle:.3f} of the time, by "
-                            f"formula {3 / 11:.3f}", flush=True)
-    engine = napping("dp=4", ParallelConfig(), n_layers=8)
-    alone, engine.mesh.data.__class__ = timed(engine, 2), Wire
-    sizes = [sum(b.flat.nbytes for b in unit) for unit in engine.units]
-    Wire.seconds_a_byte = 0.3 * backward / sizes[0]
-    busy = [2 * Wire.seconds_a_byte * size for size in sizes]  # the first and the last are due
-    took = timed(engine, 2)                                    # when all else is done
-    hidden = (alone + sum(busy) - took) / sum(busy[1:-1])
-    if rank == 0: print(f"4 data ranks: work of {alone:.3f} s and {sum(busy):.3f} s on a simulated "
-                        f"wire take {took:.3f} s: {hidden:.0%} of what can be is hidden")
+        idle = 1 - 8 * (forward + backward) / timed("pp=4", 1, pipeline=name)
+        if rank == 0: print(f"4 stages, 8 micro-batches, {name}: idle {idle:.3f}, by formula 0.273")
+    alone, together = timed("dp=4", 2), timed("dp=4", 2, wire=0.03)
+    # 2 messages for each of 9 buckets; those of the lowest two come when all work is done
+    hidden = (alone + 18 * 0.03 - together) / (14 * 0.03)
+    if rank == 0: print(f"4 data ranks: work of {alone:.3f} s and 0.540 s on a simulated wire take "
+                        f"{together:.3f} s; of what can be hidden {hidden:.0%} is")
 
-LESSONS = {memory_and_traffic: 2, idle_and_hidden: 4}
-def teach(rank, lesson, world, path):
+LESSONS = {memory_and_traffic: 2, idle_and_hidden: 4, bench: 2}
+def teach(rank, lesson, n, path):
     torch.set_num_threads(1)
-    join(ParallelConfig(), "cpu", init_method=f"file://{path}", rank=rank, world_size=world)
+    join(ParallelConfig(), "cpu", init_method=f"file://{path}", rank=rank, world_size=n)
     lesson(rank)
-    dist.destroy_process_group()
-
-def lesson():
-    print("Of a rank of two: numbers a parameter (4 bytes each in float32), MB sent in a step, how "
-          "far\nloss and gradients are from those of one process. Llama, 512 tokens, float64, AdamW"
-          "\nplan            ", *(f"{w:>9s}" for w in ("weights", "gradients", "state", "activation",
-                                  "formula", "sent", "differs")), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for part, world in LESSONS.items():
-            mp.start_processes(teach, (part, world, f"{folder}/{world}"), nprocs=world,
-                               start_method="fork")
-
-def bench(g, device):
-    """Times the collectives by size: GB/s that a rank sends, of torch's and of the rings here."""
-    print(f"{g.n} ranks on {device}: ms (GB/s that each sends)\n     bytes",
-          *(f"{whose + name:>22s}" for whose in ("torch's ", "ring ") for name in COLLECTIVES))
-    for n_bytes in (2 ** k for k in range(10, 29, 3)):
-        x, row = torch.ones(g.n, n_bytes // 4 // g.n, device=device), []
-        for own, (turns, run) in itertools.product((False, True), COLLECTIVES.values()):
-            g.own, sends = own, turns * x.nbytes * (g.n - 1) / g.n
-            took = seconds(lambda: run(g, x), x.device)
-            row.append(f"{1e3 * took:9.3f} ({sends / took / 1e9:6.2f})")
-        if g.rank == 0: print(f"{x.nbytes:10,d}", *(f"{text:>22s}" for text in row), flush=True)
-
-COLLECTIVES = {"reduce_scatter": (1, lambda g, x: g.reduce_scatter(x)()),
-               "all_gather": (1, lambda g, x: g.all_gather(x[0])()),
-               "all_reduce": (2, lambda g, x: g.all_reduce(x))}
 
 # -----------------------------------------------------------------------------
 # Training: what torchrun starts on every rank
@@ -670,10 +607,12 @@ def prepared(args, given, lasting, store, rank, plan, how):
     return Path(run), resume, settings, corpus
 
 def join(how, device, **where):
-    """Makes this process a rank."""
-    if device == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", **where,
+    """Makes this process a rank -> the type of its device."""
+    cuda = train.pick_device(device).type == "cuda"  # mps has no gloo
+    if cuda: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **where,
                             timeout=timedelta(seconds=how.timeout))
+    return "cuda" if cuda else "cpu"
 
 def train_ranks(args, how, given):
     lasting, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=how.timeout)))
@@ -684,10 +623,9 @@ def train_ranks(args, how, given):
     cfg, tok, cpu = TrainConfig(**settings["train"]), corpus.tokenizer, torch.device("cpu")
     micro = micro_batch(cfg, plan)
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    device = "cuda" if train.pick_device(cfg.device).type == "cuda" else "cpu"  # no gloo on mps
+    device = join(how, cfg.device, store=store, rank=rank, world_size=world)
     cfg = dataclasses.replace(cfg, threads=cfg.threads or threads, micro_batch=micro, compile=False,
                               device=device)
-    join(how, device, store=store, rank=rank, world_size=world)
     machine, mesh = train.set_up(cfg), Mesh(plan, how.ring)
     machine.peak *= world
     model_cfg = ModelConfig(**{**settings["model"], "vocab_size": tok.vocab_size})
@@ -695,7 +633,7 @@ def train_ranks(args, how, given):
     (model, optimizer), now = make(), Progress()
     n, pad = sum(model.n_params().values()), -tok.vocab_size % plan["tp"]
     for turn in (0, 1):  # the first rank moves what is damaged out of the others' way
-        if resume and min(rank, 1) == turn: now = train.load_checkpoint(run, model, optimizer)
+        if resume and turn == (rank > 0): now = train.load_checkpoint(run, model, optimizer)
         mesh.world.small(0.0)
     engine = Engine(model, optimizer, mesh, how, machine.device)
     def step(_, batches):
@@ -732,7 +670,11 @@ def main(args):
     if "RANK" not in os.environ:
         refuse(not (given or args.run or args.resume or how != ParallelConfig()), "flags", "some, "
                "no torchrun", "torchrun, or none", "run: torchrun --nproc_per_node 2 parallel.py")
-        return lesson()
+        with tempfile.TemporaryDirectory() as folder:
+            for i, (lesson, n) in enumerate(LESSONS.items()):
+                mp.start_processes(teach, (lesson, n, f"{folder}/{i}"), n, start_method="fork")
+        return
+    if args.bench: return bench(int(os.environ["RANK"]), join(how, "auto"))
     try: train_ranks(args, how, given)
     except RuntimeError as e:  # of gloo and nccl alike
         if not re.search("gloo|NCCL|onnection|imed out", str(e)): raise
@@ -748,6 +690,7 @@ def build_parser():
                         "runs/, of the run (default: a free name); torchrun has a --run of its own")
     parser.add_argument("--resume", action="store_true", help="go on with --into, or the newest "
                         "run (default: off, but when torchrun restarts)")
+    parser.add_argument("--bench", action="store_true", help="time collectives (default: off)")
     for config in (ParallelConfig, TrainConfig, ModelConfig):
         train.add_fields(parser, config, train.RECIPES)
     return parser

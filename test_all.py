@@ -1312,7 +1312,7 @@ def run_plan(text, flags, optimizer, micro, fields, steps=10, want=None):
     losses, norms and weights in all]."""
     how = parallel.ParallelConfig(plan=text, **flags)
     mesh = parallel.Mesh(parallel.read_plan(text, 4), how.ring)
-    engine, first, losses, norms = parallel.Engine(*jolted(optimizer, fields), mesh, how), [], [], []
+    engine, losses, norms = parallel.Engine(*jolted(optimizer, fields), mesh, how), [], []
     moved = sum((g["params"] for g in engine.optimizer.groups), [])
     for step in range(steps):
         engine.optimizer.zero_grad()
@@ -1387,13 +1387,15 @@ def test_shards_equal_plain_data_ranks_and_go_through_other_plans_bit_for_bit(fo
 
 def test_damaged_shards_are_named_and_the_checkpoint_before_them_used(four, capsys):
     run = four["folder"] / "none"
-    some = [shutil.copytree(run / "checkpoint-00000000", run / f"checkpoint-0000000{i}") for i in "123"]
+    stem = run / "checkpoint-00000000"
+    some = [Path(shutil.copytree(stem, f"{stem}"[:-1] + i)) for i in "123"]
     for path, left in zip(some, (4, 3, 0)):
         for file in sorted(path.iterdir())[left:]: file.unlink()
     file = some[0] / "00002.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     assert train.load_checkpoint(run, *jolted("adamw", MODERN)).step == 0
-    assert all(f"{path} is left out" in capsys.readouterr().out for path in some[:1])
+    out = capsys.readouterr().out
+    assert all(f"{path} is left out" in out for path in some)
     assert [path.name for path in train.checkpoints(run)] == ["checkpoint-00000000"]
 
 def test_collectives_add_up_as_by_hand(four):
@@ -1417,7 +1419,7 @@ def test_a_schedule_idles_by_the_formula_and_holds_what_it_says(name, held):
 def test_the_lesson_sends_and_keeps_what_the_formulas_say(capfd):
     call(parallel)
     rows = [line.split() for line in capfd.readouterr().out.splitlines() if "p=2" in line]
-    assert len(rows) == 8 and all(row[-3] == row[-2] for row in rows if "ep" not in row[0])
+    assert len(rows) == 8 and all(row[-3] in (row[-2], "-") for row in rows)
     assert all(float(row[-1]) < 1e-12 and float(row[-2]) > 0 for row in rows)
     for row, want in zip(rows, [[1, 1, 2], [1, 1, 1], [0.5, 0.5, 1], [1, 1, 2], [0.5, 0.5, 1]]):
         assert [float(x) for x in row[-7:-4]] == pytest.approx(want, rel=0.02)
@@ -1425,7 +1427,7 @@ def test_the_lesson_sends_and_keeps_what_the_formulas_say(capfd):
 @pytest.mark.parametrize("text,world,words", [
     ("dp=3", 4, "plan: got dp=3, a product of 3, wanted 4"), ("zz=2", 2, "plan: got zz=2"),
     ("dp=4,ep=3", 4, "an ep that divides"), ("tp=8", 8, "n_heads"), ("pp=3", 3, "n_layers"),
-    ("cp=3", 3, "seq_len"), ("dp=2,ep=2", 2, "ffns: got s, wanted x"), ("tp=4", 4, "d_ff: got .62")])
+    ("cp=3", 3, "seq_len"), ("ep=2", 2, "ffns: got s, wanted x"), ("tp=4", 4, "d_ff: got .62")])
 def test_what_a_plan_cannot_divide_is_refused_by_name(text, world, words):
     m = model.LM(model.preset("llama", **SMALL, d_ff=62))
     with pytest.raises(UserError, match=words):
@@ -1433,8 +1435,8 @@ def test_what_a_plan_cannot_divide_is_refused_by_name(text, world, words):
 
 def test_a_refusal_writes_nothing_and_a_restart_goes_on_with_no_other_run(desk, monkeypatch):
     call(train, f"{WHOLE} --steps 3 --run other")
-    env = dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=0, TORCHELASTIC_RESTART_COUNT=1)
-    for name, value in env.items(): monkeypatch.setenv(name, str(value))
+    for word in "RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=0".split() + [
+            "TORCHELASTIC_RESTART_COUNT=1"]: monkeypatch.setenv(*word.split("="))
     before = sorted(desk.rglob("*"))
     for flags, words in (("--plan tp=3", "plan"), ("--batch_size 0", "batch_size")):
         with pytest.raises(UserError, match=words): call(parallel, f"{WHOLE} {flags}")
@@ -1445,12 +1447,12 @@ def test_a_refusal_writes_nothing_and_a_restart_goes_on_with_no_other_run(desk, 
     with pytest.raises(SystemExit, match="waited 1 s"): call(parallel, "--timeout 1")
 
 def test_a_rank_that_is_killed_does_not_change_the_losses(desk):
-    flags = (*TINY.split(), "--steps", 16, "--dataset", "text.txt", "--tokenizer", "byte", "--device",
-             "cpu", "--save_minutes", 0, "--evals", 1, "--dtype", "float64")
+    flags = shlex.split(f"{TINY} --steps 16 --dataset text.txt --tokenizer byte --device cpu "
+                        "--save_minutes 0 --evals 1 --dtype float64")
     call(train, *flags, "--run", "alone")
     torchrun = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--max-restarts",
-         "1", HERE / "parallel.py", *map(str, flags), "--into", "four", "--shard", "full"],
+         "1", HERE / "parallel.py", *flags, "--into", "four", "--shard", "full"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = desk / "runs/four/log.jsonl"
     for _ in range(6000):
@@ -1464,7 +1466,7 @@ def test_a_rank_that_is_killed_does_not_change_the_losses(desk):
     assert one[0] == [(step, pytest.approx(loss, rel=1e-9)) for step, loss in four[0]]
     assert one[1][0][1]["loss"] == pytest.approx(four[1][0][1]["loss"], rel=1e-9)
     call(train, "--resume --run four")  # of shards alone, and finished
-    assert losses_of(desk / "runs/four") == four and not [*log.parent.glob("*.safetensors.tmp")]
+    assert losses_of(desk / "runs/four") == four and train.checkpoints(log.parent)[1].is_dir()
 
 # -----------------------------------------------------------------------------
 # sample.py: the engine

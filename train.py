@@ -373,9 +373,8 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
                               step=now.step, minutes=now.seconds / 60, valid=result)
             if x >= 1: break
             start = time.perf_counter()
-            batches, scale = take(loader, micro, machine.device), schedule(x)
+            batches, scale = take(loader, micro, machine.device, cfg.seed), schedule(x)
             optimizer.zero_grad()
-            torch.manual_seed(cfg.seed + now.seen + 1)  # dropout's: not lost with a kill
             loss = step(forward, batches)
             norm = clip(params, cfg.clip * torch.isfinite(loss))
             look = not vitals or (now.step + 1) % cfg.log_steps == 0  # a line of the log follows
@@ -392,8 +391,9 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
             f", saved; go on with: python train.py --resume --run {run}" if run else ""))
     return now, {} if asked else result
 
-def take(loader, micro, device):
-    """The next batch as micro-batches on the device."""
+def take(loader, micro, device, seed=0):
+    """The next batch as micro-batches on the device; a run that goes on has the same dropout."""
+    torch.manual_seed(seed + loader.seen)
     cuda = device.type == "cuda"  # copies without waiting, from pinned memory only
     move = lambda x: (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
     return list(zip(*(map(move, x.split(micro)) for x in next(loader))))
