@@ -78,10 +78,6 @@ def device_name(device):  # what to call a device in a log: the GPU's name, or t
 def synchronize(device):  # waits for its queue: else a timer sees how fast work is handed over
     if device.type != "cpu": getattr(torch, device.type).synchronize()
 
-def generator_of(model):  # (device type, the module that gets and sets the generator there)
-    kind = next(model.parameters()).device.type
-    return kind, torch if kind == "cpu" else getattr(torch, kind)
-
 def seconds(run, device, repeats=5):  # median time of run() in seconds, after one call to warm up
     times = []
     for _ in range(repeats + 1):

@@ -28,7 +28,7 @@ THE COSTS
     (SGD 0, Momentum, AdaGrad, RMSProp, Muon 4, Adam 8), besides 4 for the weight and 4 for its
     gradient. Those that see a matrix (m, n) take products, 4 to 9 (m + n) FLOPs a parameter.
 
-CONTENTS  Optimizer and the ladder / matrices / OPTIMIZERS / collectives, buckets and shards /
+CONTENTS  Optimizer and the ladder / matrices / OPTIMIZERS / collectives, mesh, buckets, shards /
           roles, groups, muP / clipping, health, noise / SCHEDULES / the lesson
 NOT HERE  who sends the shards of a state to whom (parallel.py)
 RUN       python optim.py    # costs, a narrow valley, muP; last line: "best lr of Adam ... at 512"
@@ -53,7 +53,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import Linear
+from kernels import Linear, seconds
 
 # -----------------------------------------------------------------------------
 # The ladder
@@ -270,7 +270,7 @@ OPTIMIZERS = {"sgd": SGD, "momentum": Momentum, "adagrad": AdaGrad, "rmsprop": R
               "adam": Adam, "adamw": AdamW, "shampoo": Shampoo, "soap": SOAP, "muon": Muon}
 
 # -----------------------------------------------------------------------------
-# Collectives
+# Collectives, and the mesh of ranks
 # In a ring each rank sends to the next and receives from the one before, at once: no link idles.
 # reduce_scatter lets n parts travel, each growing by what every rank adds; all_gather lets finished
 # parts travel once more. Both return a function that waits. torch's are rings, too, of many links.
@@ -338,6 +338,40 @@ class Group:
         if self.n > 1: dist.all_reduce(x, op, self.pg)
         return x
 
+# Ranks stand in a box of dp x pp x cp x tp, tp innermost, as it talks most and neighbours are
+# nearest. Every group is a slice of it. dp is two axes, so that ep of its ranks can share experts.
+
+GROUPS = dict(world=(0, 1, 2, 3, 4), data=(0, 1, 3), dp=(0, 1), ep=(1,), copies=(0, 3), pp=(2,),
+              back=(2,), cp=(3,), tp=(4,), stages=(0, 1, 2, 3), ends=(2,))
+
+class Mesh:
+    """A Group for each row of GROUPS; `back` is for gradients, `ends` first and last stage."""
+    def __init__(self, plan, ring=False):
+        self.plan, me, Group.own = plan, dist.get_rank(), ring
+        dp, pp, cp, tp, ep = plan.values()
+        box = torch.arange(dist.get_world_size()).view(dp // ep, ep, pp, cp, tp)
+        for name, axes in GROUPS.items():
+            order = [i for i in range(5) if i not in axes] + [*axes]
+            size = math.prod(box.shape[i] for i in axes)
+            for row in box.permute(order).reshape(-1, size).tolist():
+                if name == "ends": row = row[:1] + row[1:][-1:]
+                pg = dist.new_group(row) if len(row) > 1 else None  # all ranks make all groups
+                if me in row: setattr(self, name, Group(name, row, me, pg))
+        self.first, self.last = self.pp.rank == 0, self.pp.rank == pp - 1
+        self.alone = Group("alone", [me], me, None)
+
+def bench(rank, device="cpu"):
+    """Times the collectives of all ranks by size: torch's, and then the rings."""
+    g = Group("world", [*range(dist.get_world_size())], rank, None)
+    runs = dict(reduce_scatter=lambda x: g.reduce_scatter(x)(), all_reduce=g.all_reduce,
+                all_gather=lambda x: g.all_gather(x[0])())
+    for g.own in (False, True):
+        for size in (2 ** 10, 2 ** 15, 2 ** 20, 2 ** 25):
+            x = torch.ones(g.n, size // 4 // g.n, device=device)
+            times = ", ".join(f"{name} {1e3 * seconds(partial(run, x), x.device):.3f} ms"
+                              for name, run in runs.items())
+            if g.rank == 0: print(f"{'rings' if g.own else 'torch'}{size:11,d} bytes: {times}")
+
 class Both(torch.autograd.Function):
     """x -> forward(x), whose gradient g -> backward(g): a collective and its mirror image."""
     @staticmethod
@@ -373,23 +407,18 @@ WHOLE = (Shampoo, SOAP, Muon)
 class Place(namedtuple("Place", "name dim rank n start end", defaults=(None, 0, 1, 0, None))):
     """Which part of a parameter a tensor is: of n shards along `dim` (None: undivided) the rank-th,
     padded with zeros if they are unequal, and of that, flattened, start to end (None: all)."""
-    def shard(self, whole):
-        """(a padded copy of a whole tensor, the view of it that is this shard)."""
-        wide = whole.new_zeros([-(-s // self.n) * self.n if i == self.dim else s
-                                for i, s in enumerate(whole.shape)])
-        wide[tuple(map(slice, whole.shape))] = whole
-        return wide, wide if self.dim is None else wide.chunk(self.n, self.dim)[self.rank]
     def take(self, whole):
         """Its part of a whole tensor, a copy: flat, unless it is an undivided one."""
-        part = self.shard(whole)[1].contiguous()
-        return part if self.end is None else part.view(-1)[self.start:self.end]
+        part = whole
+        if self.dim is not None:
+            short = (0, 0) * (whole.ndim - 1 - self.dim) + (0, -whole.shape[self.dim] % self.n)
+            part = F.pad(whole, short).chunk(self.n, self.dim)[self.rank]
+        part = part if self.end is None else part.reshape(-1)[self.start:self.end]
+        return part.clone(memory_format=torch.contiguous_format)
     def put(self, whole, part):
         """The inverse: writes its part into a whole tensor."""
-        wide, shard = self.shard(whole)
-        flat = shard.flatten()
-        flat[self.start:self.end] = part.flatten()
-        shard.copy_(flat.view(shard.shape))
-        whole.copy_(wide[tuple(map(slice, whole.shape))])
+        at = self.take(torch.arange(1, whole.numel() + 1).view(whole.shape)).view(-1)
+        whole.view(-1)[at[at > 0] - 1] = part.reshape(-1)[at > 0]  # 0 is padding
 
 class Bucket:
     """Parameters {name: p} of a group's ranks in a flat buffer; p.data and p.grad are views of it.
@@ -443,10 +472,11 @@ class Bucket:
         self.adding = self.group.reduce_scatter(self.rows(self.grad))
         self.free()
     def land(self):
-        own, self.grad, self.adding = self.adding(), None, None
+        """Takes the sum of our slice; if each rank keeps all of them, sends for the others'."""
+        own, self.grad = self.adding(), None
         for p in self.params.values(): p.grad = None
         if self.full: self.sum += own
-        elif self.each: self.group.all_gather(own, self.rows(self.sum))()
+        elif self.each: self.arriving = self.group.all_gather(own, self.rows(self.sum))
         else: self.rows(self.sum)[self.group.rank] = own
 
 # -----------------------------------------------------------------------------
@@ -489,15 +519,20 @@ def param_groups(model, weight_decay=None, base_width=None, **lrs):
 # One bad batch can throw weights so far that training does not come back. The *global* norm is
 # clipped, not each tensor's, so that the direction of the step stays what it was.
 
+def norms(*lists):
+    """The L2 norm of all tensors in each list of (parameter, tensor)s; parallel.py has its own."""
+    norm = torch.linalg.vector_norm
+    return [norm(torch.stack([norm(x) for _, x in some])) for some in lists]
+
 @torch.no_grad()
-def clip_grad_norm(params, max_norm):
+def clip_grad_norm(params, max_norm, norms=norms):
     """Scales all gradients in place by max_norm / (norm + 1e-6) if their common L2 norm is larger;
     to zero if it is not finite. Returns that norm, before clipping, as a tensor: nothing here waits
     for the device, and max_norm may be a tensor, too."""
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+    live = [(p, p.grad) for p in params if p.grad is not None]
+    norm, = norms(live)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
-    for g in grads: g.mul_(scale.to(g.dtype)).nan_to_num_(0.0, 0.0, 0.0)
+    for _, g in live: g.mul_(scale.to(g.dtype)).nan_to_num_(0.0, 0.0, 0.0)
     return norm
 
 # -----------------------------------------------------------------------------
@@ -517,16 +552,15 @@ class Level:
         return spike
 
 @torch.no_grad()
-def health(model, tokens, params, before):
+def health(model, tokens, params, before, norms=norms):
     """What the last step did to the matrices, as a part of their norm (1e-3 is usual), and the
     largest logit: one that grows and grows announces a run that diverges (2309.14322)."""
-    norm = lambda some: math.sqrt(sum(x.float().square().sum().item() for x in some))
-    matrices = [(p, old) for p, old in zip(params, before) if p.ndim == 2]
+    some = [(p, old) for p, old in zip(params, before) if getattr(p, "matrix", p.ndim == 2)]
     model.eval()  # dropout must not draw: lines of the log would change the run
     logit = model(tokens[:1])[0].abs().max().item()
     model.train()
-    return dict(update=norm(p - old for p, old in matrices) / norm(old for _, old in matrices),
-                logit=logit)
+    moved, norm = norms([(p, p - old) for p, old in some], some)
+    return dict(update=(moved / norm).item(), logit=logit)
 
 def noise_scale(small, large, b, B):
     """The gradient noise scale tr(S) / |G|^2, in sequences, from mean squared norms of gradients of

@@ -12,21 +12,21 @@ THE MATHS (n ranks of a group, S bytes of a tensor)
     softmax over blocks of keys: y = sum_b e^(L_b - L) y_b, L = log sum_b e^L_b, L_b of a block
 
 THE COSTS (bytes a parameter in float32 with AdamW: weight, gradient, state; sent a step, of W S)
-    none 4 + 4 + 8, optimizer 4 + 4 + 8/n: 2 (n-1)/n S     full (4 + 4 + 8)/n: 3 (n-1)/n S
+    none 4 + 4 + 8, optimizer 4 + 4 + 8/n: 2 (n-1)/n S     full (4 + 4 + 8)/n: 3 m (n-1)/n S
     tp: 4 all_reduces of the stream a layer. pp: the stream over each border, and back; p stages and
     m micro-batches idle (p-1) / (m+p-1) of the time. cp: (n-1) blocks of keys and values, and back
 
-CONTENTS  mesh / schedules / tensors / context / experts / engine / checkpoints / lesson / training
-          (collectives, buckets and shards of data ranks are in optim.py)
+CONTENTS  plans / schedules / tensors / context / experts / engine / checkpoints / lesson / training
+          (collectives, mesh, buckets and shards of data ranks are in optim.py)
 NOT HERE  interleaved schedules, compiled layers; a model larger than a host: each draws all weights
 RUN       python parallel.py                            # each axis on two forked processes
           torchrun --nproc_per_node 2 parallel.py       # trains for a minute; last: bits_per_byte
-          torchrun --nproc_per_node 8 --max-restarts 3 parallel.py --plan dp=2,tp=4 --shard full
+          torchrun --nproc_per_node 8 parallel.py --plan dp=2,tp=4 --n_heads 8 --shard full
 REFERENCES  buckets 2006.15704; ZeRO 1910.02054 (`optimizer` is stage 1, `full` 3); cp 2310.01889;
     tp 1909.08053; sequence 2205.05198; GPipe 1811.06965; 1F1B 2104.04473; ep 2006.16668
 EXERCISE  Empty `one_f_one_b`; fill it until `pytest test_all.py -k schedule` is green again.
 """
-import argparse, dataclasses, json, math, os, re, shutil, signal, sys, tempfile
+import argparse, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -44,8 +44,9 @@ import train
 from bpe import UserError
 from data import Loader, in_order, validation
 from kernels import Context, RMSNorm, linear_cross_entropy, logits_of, up
-from model import FFN, Attention, MoE, ModelConfig, read_tensors, save_tensors
-from optim import MAX, SENT, WHOLE, Both, Bucket, Group, Place, pairs, same
+from model import FFN, LM, Attention, MoE, ModelConfig, save_model, save_tensors
+from optim import (MAX, SENT, WHOLE, Both, Bucket, Mesh, Place, bench, clip_grad_norm, health,
+                   pairs, same)
 from train import Progress, TrainConfig, flag
 
 # -----------------------------------------------------------------------------
@@ -87,14 +88,14 @@ def read_plan(text: str | None, world: int):
     refuse(plan["dp"] % plan["ep"] == 0, "plan", text, f"an ep that divides dp {plan['dp']}")
     return plan
 
-def check(c, d_ffs, plan, how):
-    """Refuses by name what a plan cannot divide."""
-    sequence = plan["tp"] if how.sequence else 1
+def check(model, plan, how):
+    """Refuses by name what of a model, be it on the meta device, a plan cannot divide."""
+    c, sequence = model.cfg, plan["tp"] if how.sequence else 1
     for name, axis, sizes, n in (
             ("n_layers", "pp", [c.n_layers], 1), ("n_heads", "tp", [c.n_heads], 1),
-            ("n_kv_heads", "tp", [c.n_kv_heads or 0], 1), ("d_ff", "tp", d_ffs, 1),
-            ("d_model", "tp", [c.d_model], 1), ("seq_len", "cp", [c.seq_len], 2 * sequence),
-            ("n_experts", "ep", [c.n_experts], 1)):
+            ("n_kv_heads", "tp", [c.n_kv_heads or 0], 1), ("d_model", "tp", [c.d_model], 1),
+            ("d_ff", "tp", [m.d_ff for m in model.modules() if isinstance(m, FFN)], 1),
+            ("seq_len", "cp", [c.seq_len], 2 * sequence), ("n_experts", "ep", [c.n_experts], 1)):
         n = n * plan[axis] if plan[axis] * sequence > 1 else 1
         refuse(all(size % n == 0 for size in sizes), name, sizes, f"a multiple of {n}, for {plan}")
     for name, axis, ok, wanted in (
@@ -104,29 +105,6 @@ def check(c, d_ffs, plan, how):
             ("ffns", "ep", "x" in c.ffns, "x, experts"), ("dropout", "tp", not c.dropout, "0"),
             ("dropout", "cp", not c.dropout, "0")):
         refuse(ok or plan[axis] == 1, name, getattr(c, name), f"{wanted} with {axis}")
-
-# -----------------------------------------------------------------------------
-# The mesh: ranks in a box of dp x pp x cp x tp, tp innermost, as it talks most and neighbours are
-# nearest. Every group is a slice of it. dp is two axes, so that ep of its ranks can share experts.
-
-GROUPS = dict(world=(0, 1, 2, 3, 4), data=(0, 1, 3), dp=(0, 1), ep=(1,), copies=(0, 3), pp=(2,),
-              back=(2,), cp=(3,), tp=(4,), stages=(0, 1, 2, 3), ends=(2,))
-
-class Mesh:
-    """A Group for each row of GROUPS; `back` is for gradients, `ends` first and last stage."""
-    def __init__(self, plan, ring=False):
-        self.plan, me, Group.own = plan, dist.get_rank(), ring
-        dp, pp, cp, tp, ep = plan.values()
-        box = torch.arange(dist.get_world_size()).view(dp // ep, ep, pp, cp, tp)
-        for name, axes in GROUPS.items():
-            order = [i for i in range(5) if i not in axes] + [*axes]
-            size = math.prod(box.shape[i] for i in axes)
-            for row in box.permute(order).reshape(-1, size).tolist():
-                if name == "ends": row = row[:1] + row[1:][-1:]
-                pg = dist.new_group(row) if len(row) > 1 else None  # all ranks make all groups
-                if me in row: setattr(self, name, Group(name, row, me, pg))
-        self.first, self.last = self.pp.rank == 0, self.pp.rank == pp - 1
-        self.alone = Group("alone", [me], me, None)
 
 # -----------------------------------------------------------------------------
 # Schedules of a pipeline: for each stage a list of ("F" or "B", micro-batch)
@@ -281,12 +259,12 @@ class Engine(nn.Module):
     """`model` and `optimizer`, whole and the same on all ranks, become this rank's part."""
     def __init__(self, model, optimizer, mesh, how, device=torch.device("cpu")):
         super().__init__()
-        check(model.cfg, {m.d_ff for m in model.modules() if isinstance(m, FFN)}, mesh.plan, how)
+        check(model, mesh.plan, how)
         self.cfg, self.mesh, self.how, self.model, tp = model.cfg, mesh, how, model, mesh.tp
         self.pairs, flops = pairs(tp), model.flops_per_token()
-        self.flops_per_token = lambda: flops
+        self.flops_per_token, self.device = lambda: flops, device
         self.dtype = model.compute_dtype or next(model.parameters()).dtype
-        whole = {name: p.detach() for name, p in model.named_parameters()}
+        whole = model.state_dict()
         model.layers = own_part(model.layers, mesh.pp)
         if not mesh.last: model.norm, model.lm_head = nn.Identity(), None
         for name in () if mesh.first else ("embed_tokens", "embed_bigram", "embed_positions"):
@@ -304,10 +282,13 @@ class Engine(nn.Module):
         """Makes `units`, the buckets of each layer and, last, of the rest, and their `pieces`."""
         mesh, shard, units = self.mesh, self.how.shard, {math.inf: {}}
         self.units, self.pieces, self.split, self.sums = [], [], [], {"tp": [], "ends": []}
-        where = {id(p): (i, s) for i, (g, some) in enumerate(zip(optimizer.groups, optimizer.state))
-                 for p, s in zip(g["params"], some)}  # group and state of a whole parameter
+        part = lambda name, p, *ends: Place(name, cuts.get(p), mesh.tp.rank, mesh.tp.n, *ends)
+        self.fixed = [(part(f"model/{name}", p), p, whole[name].shape) for name, p in [
+            *self.model.named_buffers(), *self.model.named_parameters()] if not p.requires_grad]
+        where = {id(p): (i, j, optimizer.state[i][j]) for i, g in enumerate(optimizer.groups)
+                 for j, p in enumerate(g["params"])}  # in the whole optimizer
         for name, p in self.model.named_parameters():
-            if not p.requires_grad: continue  # frozen: the same on all ranks
+            if not p.requires_grad: continue  # frozen: the same on all data ranks
             matrix = p.ndim == 2 and optimizer.groups[where[id(p)][0]]["role"] == "matrix"
             key = (isinstance(optimizer, WHOLE) and matrix, mesh.ep.n > 1 and ".experts." in name,
                    mesh.pp.n > 1 and self.cfg.tie and name == "embed_tokens.weight")
@@ -322,21 +303,21 @@ class Engine(nn.Module):
                 dtype = self.dtype if shard == "full" else next(iter(params.values())).dtype
                 self.units[-1].append(bucket := Bucket(params, group, shard, undivided, dtype))
                 for name, lo, hi, w, g, own in bucket.pieces():
-                    (i, state), p = where[id(params[name])], params[name]
-                    dim, end = cuts.get(p), None if hi - lo == math.prod(p.shape) else hi
+                    (i, j, state), p = where[id(params[name])], params[name]
+                    end = None if hi - lo == math.prod(p.shape) else hi
                     x = nn.Parameter(w.view(p.shape) if end is None else w, requires_grad=False)
-                    x.total, x.place = g.view(x.shape), Place(
-                        name, dim, mesh.tp.rank if dim is not None else 0, mesh.tp.n, lo, end)
+                    x.total, x.place = g.view(x.shape), part(name, p, lo, end)
                     self.pieces.append(x)
                     if p in parts: self.sums["tp"].append(x)
                     if ends: self.sums["ends"].append(x)
                     held = [x]
-                    if undivided and dim is not None:  # all of it, on every rank of tp
+                    if undivided and p in cuts:  # all of it, on every rank of tp
                         held.append(x := nn.Parameter(whole[name].to(w.device, copy=True)))
                         x.place = Place(name)
                         self.split.append(held)
                     for y in held:
                         y.matrix, tp = p.ndim == 2, mesh.tp if y.place.dim is None else mesh.alone
+                        y.key, y.whole = f"{i}.{j}", whole[name].shape
                         y.saved = own and not (tp.rank or ends and not mesh.first)
                         y.copies = (group.n if bucket.each else 1) * (1 + ends) * tp.n
                     self.optimizer.groups[i]["params"].append(x)
@@ -348,7 +329,6 @@ class Engine(nn.Module):
     @torch.no_grad()
     def update(self, scale=1.0):
         """A step of the optimizer on the pieces, which then go to those who hold them, too."""
-        for x, master in self.split: master.grad = pairs(self.mesh.tp, x.place.dim).gather(x.grad)
         self.move(scale)
         for x, master in self.split: x.copy_(x.place.take(master))
         for b in sum(self.units, []) if self.how.shard == "optimizer" else ():
@@ -371,8 +351,8 @@ class Engine(nn.Module):
         self.each(i - 1, "gather")
         return g
     def leave_again(self, i, g=None):
-        if self.how.shard == "full": self.land()
         if self.how.shard == "full" or self.syncing:
+            self.land()
             self.each(i, "reduce")
             self.flying += self.units[i]
         return g
@@ -410,6 +390,7 @@ class Engine(nn.Module):
     def step(self, _, batches):
         """As local_step: leaves the gradient of the mean loss over all ranks' targets."""
         mesh, m, total, loads, live, sent = self.mesh, len(batches), 0.0, [], {}, []
+        torch.manual_seed(torch.initial_seed() + mesh.world.rank)  # dropout: not alike on ranks
         counted = mesh.dp.small(sum((y >= 0).sum().item() for _, y in batches)).item()
         self.flying, self.syncing = [], False
         for b in sum(self.units, []):
@@ -434,27 +415,22 @@ class Engine(nn.Module):
         for work, _ in sent: work.wait()
         self.leave_again(len(self.units) - 1)
         self.land()
+        for b in sum(self.units, []) if self.how.shard == "none" else (): b.arrive()
         for x in self.pieces: x.grad = x.total
         for axis, some in self.sums.items():
             if not some: continue
             flat = getattr(mesh, axis).all_reduce(torch.cat([x.grad.view(-1) for x in some]))
             sums = flat.split([x.numel() for x in some])
             for x, g in zip(some, sums): x.grad.copy_(g.view(x.shape))
+        for x, master in self.split: master.grad = pairs(self.mesh.tp, x.place.dim).gather(x.grad)
         for bias, load in zip(self.model.buffers(), loads):
             load = mesh.dp.small(*load.tolist())
             bias += self.cfg.balance_bias * torch.sign(load.sum() / len(load) - load).to(bias)
         return mesh.stages.small(float(total))[0].to(batches[0][0].device)
     def norms(self, *lists):
-        """Common L2 norms, over all ranks, of lists of (tensor, on how many ranks it is)."""
-        return self.mesh.world.small(*(sum(float(x.double().square().sum()) / n for x, n in some)
-                                       for some in lists)).sqrt()
-    @torch.no_grad()
-    def clip(self, params, max_norm):
-        """clip_grad_norm of all ranks' gradients."""
-        norm, = self.norms([(x.grad, x.copies) for x in self.pieces])
-        scale = (max_norm.cpu() / (norm + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
-        for x in self.pieces: x.grad.mul_(scale.to(x.grad)).nan_to_num_(0.0, 0.0, 0.0)
-        return norm.to(self.pieces[0].device)
+        """As those of optim.py, over all ranks: a tensor may be on `copies` of them."""
+        squares = [sum(float(x.double().square().sum()) / p.copies for p, x in a) for a in lists]
+        return self.mesh.world.small(*squares).sqrt().to(self.device)
     @torch.no_grad()
     def forward(self, tokens, targets=None):
         """What `evaluate` sums up: nats of a batch, cut for data ranks; or the largest logit."""
@@ -465,71 +441,39 @@ class Engine(nn.Module):
         for b in self.units[-1]: b.free()
         if targets is not None: return mesh.stages.small(float(y.double().sum()) * mesh.last), {}
         return mesh.world.small(float(y.abs().max()) * mesh.last, op=MAX), {}
-    def watch(self, _, tokens, params, before):
-        """As `health`, over all ranks."""
-        self.eval()
-        logit = self(tokens[:1])[0].item()
-        self.train()
-        lists = [[(x, p.copies) for x, p in zip(some, params) if p.matrix]
-                 for some in (before, [p - b for p, b in zip(params, before)])]
-        norm, moved = self.norms(*lists).tolist()
-        return dict(update=moved / norm, logit=logit)
 
 # -----------------------------------------------------------------------------
 # Checkpoints: each rank writes its pieces to a file of its own, and where in the whole they belong.
-# Any plan reads them all and takes its own; train.py's and sample.py's are made of them at the end.
+# Any plan takes its pieces of what train.py makes of them, which goes on with them alone, too.
 
 def save_shards(run, engine, optimizer, now):
-    """shards-STEP/RANK.safetensors; the directory gets that name when all of it is there."""
+    """checkpoint-STEP/RANK.safetensors; the directory gets that name when all of it is there."""
     tensors, places, world = {}, {}, engine.mesh.world
+    def keep(place, x, shape):
+        key = str(len(places))
+        tensors[key], places[key] = x, [[*shape], *place]
+    for fixed in engine.fixed: keep(*fixed)
     for p, state in ((p, s) for g, some in zip(optimizer.groups, optimizer.state)
                      for p, s in zip(g["params"], some) if p.saved):
-        for k, x in {"": p, **state}.items():
-            x, key = torch.as_tensor(x), str(len(places))
-            place = p.place if x.shape == p.shape else Place(p.place.name)  # Shampoo's l, r; t
-            tensors[key], places[key] = x, [k, *place]
-    for name, b in engine.model.named_buffers():
-        tensors[name], places[name] = b, ["", *Place(name)]
-    path, meta = Path(run) / f"shards-{now.step:08d}", dict(places=places, n=world.n, now=vars(now))
-    save_tensors(Path(f"{path}.part") / f"{world.rank:05d}.safetensors", tensors,
-                 {k: json.dumps(v) for k, v in meta.items()})
+        keep(p.place._replace(name=f"model/{p.place.name}"), p, p.whole)
+        for k, x in state.items():
+            x, name = torch.as_tensor(x), f"optimizer/{p.key}.{k}"  # Shampoo's l, r; t:
+            if x.shape != p.shape: keep(Place(name), x, x.shape)
+            else: keep(p.place._replace(name=name), x, p.whole)
+    path = Path(run) / f"checkpoint-{now.step:08d}"
+    if world.rank == 0:  # what a kill in the midst of a save has left
+        for old in Path(run).glob("checkpoint-*.part"): shutil.rmtree(old)
+    world.small(0.0)
+    save_tensors(Path(f"{path}.part") / f"{world.rank:05d}.safetensors", tensors, {
+        "places": json.dumps(places), "ranks": str(world.n), "progress": json.dumps(vars(now))})
     world.small(0.0)  # all have written
     if world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.rename(f"{path}.part", path)
-        for old in sorted(Path(run).glob("shards-????????"))[:-2]: shutil.rmtree(old)
-
-@torch.no_grad()
-def load_whole(run, model, optimizer):
-    """Fills a whole model and optimizer from the newest checkpoint of either kind -> Progress."""
-    params = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {id(p): s for g, some in zip(optimizer.groups, optimizer.state)
-             for p, s in zip(g["params"], some)}
-    step_of = lambda path: int(path.stem.split("-")[1])
-    for path in sorted(Path(run).glob("shards-????????"), reverse=True):
-        if any(step_of(other) > step_of(path) for other in train.checkpoints(run)): break
-        whole, files = {}, [*path.iterdir()]
-        try:
-            for file in files:
-                tensors = read_tensors(file)
-                meta = {k: json.loads(v) for k, v in next(tensors)[1].items()}
-                for key, x in tensors:
-                    k, *place = meta["places"][key]
-                    place = Place(*place)
-                    shape = x.shape if place == Place(place.name) else params[place.name].shape
-                    place.put(whole.setdefault((place.name, k), x.new_zeros(shape)), x)
-            if len(files) != meta["n"]: raise UserError(f"{path}: got {len(files)} of its files")
-        except UserError:  # it has said which file and what is wrong
-            print(f"{path} is left out; trying the one before it", flush=True)
-            continue
-        for (name, k), x in whole.items():
-            if k: state[id(params[name])][k] = int(x) if k == "t" else x
-            else: params[name].copy_(x)
-        return Progress(**meta["now"])
-    return train.load_checkpoint(run, model, optimizer)
+        train.keep_two(run)
 
 # -----------------------------------------------------------------------------
-# The lesson: what each axis costs a rank, measured on two forked processes and by formula
+# The lesson: what each axis costs a rank, measured on forked processes and by formula
 
 def traffic(engine, batches):
     """Bytes that this rank of two sends in a step, by formula, of a llama in float64."""
@@ -537,53 +481,89 @@ def traffic(engine, batches):
     layers, outside = (sum(b.flat.nbytes for b in sum(some, []) if b.group.n > 1)
                        for some in (units[:-1], units[-1:]))
     stream = sum(x.numel() for x, _ in batches) * c.d_model * 8
-    total = (3 if engine.how.shard == "full" else 2) * layers + 2 * outside
+    total = (3 * len(batches) if engine.how.shard == "full" else 2) * layers + 2 * outside
     if mesh.tp.n > 1:  # 4 sums a layer, the embedding's and the head's, three numbers of the loss
         total += (8 * c.n_layers + 4 + 6 / c.d_model) * stream
     if mesh.cp.n > 1:  # keys and values, and back their gradients
         total += 2 * c.n_layers * 2 * stream
     return (total + 2 * stream * (mesh.pp.n > 1)) / 2  # a ring of two sends half of what it adds up
 
-def teach(rank, world, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    size = lambda some: sum({s.data_ptr(): s.nbytes() for s in (
-        t.untyped_storage() for t in some)}.values()) / 8  # numbers, views counted once
-    for text, shard in [*(("dp=2", shard) for shard in SHARDS), *(
-            (text, "none") for text in ("tp=2", "pp=2", "cp=2", "dp=2,ep=2"))]:
-        cfg = ModelConfig(vocab_size=512, seq_len=64, d_model=64, ffns="sx"["ep" in text])
-        make = lambda: train.build(cfg, TrainConfig(optimizer="adamw"), train.Machine(
-            torch.device("cpu"), torch.float64, False, 1.0, ""))
-        (whole, _), how = make(), ParallelConfig(plan=text, shard=shard, ring=True)
-        engine = Engine(*make(), Mesh(read_plan(text, world), how.ring), how)
-        x, y = torch.randint(0, 512, (2, 8, 64), generator=torch.Generator().manual_seed(0))
-        loss = train.local_step(whole, list(zip(x.split(4), y.split(4))))
-        dp, n = engine.mesh.dp, sum(p.numel() for p in whole.parameters())
-        batches = list(zip(*(t.chunk(dp.n)[dp.rank].split(4) for t in (x, y))))
-        SENT.clear()
-        gaps = [engine.step(None, batches) - loss]
-        engine.optimizer.step()
-        grads, buckets = {k: p.grad for k, p in whole.named_parameters()}, sum(engine.units, [])
-        gaps += [(p.total - p.place.take(grads[p.place.name])).abs().max() for p in engine.pieces]
-        gap = engine.mesh.world.small(max(abs(float(x)) for x in gaps), op=MAX).item()
-        kept = ([t for b in buckets for t in (b.flat, b.master)], [b.sum for b in buckets],
-                engine.optimizer.state_tensors().values())
-        sent, formula = sum(SENT.values()) / 1e6, f"{traffic(engine, batches) / 1e6:.4f}"
-        if rank == 0: print(f"{text:10s}{shard:10s}", *(f"{size(some) / n:9.3f}" for some in kept),
-                            f"{'by load' if 'ep' in text else formula:>9s} {sent:9.4f} {gap:9.0e}")
-    dist.destroy_process_group()
+def divided(text, rows, micro, how=ParallelConfig(), **fields):
+    """(whole llama, all rows, its engine with this plan, this rank's micro-batches of the rows)."""
+    cfg = ModelConfig(**{**dict(vocab_size=512, seq_len=64, d_model=64), **fields})
+    make = lambda: train.build(cfg, TrainConfig(optimizer="adamw"), train.Machine(
+        torch.device("cpu"), torch.float64, False, 1.0, ""))
+    engine = Engine(*make(), Mesh(read_plan(text, dist.get_world_size()), how.ring), how)
+    random, d = torch.Generator().manual_seed(0), engine.mesh.dp
+    pair = torch.randint(0, cfg.vocab_size, (2, rows, cfg.seq_len), generator=random)
+    return make()[0], pair, engine, [*zip(*(t.chunk(d.n)[d.rank].split(micro) for t in pair))]
 
-def lesson():
-    print("Of a rank of two: numbers a parameter (4 bytes each in float32), MB sent in a step, how "
-          "far\nloss and gradients are from those of one process. Llama, 512 tokens, float64, AdamW"
-          "\nplan      shard    ", *(f"{w:>9s}" for w in (
-              "weights", "gradients", "state", "formula", "sent", "differs")), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(teach, (2, f"{folder}/meet"), nprocs=2, start_method="fork")
-    for name, schedule in SCHEDULES.items():
-        idle, most = simulate(schedule, 4, 16)
-        print(f"4 stages, 16 micro-batches, {name}: idle {idle:.4f} of the time, by formula "
-              f"{3 / 19:.4f}; the first stage holds {most[0]} activations")
+def memory_and_traffic(rank):
+    if rank == 0: print(
+        "Of a rank of two: numbers a parameter (4 bytes each in float32), MB sent in a step, how "
+        "far\nloss and gradients are from one process's. Llama, float64, AdamW\nplan          ",
+        *map("{:>11s}".format, "weights gradients state activations formula sent differs".split()))
+    of = lambda some: {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in some)}
+    rows = [("dp", dict(shard=shard)) for shard in SHARDS] + [("dp", dict(recompute=True))]
+    for axis, flags in rows + [(axis, {}) for axis in ("tp", "pp", "cp", "ep")]:
+        text, saved = f"{axis}=2", []
+        how = ParallelConfig(plan=text, ring=True, **flags)
+        whole, pair, engine, batches = divided(text, 8, 4, how, ffns="sx"[axis == "ep"])
+        loss = train.local_step(whole, [*zip(*(t.split(4) for t in pair))])
+        SENT.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], same):
+            gaps = [engine.step(None, batches) - loss]
+        engine.optimizer.step()
+        params, buckets = dict(whole.named_parameters()), sum(engine.units, [])
+        gaps += [p.total - p.place.take(params[p.place.name].grad) for p in engine.pieces]
+        gap = engine.mesh.world.small(max(x.abs().max().item() for x in gaps), op=MAX).item()
+        weights = of(t for b in buckets for t in (b.flat, b.master))
+        kept = (weights, of(b.sum for b in buckets), of(engine.optimizer.state_tensors().values()),
+                {at: n for at, n in of(saved).items() if at not in weights})
+        sent, formula = sum(SENT.values()) / 1e6, f"{traffic(engine, batches) / 1e6:.4f}"
+        sizes = [sum(some.values()) / 8 / sum(p.numel() for p in params.values()) for some in kept]
+        if rank == 0: print(f"{text} {'recompute' * how.recompute or how.shard:9s}", *(
+            f"{x:11.3f}" for x in sizes), f"{'-' if axis == 'ep' else formula:>11s} {sent:11.4f} "
+            f"{gap:11.0e}", flush=True)
+
+def on_wire(send, takes, wire):
+    """A collective on a simulated wire: it waits for those before it, then takes a time."""
+    def later(*args):
+        wait, wire[0] = send(*args), max(wire[0], time.perf_counter()) + takes
+        return lambda until=wire[0]: (time.sleep(max(0, until - time.perf_counter())), wait())[1]
+    return later
+
+def idle_and_hidden(rank, forward=0.05, backward=0.1):
+    """The work of a layer is to sleep, so that ranks do not compete for processors."""
+    nap = lambda s: lambda x: (time.sleep(s), same(x))[1]
+    def timed(text, micro, wire=0.0, **how):
+        *_, engine, batches = divided(text, 8, micro, ParallelConfig(**how), d_model=16, n_heads=2,
+                                      seq_len=16, vocab_size=64, n_layers=8 if "d" in text else 4)
+        for layer in engine.model.layers.values():
+            layer.register_forward_hook(lambda _, args, out: (
+                Both.apply(out[0], nap(forward), nap(backward)), out[1]))
+        g, line = engine.mesh.data, [0.0]
+        if wire: g.reduce_scatter, g.all_gather = (
+            on_wire(f, wire, line) for f in (g.reduce_scatter, g.all_gather))
+        engine.mesh.world.small(0.0)
+        start = time.perf_counter()
+        engine.step(None, batches)
+        return engine.mesh.world.small(time.perf_counter() - start, op=MAX).item()
+    timed("pp=4", 8)  # warms up
+    for name in SCHEDULES:
+        idle = 1 - 8 * (forward + backward) / timed("pp=4", 1, pipeline=name)
+        if rank == 0: print(f"4 stages, 8 micro-batches, {name}: idle {idle:.3f}, by formula 0.273")
+    alone, together = timed("dp=4", 2), timed("dp=4", 2, wire=0.03)
+    # 2 messages for each of 9 buckets; those of the lowest two come when all work is done
+    hidden = (alone + 18 * 0.03 - together) / (14 * 0.03)
+    if rank == 0: print(f"4 data ranks: work of {alone:.3f} s and 0.540 s on a simulated wire take "
+                        f"{together:.3f} s; of what can be hidden {hidden:.0%} is")
+
+LESSONS = {memory_and_traffic: 2, idle_and_hidden: 4, bench: 2}
+def teach(rank, lesson, n, path):
+    torch.set_num_threads(1)
+    join(ParallelConfig(), "cpu", init_method=f"file://{path}", rank=rank, world_size=n)
+    lesson(rank)
 
 # -----------------------------------------------------------------------------
 # Training: what torchrun starts on every rank
@@ -604,47 +584,63 @@ def micro_batch(cfg, plan):
     refuse(not cfg.compile, "compile", cfg.compile, "none or false on many devices")
     return micro
 
-def prepared(args, given, store, rank, plan, how):
+def prepared(args, given, lasting, store, rank, plan, how):
     """(run, resume, settings, corpus): the first rank prepares, however long; others wait."""
     if rank == 0:
+        if lasting.check(["run"]) and (run := Path(lasting.get("run").decode())).exists():
+            args.run, args.resume = run, True  # begun by ranks of which one has died
         run, budget = train.run_directory(args), {} if "steps" in given else {"minutes": 1.0}
         settings = train.resumed(run, given) if args.resume else train.settle({**budget, **given})
-        cfg = TrainConfig(**settings["train"])
-        micro_batch(cfg, plan)  # a mistake is found before anything is written
-        check(ModelConfig(**settings["model"]), (), plan, how)
+        cfg = TrainConfig(**settings["train"])  # a mistake is found before anything is written
+        micro_batch(cfg, plan)
+        with torch.device("meta"): check(LM(ModelConfig(**settings["model"])), plan, how)
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        refuse(here <= gpus or train.pick_device(cfg.device).type != "cuda", "nproc_per_node", here,
+               f"at most {gpus}, the GPUs here", "set --nproc_per_node, or --device cpu")
+        lasting.set("run", str(run))
         corpus, _ = train.get_corpus(run, cfg, settings, args.resume)
         corpus.tokenizer.save(run / "tokenizer.json")
-        store.set("run", json.dumps([str(run), args.resume, settings]))
-    store.wait(["run"], timedelta(days=7))
-    run, resume, settings = json.loads(store.get("run"))
+        store.set("ready", json.dumps([str(run), args.resume, settings]))
+    store.wait(["ready"], timedelta(days=7))
+    run, resume, settings = json.loads(store.get("ready"))
     if rank: corpus, _ = train.get_corpus(None, TrainConfig(**settings["train"]), settings, True)
     return Path(run), resume, settings, corpus
 
+def join(how, device, **where):
+    """Makes this process a rank -> the type of its device."""
+    cuda = train.pick_device(device).type == "cuda"  # mps has no gloo
+    if cuda: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **where,
+                            timeout=timedelta(seconds=how.timeout))
+    return "cuda" if cuda else "cpu"
+
 def train_ranks(args, how, given):
+    lasting, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=how.timeout)))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # not 0: after a rank has died
-    store, rank, world = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt {attempt}", store)  # that of torchrun outlives its ranks
-    if rank == 0: args.resume |= attempt != "0" and any(train.RUNS.glob("*/train.json"))
+    store = dist.PrefixStore(f"attempt {attempt}", lasting)  # that of torchrun outlives its ranks
     plan = read_plan(how.plan, world)
-    run, resume, settings, corpus = prepared(args, given, store, rank, plan, how)
+    run, resume, settings, corpus = prepared(args, given, lasting, store, rank, plan, how)
     cfg, tok, cpu = TrainConfig(**settings["train"]), corpus.tokenizer, torch.device("cpu")
     micro = micro_batch(cfg, plan)
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    cfg = dataclasses.replace(cfg, threads=cfg.threads or threads, micro_batch=micro, compile=False)
-    cuda = train.pick_device(cfg.device).type == "cuda"
-    if cuda: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
-                            world_size=world, timeout=timedelta(seconds=how.timeout))
-    machine = train.set_up(cfg)
+    device = join(how, cfg.device, store=store, rank=rank, world_size=world)
+    cfg = dataclasses.replace(cfg, threads=cfg.threads or threads, micro_batch=micro, compile=False,
+                              device=device)
+    machine, mesh = train.set_up(cfg), Mesh(plan, how.ring)
     machine.peak *= world
     model_cfg = ModelConfig(**{**settings["model"], "vocab_size": tok.vocab_size})
     make = lambda: train.build(model_cfg, cfg, dataclasses.replace(machine, device=cpu))
-    model, optimizer = make()
+    (model, optimizer), now = make(), Progress()
     n, pad = sum(model.n_params().values()), -tok.vocab_size % plan["tp"]
-    now = load_whole(run, model, optimizer) if resume else Progress()
-    mesh = Mesh(plan, how.ring)
+    for turn in (0, 1):  # the first rank moves what is damaged out of the others' way
+        if resume and turn == (rank > 0): now = train.load_checkpoint(run, model, optimizer)
+        mesh.world.small(0.0)
     engine = Engine(model, optimizer, mesh, how, machine.device)
-    torch.manual_seed(cfg.seed + 10 ** 6 * now.step + mesh.data.rank)  # dropout: not alike on ranks
+    def step(_, batches):
+        try: return engine.step(None, batches)
+        except torch.OutOfMemoryError:  # others are in the midst of a step: no way to try again
+            raise UserError(f"micro_batch: got {micro}, which does not fit into the memory of rank "
+                            f"{rank}, wanted less; set --micro_batch, --shard or --recompute")
     loader = Loader(train.open_tokens(corpus.train), model_cfg.seq_len, cfg.batch_size, cfg.seed,
                     mesh.dp.rank, mesh.dp.n)
     tokens, n_bytes = validation(corpus, cfg.eval_tokens)
@@ -654,15 +650,16 @@ def train_ranks(args, how, given):
     check = lambda engine: train.evaluate(engine, in_order(
         tokens, model_cfg.seq_len, micro * mesh.dp.n), n_bytes, machine.device)
     now, result = train.fit(
-        engine, engine.optimizer, loader, cfg, machine, run, resume, check, engine.step,
-        save_shards, lambda *_: now, partial(agree, mesh.world), not rank,
-        engine.clip, engine.watch)
-    if rank == 0:  # what train.py would have left: one checkpoint, and the model for sample.py
+        engine, engine.optimizer, loader, cfg, machine, run, resume, check, step, save_shards,
+        lambda *_: now, partial(agree, mesh.world), not rank,
+        partial(clip_grad_norm, norms=engine.norms), partial(health, norms=engine.norms))
+    if rank == 0:  # the model for sample.py
         model, optimizer = make()
         model.eos = tok.eot
-        train.save_checkpoint(run, model, optimizer, load_whole(run, model, optimizer))
-        text = settings["data"]["valid"]
-        if result: train.finish(run, model, tok, cfg, now, result, machine, text)
+        train.load_checkpoint(run, model, optimizer)
+        save_model(model, run)
+        if result:
+            train.finish(run, model, tok, cfg, now, result, machine, settings["data"]["valid"])
     mesh.world.small(0.0)
     dist.destroy_process_group()
 
@@ -673,7 +670,11 @@ def main(args):
     if "RANK" not in os.environ:
         refuse(not (given or args.run or args.resume or how != ParallelConfig()), "flags", "some, "
                "no torchrun", "torchrun, or none", "run: torchrun --nproc_per_node 2 parallel.py")
-        return lesson()
+        with tempfile.TemporaryDirectory() as folder:
+            for i, (lesson, n) in enumerate(LESSONS.items()):
+                mp.start_processes(teach, (lesson, n, f"{folder}/{i}"), n, start_method="fork")
+        return
+    if args.bench: return bench(int(os.environ["RANK"]), join(how, "auto"))
     try: train_ranks(args, how, given)
     except RuntimeError as e:  # of gloo and nccl alike
         if not re.search("gloo|NCCL|onnection|imed out", str(e)): raise
@@ -689,6 +690,7 @@ def build_parser():
                         "runs/, of the run (default: a free name); torchrun has a --run of its own")
     parser.add_argument("--resume", action="store_true", help="go on with --into, or the newest "
                         "run (default: off, but when torchrun restarts)")
+    parser.add_argument("--bench", action="store_true", help="time collectives (default: off)")
     for config in (ParallelConfig, TrainConfig, ModelConfig):
         train.add_fields(parser, config, train.RECIPES)
     return parser

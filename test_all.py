@@ -1287,11 +1287,9 @@ PLANS = [  # plan, flags, optimizer, sequences at once, model
     ("dp=2,tp=2,ep=2", dict(sequence=True), "muon", 2, MOE),
     ("dp=2,pp=2,ep=2", dict(shard="optimizer"), "adamw", 2, MOE)]
 
-def jolted(optimizer, fields):
-    """A whole model and its optimizer in float64; no weight is zero, or equal to another."""
-    cfg = train.TrainConfig(optimizer=optimizer)
-    name, fields = fields["preset"], {k: v for k, v in fields.items() if k != "preset"}
-    m, opt = train.build(model.preset(name, **{**SMALL, **fields}), cfg,
+def jolted(optimizer, fields):   # a whole model, no weight zero or equal to another; float64
+    fields, cfg = {**SMALL, **fields}, train.TrainConfig(optimizer=optimizer)
+    m, opt = train.build(model.preset(fields.pop("preset"), **fields), cfg,
                          dataclasses.replace(CPU, dtype=torch.float64))
     for p in m.parameters(): p.data += 0.1 * torch.randn_like(p)
     return m, opt
@@ -1301,94 +1299,115 @@ def batch_of(step, micro, n=1, rank=0):
     y[5:, 3:] = -1  # micro-batches count unlike numbers of targets
     return list(zip(*(t.chunk(n)[rank].split(micro) for t in (x, y))))
 
-def assembled(parts, shapes):
-    """On rank 0 {name: whole tensor} of all ranks' (piece, tensor)s."""
-    every, whole = [None] * 4 if dist.get_rank() == 0 else None, {}
-    dist.gather_object([(p.place, t.clone()) for p, t in parts if p.saved], every)
-    for place, t in sum(every or [], []):
-        place.put(whole.setdefault(place.name, t.new_zeros(shapes[place.name])), t)
-    return whole
+def alone(optimizer, micro, fields):   # ten steps of one process: losses, norms, gradients, weights
+    m, opt = jolted(optimizer, fields)
+    losses, norms, named = [], [], dict(m.named_parameters())
+    for step in range(10):
+        opt.zero_grad()
+        losses.append(train.local_step(m, batch_of(step, micro)))
+        if not step: grads = {name: p.grad.clone() for name, p in named.items()}
+        norms.append(optim.clip_grad_norm(named.values(), 0.5))
+        opt.step(0.3)
+    return losses, norms, grads, {name: p.detach() for name, p in named.items()}
 
-def run_plan(text, flags, optimizer, micro, fields, steps=10):
-    """-> (errors of loss, gradients, norms, and weights after all steps), weights, engine."""
-    how, (whole, opt) = parallel.ParallelConfig(plan=text, **flags), jolted(optimizer, fields)
+def run_plan(text, flags, optimizer, micro, fields, steps=10, want=None):
+    """-> engine, [largest difference from one process: of loss and gradients in the first step, of
+    losses, norms and weights in all]."""
+    how = parallel.ParallelConfig(plan=text, **flags)
     mesh = parallel.Mesh(parallel.read_plan(text, 4), how.ring)
-    engine, main = parallel.Engine(*jolted(optimizer, fields), mesh, how), dist.get_rank() == 0
-    named, found = dict(whole.named_parameters()), []
-    shapes = {name: p.shape for name, p in named.items()}
-    gap = lambda got, want: max((got[k] - want[k]).abs().max().item() for k in want)
+    engine, losses, norms = parallel.Engine(*jolted(optimizer, fields), mesh, how), [], []
+    moved = sum((g["params"] for g in engine.optimizer.groups), [])
     for step in range(steps):
         engine.optimizer.zero_grad()
-        loss = engine.step(None, batch_of(step, micro, mesh.dp.n, mesh.dp.rank))
-        if not step: grads = assembled([(p, p.grad) for p in engine.pieces], shapes)
-        norm = engine.clip(None, torch.tensor(0.5))
+        losses.append(engine.step(None, batch_of(step, micro, mesh.dp.n, mesh.dp.rank)))
+        if want and not step: first = [losses[0] - want[0][0], *(
+            p.grad - p.place.take(want[2][p.place.name]) for p in engine.pieces)]
+        norms.append(optim.clip_grad_norm(moved, 0.5, engine.norms))
         engine.optimizer.step(0.3)
-        if not main: continue
-        opt.zero_grad()
-        want = train.local_step(whole, batch_of(step, micro))
-        if not step: found = [(loss - want).abs().item(),
-                              gap(grads, {k: p.grad for k, p in named.items()})]
-        found.append((norm - optim.clip_grad_norm(whole.parameters(), 0.5)).abs().item())
-        opt.step(0.3)
-    moved = sum((g["params"] for g in engine.optimizer.groups), [])
-    weights = assembled([(p, p.detach()) for p in moved], shapes)
-    return found[:2] + [max(found[2:]), gap(weights, named)] if main else [], weights, engine
+    if not want: return engine
+    last = [p.detach() - p.place.take(want[3][p.place.name]) for p in moved]
+    last += [a - b for got, one in zip((losses, norms), want) for a, b in zip(got, one)]
+    return mesh.world.small(*(max(x.abs().max().item() for x in some) for some in (first, last)),
+                            op=optim.MAX).tolist()
+
+def kept(engine, folder, m=None, opt=None):   # saved, and loaded into a whole model
+    if engine: parallel.save_shards(folder, engine, engine.optimizer, train.Progress())
+    elif dist.get_rank() == 0: train.save_checkpoint(folder, m, opt, train.Progress())
+    dist.barrier()
+    return train.read_checkpoint(train.checkpoints(folder)[0])[0]
 
 def reshard(folder):
-    """dp=2,tp=2 -> tp=4 -> one process -> dp=4: is each, weights and state, the first?"""
-    fields, kept = dict(MODERN, n_kv_heads=4), []
-    *_, engine = run_plan(*PLANS[2][:4], fields, steps=2)
-    for i, text in enumerate(("tp=4", "dp=4", None)):
-        parallel.save_shards(folder / str(i), engine, engine.optimizer, train.Progress(step=i))
+    fields = dict(MODERN, n_kv_heads=4)
+    of, seen = [run_plan(*PLANS[2][:4], fields, steps=2)], []
+    for text in ("tp=4", "", "dp=4", None):
+        seen.append(kept(of[0], folder / f"to {text}", *of[1:]))
         m, opt = jolted("muon", fields)
-        assert parallel.load_whole(folder / str(i), m, opt).step == i
-        kept.append({k: t.clone() for k, t in (m.state_dict() | opt.state_tensors()).items()})
-        if text: engine = parallel.Engine(m, opt, parallel.Mesh(parallel.read_plan(text, 4)),
-                                          parallel.ParallelConfig(shard="full"))
-    return [all(torch.equal(t, k[name]) for name, t in kept[0].items()) for k in kept[1:]]
+        train.load_checkpoint(folder / f"to {text}", m, opt)
+        of = [None, m, opt] if not text else [parallel.Engine(m, opt, parallel.Mesh(
+            parallel.read_plan(text, 4)), parallel.ParallelConfig(shard="full"))]
+    return seen
 
-def rank_of_four(rank, folder):
+def rank_of_four(rank, folder, wants):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
-    found = {str(i): run_plan(*row)[0] for i, row in enumerate(PLANS)}
-    some = [run_plan("dp=4", {"shard": s}, "adamw", 2, MODERN, 3)[1] for s in parallel.SHARDS]
-    found["bitwise"] = [all(torch.equal(some[0][k], w[k]) for k in w) for w in some]
-    found["reshard"], log, reduce = reshard(folder), [], parallel.Bucket.reduce
+    found = {str(i): run_plan(*row, want=want) for i, (row, want) in enumerate(zip(PLANS, wants))}
+    (folder / "none/checkpoint-00000000.part").mkdir(parents=True, exist_ok=True)
+    (folder / "none/checkpoint-00000000.part/00007.safetensors").touch()   # of a kill
+    shards = [kept(run_plan("dp=4", {"shard": s}, "adamw", 2, MODERN, 3), folder / s)
+              for s in parallel.SHARDS]
+    for name, some in dict(shards=shards, reshard=reshard(folder)).items():
+        found[name] = [len(some[0]) > 40 and all(torch.equal(a[k], some[0][k]) for k in some[0])
+                       for a in some]
     for own in (False, True):
         mesh, x = parallel.Mesh(parallel.read_plan("dp=4", 4), own), torch.arange(4.0) + rank
         rows = [mesh.dp.reduce_scatter(x[:, None])().item(), *mesh.dp.all_reduce(x).tolist()]
         found[f"sums {own}"] = mesh.dp.all_gather(torch.tensor(rows))().flatten().tolist()
+    log, reduce = [], parallel.Bucket.reduce
     parallel.Bucket.reduce = lambda b: (log.append(min(b.params)), reduce(b))
-    engine = parallel.Engine(*jolted("adamw", dict(preset="llama", n_layers=4)), mesh,
-                             parallel.ParallelConfig())
-    for name, p in engine.model.named_parameters():
-        p.register_post_accumulate_grad_hook(lambda p, name=name: log.append("grad of " + name))
-    for micro in (2, 1):  # one micro-batch a rank, then two
+    for shard, micro in itertools.product(("full", "none"), (2, 1)):  # one micro-batch a rank, two
+        engine = parallel.Engine(*jolted("adamw", dict(preset="llama", n_layers=4)), mesh,
+                                 parallel.ParallelConfig(shard=shard))
+        for name, p in engine.model.named_parameters():
+            p.register_post_accumulate_grad_hook(lambda p, name=name: log.append("grad of " + name))
         log.clear(), parallel.SENT.clear()
         engine.step(None, batch_of(0, micro, 4, rank))
-        found[f"sent {micro}"], found["log"] = parallel.SENT["data"], [*log]
+        found[f"sent {shard} {micro}"], found["log"] = parallel.SENT["data"], [*log]
     if rank == 0: (folder / "found.json").write_text(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
-    mp.start_processes(rank_of_four, (folder,), nprocs=4, start_method="fork")
-    return json.loads((folder / "found.json").read_text())
+    wants = [alone(*row[2:]) for row in PLANS]
+    mp.start_processes(rank_of_four, (folder, wants), nprocs=4, start_method="fork")
+    return {**json.loads((folder / "found.json").read_text()), "folder": folder}
 
 @pytest.mark.parametrize("i", range(len(PLANS)), ids=[" ".join([p[0], *p[1]]) for p in PLANS])
 def test_a_plan_has_the_loss_gradients_and_ten_steps_of_one_process(four, i):
-    loss, grads, norm, weights = four[str(i)]
-    assert max(loss, grads) < 1e-12 and max(norm, weights) < 1e-10
+    assert four[str(i)][0] < 1e-12 and four[str(i)][1] < 1e-10
 
 def test_shards_equal_plain_data_ranks_and_go_through_other_plans_bit_for_bit(four):
-    assert four["bitwise"] == [True] * 3 and four["reshard"] == [True] * 2
+    assert four["shards"] == [True] * 3 and four["reshard"] == [True] * 4
+
+def test_damaged_shards_are_named_and_the_checkpoint_before_them_used(four, capsys):
+    run = four["folder"] / "none"
+    stem = run / "checkpoint-00000000"
+    some = [Path(shutil.copytree(stem, f"{stem}"[:-1] + i)) for i in "123"]
+    for path, left in zip(some, (4, 3, 0)):
+        for file in sorted(path.iterdir())[left:]: file.unlink()
+    file = some[0] / "00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert train.load_checkpoint(run, *jolted("adamw", MODERN)).step == 0
+    out = capsys.readouterr().out
+    assert all(f"{path} is left out" in out for path in some)
+    assert [path.name for path in train.checkpoints(run)] == ["checkpoint-00000000"]
 
 def test_collectives_add_up_as_by_hand(four):
     for own in (True, False):
         assert four[f"sums {own}"] == [x for r in range(4) for x in (6 + 4 * r, 6, 10, 14, 18)]
 
 def test_gradients_travel_once_a_step_and_while_backward_goes_on(four):
-    assert four["sent 1"] == four["sent 2"] > 0  # not once a micro-batch
+    assert four["sent none 1"] == four["sent none 2"] > 0  # not once a micro-batch
+    assert four["sent full 1"] > 1.8 * four["sent full 2"]  # but where gradients are shards
     first = next(i for i, line in enumerate(four["log"]) if not line.startswith("grad"))
     assert ".3." in four["log"][first] and any("layers.1" in line for line in four["log"][first:])
 
@@ -1403,29 +1422,42 @@ def test_a_schedule_idles_by_the_formula_and_holds_what_it_says(name, held):
 def test_the_lesson_sends_and_keeps_what_the_formulas_say(capfd):
     call(parallel)
     rows = [line.split() for line in capfd.readouterr().out.splitlines() if "p=2" in line]
-    assert len(rows) == 7 and all(row[-3] == row[-2] for row in rows if "ep" not in row[0])
+    assert len(rows) == 8 and all(row[-3] in (row[-2], "-") for row in rows)
     assert all(float(row[-1]) < 1e-12 and float(row[-2]) > 0 for row in rows)
-    for row, want in zip(rows, [[1, 1, 2], [1, 1, 1], [0.5, 0.5, 1], [0.5, 0.5, 1]]):
-        assert [float(x) for x in row[2:5]] == pytest.approx(want, rel=0.02)
+    for row, want in zip(rows, [[1, 1, 2], [1, 1, 1], [0.5, 0.5, 1], [1, 1, 2], [0.5, 0.5, 1]]):
+        assert [float(x) for x in row[-7:-4]] == pytest.approx(want, rel=0.02)
 
 @pytest.mark.parametrize("text,world,words", [
     ("dp=3", 4, "plan: got dp=3, a product of 3, wanted 4"), ("zz=2", 2, "plan: got zz=2"),
     ("dp=4,ep=3", 4, "an ep that divides"), ("tp=8", 8, "n_heads"), ("pp=3", 3, "n_layers"),
-    ("cp=3", 3, "seq_len"), ("dp=2,ep=2", 2, "ffns: got s, wanted x")])
+    ("cp=3", 3, "seq_len"), ("ep=2", 2, "ffns: got s, wanted x"), ("tp=4", 4, "d_ff: got .62")])
 def test_what_a_plan_cannot_divide_is_refused_by_name(text, world, words):
+    m = model.LM(model.preset("llama", **SMALL, d_ff=62))
     with pytest.raises(UserError, match=words):
-        parallel.check(model.preset("llama", **SMALL), {64}, parallel.read_plan(text, world),
-                       parallel.ParallelConfig())
+        parallel.check(m, parallel.read_plan(text, world), parallel.ParallelConfig())
+
+def test_a_refusal_writes_nothing_and_a_restart_goes_on_with_no_other_run(desk, monkeypatch):
+    call(train, f"{WHOLE} --steps 3 --run other")
+    for word in "RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=0".split() + [
+            "TORCHELASTIC_RESTART_COUNT=1"]: monkeypatch.setenv(*word.split("="))
+    before = sorted(desk.rglob("*"))
+    for flags, words in (("--plan tp=3", "plan"), ("--batch_size 0", "batch_size")):
+        with pytest.raises(UserError, match=words): call(parallel, f"{WHOLE} {flags}")
+    assert sorted(desk.rglob("*")) == before
+    call(parallel, f"{WHOLE} --steps 4 --into new")
+    assert len(losses_of(desk / "runs/new")[0]) == 4
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="waited 1 s"): call(parallel, "--timeout 1")
 
 def test_a_rank_that_is_killed_does_not_change_the_losses(desk):
-    flags = (*TINY.split(), "--steps", 16, "--dataset", "text.txt", "--tokenizer", "byte", "--device",
-             "cpu", "--save_minutes", 0, "--evals", 1)
+    flags = shlex.split(f"{TINY} --steps 16 --dataset text.txt --tokenizer byte --device cpu "
+                        "--save_minutes 0 --evals 1 --dtype float64")
     call(train, *flags, "--run", "alone")
     torchrun = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts",
-         "1", HERE / "parallel.py", *map(str, flags), "--into", "two", "--shard", "full"],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--max-restarts",
+         "1", HERE / "parallel.py", *flags, "--into", "four", "--shard", "full"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = desk / "runs/two/log.jsonl"
+    log = desk / "runs/four/log.jsonl"
     for _ in range(6000):
         if log.exists() and log.read_text().count("\n") > 5: break
         time.sleep(0.01)
@@ -1433,9 +1465,11 @@ def test_a_rank_that_is_killed_does_not_change_the_losses(desk):
     os.kill(int(ranks[-1]), signal.SIGKILL)
     out, _ = torchrun.communicate(timeout=90)
     assert torchrun.returncode == 0 and "exitcode: -9" in out, out
-    one, two = (losses_of(desk / "runs" / run) for run in ("alone", "two"))
-    assert one[0] == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in two[0]]
-    assert one[1][0][1]["loss"] == pytest.approx(two[1][0][1]["loss"], rel=1e-4)
+    one, four = (losses_of(desk / "runs" / run) for run in ("alone", "four"))
+    assert one[0] == [(step, pytest.approx(loss, rel=1e-9)) for step, loss in four[0]]
+    assert one[1][0][1]["loss"] == pytest.approx(four[1][0][1]["loss"], rel=1e-9)
+    call(train, "--resume --run four")  # of shards alone, and finished
+    assert losses_of(desk / "runs/four") == four and train.checkpoints(log.parent)[1].is_dir()
 
 # -----------------------------------------------------------------------------
 # sample.py: the engine

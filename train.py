@@ -20,7 +20,7 @@ THE COSTS
     and activations, which grow with micro_batch: gradients of micro-batches add up to the batch's.
 
 CONTENTS  TrainConfig / RECIPES / setting up / one step / checkpoints / fit / LOOKS / race
-NOT HERE  many devices (they would pass their own step, save and load to the same `fit`)
+NOT HERE  many devices (parallel.py passes its own step, save and load to the same `fit`)
 RUN       python train.py                   # 3 minutes on a laptop; last line: bits_per_byte, steps
           python train.py --dataset owt     # OpenWebText; 90 minutes on one GPU
           python train.py --resume          # goes on with the newest run
@@ -30,7 +30,7 @@ REFERENCES
     Chowdhery et al. 2022 (2204.02311) MFU; modded-nanogpt and nanochat, the recipe
 EXERCISE  Empty `local_step`; fill it until `pytest test_all.py -k accumulation` is green again.
 """
-import argparse, dataclasses, json, math, os, re, resource, signal, subprocess, sys, time
+import argparse, dataclasses, json, math, os, re, resource, shutil, signal, subprocess, sys, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,12 +41,12 @@ from tqdm import tqdm
 
 from bpe import UserError, atomic_write
 from data import SOURCES, Loader, in_order, open_tokens, prepare, remove_leftovers, validation
-from kernels import (KERNELS, USES, add_fields, device_name, fastest_dtype, flag, generator_of,
+from kernels import (KERNELS, USES, add_fields, device_name, fastest_dtype, flag,
                      keep_freed_memory, peak_flops_per_s, synchronize, usable)
-from model import (LM, PRESETS, ModelConfig, fields_of, load_state, load_tensors, need_field,
-                   published, save_model, save_tensors)
-from optim import (OPTIMIZERS, SCHEDULES, Level, clip_grad_norm, health, noise_scale, orthogonalize,
-                   param_groups, role)
+from model import (LM, PRESETS, ModelConfig, fields_of, load_tensors, need_field, save_model,
+                   save_tensors)
+from optim import (OPTIMIZERS, SCHEDULES, Level, Place, clip_grad_norm, health, noise_scale,
+                   orthogonalize, param_groups, role)
 from sample import (RUNS, Sampling, TextStream, board, compare, evaluate, generate, pick_device,
                     plot, read_log, shannon)
 
@@ -205,8 +205,8 @@ def local_step(model, batches):
 
 # -----------------------------------------------------------------------------
 # Checkpoints
-# One file holds all that the next step depends on: weights, optimizer state, random generator, and
-# where the data stands. It is written whole or not at all; the one before it is kept too.
+# One file, or of many ranks a directory of files, holds all that the next step depends on: weights,
+# optimizer state, where the data stands. It is there whole or not at all; the one before it, too.
 
 @dataclass
 class Progress:
@@ -219,39 +219,47 @@ class Progress:
     loss_steps: int = 0
     level: tuple = ()      # of the loss, to tell a spike
 
-def checkpoints(run):  # newest first
-    return sorted(Path(run).glob("checkpoint-*.safetensors"), reverse=True)
+def checkpoints(run):   # newest first: a directory or a .safetensors, but no .part or .damaged
+    return sorted(Path(run).glob("checkpoint-*[0-9s]"), reverse=True)
+
+def keep_two(run):
+    for old in checkpoints(run)[2:]: shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 def save_checkpoint(run, model, optimizer, progress):
     """Writes a checkpoint, then the weights alone as a directory that sample.py reads."""
-    device, random = generator_of(model)
-    tensors = {f"model/{name}": p for name, p in published(model).items()}
+    tensors = {f"model/{name}": p for name, p in model.state_dict().items()}
     tensors |= {f"optimizer/{name}": x for name, x in optimizer.state_tensors().items()}
-    tensors["generator"] = random.get_rng_state()
     save_tensors(Path(run) / f"checkpoint-{progress.step:08d}.safetensors", tensors,
-                 {"progress": json.dumps(dataclasses.asdict(progress)), "device": device})
+                 {"progress": json.dumps(dataclasses.asdict(progress))})
     save_model(model, run)
-    for old in checkpoints(run)[2:]: old.unlink()
+    keep_two(run)
+
+def read_checkpoint(path):
+    """(tensors, metadata) of a file, or of a directory, whose files say of what they are parts."""
+    if path.is_file(): return load_tensors(path)
+    whole, files = {}, [load_tensors(file) for file in path.iterdir()]
+    if not files or len(files) != int(files[0][1]["ranks"]):
+        raise UserError(f"{path}: got {len(files)} files, wanted one of each rank; restore them")
+    for tensors, metadata in files:
+        for key, (shape, name, *place) in json.loads(metadata["places"]).items():
+            x = whole.setdefault(name, tensors[key].new_zeros(shape))
+            Place(name, *place).put(x, tensors[key])
+    return whole, metadata
 
 def load_checkpoint(run, model, optimizer):
     """Restores the newest checkpoint that is whole -> Progress; none at all is a fresh start."""
-    damaged = []
     for path in checkpoints(run):
-        try: tensors, metadata = load_tensors(path)
+        try: tensors, metadata = read_checkpoint(path)
         except UserError:  # it has said which file and what is wrong
             print(f"{path} is left out; trying the one before it", flush=True)
-            damaged.append(path)
+            path.rename(f"{path}.damaged")  # out of the rotation
             continue
         part = lambda kind: {k[len(kind):]: v for k, v in tensors.items() if k.startswith(kind)}
-        load_state(model, part("model/").items(), path)
+        model.load_state_dict(part("model/"))
         optimizer.load_state_tensors(part("optimizer/"))
-        device, random = generator_of(model)
-        if metadata["device"] == device: random.set_rng_state(tensors["generator"])
-        else: print(f"{path} is of another device: the random generator starts anew")
-        for other in damaged: other.rename(other.with_suffix(".damaged"))  # out of the rotation
         remove_leftovers(Path(run))  # of a kill in the midst of a save
         return Progress(**json.loads(metadata["progress"]))
-    if damaged:
+    if any(Path(run).glob("checkpoint-*.damaged")):
         raise UserError(f"{run}: got no checkpoint that is whole, wanted one; start a new run")
     return Progress()
 
@@ -269,11 +277,9 @@ class Stop:
             try: self.old[number] = signal.signal(number, self.ask)
             except ValueError: pass  # not the main thread: whoever started us handles signals
         return self
-
     def ask(self, number, frame):
         self.asked = signal.Signals(number).name
         self.__exit__()
-
     def __exit__(self, *_):
         for number, handler in self.old.items(): signal.signal(number, handler)
 
@@ -288,7 +294,6 @@ class Log:
         rows = [row for row in read_log(run) if (row["step"], "valid" in row) < (now.step, True)]
         with atomic_write(Path(run) / "log.jsonl", "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
-
     def write(self, line, **row):
         if not self.is_main: return
         print(line, flush=True)
@@ -298,9 +303,7 @@ class Log:
         except OSError as e:
             raise UserError(f"{self.run}/log.jsonl: got {e.strerror}, wanted to append to the log; "
                             "free some space, then: python train.py --resume")
-
     def add(self, loss, norm): self.waiting.append(torch.stack((loss, norm.to(loss.dtype))))
-
     def read(self, now):
         """Takes what waits into `now`. A step without a finite loss or gradient counted as one of
         gradient zero; the third in a row ends the run. A spike is said, and clipped as any."""
@@ -313,11 +316,10 @@ class Log:
                 self.write(f"step {step:6d}  {'a spike' if good else 'no gradient taken'}: loss "
                            f"{loss:.4f}, gradient norm {norm:.4g}", step=step, odd=loss)
             if now.bad == 3:
-                good = self.run and [*checkpoints(self.run), self.run][0]  # or shards alone
+                good = self.run and checkpoints(self.run)[0]
                 raise SystemExit("three steps in a row without a finite loss; the last good "
                                  f"checkpoint: {good}; begin anew: smaller --lr, or other data")
         self.waiting, now.level = [], level.now
-
     def line(self, now, mark, x, vitals, model, loader, machine):
         """The line of the steps since `mark`; x of the run is done; vitals: of the last look."""
         tokens, flops = now.seen * loader.seq_len, model.flops_per_token()
@@ -373,7 +375,7 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
                               step=now.step, minutes=now.seconds / 60, valid=result)
             if x >= 1: break
             start = time.perf_counter()
-            batches, scale = take(loader, micro, machine.device), schedule(x)
+            batches, scale = take(loader, micro, machine.device, cfg.seed), schedule(x)
             optimizer.zero_grad()
             loss = step(forward, batches)
             norm = clip(params, cfg.clip * torch.isfinite(loss))
@@ -391,8 +393,9 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
             f", saved; go on with: python train.py --resume --run {run}" if run else ""))
     return now, {} if asked else result
 
-def take(loader, micro, device):
-    """The next batch as micro-batches on the device."""
+def take(loader, micro, device, seed=0):
+    """The next batch as micro-batches on the device; a run that goes on has the same dropout."""
+    torch.manual_seed(seed + loader.seen)
     cuda = device.type == "cuda"  # copies without waiting, from pinned memory only
     move = lambda x: (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
     return list(zip(*(map(move, x.split(micro)) for x in next(loader))))
@@ -401,10 +404,10 @@ def warm_up(model, optimizer, loader, cfg, machine, step):
     """-> (model, micro_batch). Compiles if asked to, and on a GPU finds how many sequences fit into
     memory at once, on a step that is then taken back: this is set-up, not training. Halves
     micro_batch until it fits; the batch stays."""
-    micro, (_, random), seen = cfg.micro_batch or cfg.batch_size, generator_of(model), loader.seen
+    micro, seen = cfg.micro_batch or cfg.batch_size, loader.seen
     if not machine.compile and machine.device.type != "cuda": return model, micro
-    state, buffers = random.get_rng_state(), [b.clone() for b in model.buffers()]
     forward, fits = torch.compile(model, dynamic=False) if machine.compile else model, False
+    buffers = [b.clone() for b in model.buffers()]  # biases of routers must not notice
     fresh = not optimizer.state_tensors()
     while not fits:
         try:
@@ -419,7 +422,6 @@ def warm_up(model, optimizer, loader, cfg, machine, step):
             for p in model.parameters(): p.grad = None
         loader.seek(seen)
     synchronize(machine.device)
-    random.set_rng_state(state)  # dropout must not notice, nor the biases of routers
     for b, old in zip(model.buffers(), buffers): b.copy_(old)
     if fresh: optimizer.state = [[{} for _ in states] for states in optimizer.state]
     return forward, micro
@@ -437,7 +439,6 @@ def walk(model, optimizer, loader, cfg, machine, tok):
             values = " ".join(f"{v:+.1e}" for v in t.detach().float().flatten()[:5].tolist())
             print(f"   {name:38s} {str(tuple(t.shape)):17s} {values} ...")
         if sys.stdin.isatty(): input("   [Enter] ")
-
     loader = Loader(loader.tokens, loader.seq_len, 2, cfg.seed)
     for i in range(11):
         if i: optimizer.step(0.3)
@@ -481,7 +482,6 @@ def profile(model, optimizer, loader, cfg, machine, _):
             local_step(forward, take(loader, micro, machine.device))
             optimizer.step()
         synchronize(machine.device)
-
     steps(3)  # the first ones allocate
     with torch.profiler.profile() as prof: steps(10)
     key = "self_cuda_time_total" if machine.device.type == "cuda" else "self_cpu_time_total"
