@@ -20,18 +20,20 @@ THE COSTS (N weights, B texts, S tokens each in the cache)
     bandwidth; texts share the weights and nobody a cache. Without one, T tokens cost T^2 / 2.
 
 CONTENTS  samplers / a cache in blocks / the engine / speculation / eight bits / likelihood / chat
-          templates / devices and runs / lesson and command line
-NOT HERE  attention that reads blocks in place (here they are gathered), CUDA graphs, a server
+          / a server / devices and runs / lesson and command line
+NOT HERE  attention that reads blocks in place (here they are gathered), CUDA graphs, four bits
 RUN       python sample.py         # the lesson, offline; last line "... a batch shares the reading"
           python sample.py --run runs/NAME --prompt "def "    # streams text of that run
-          python sample.py --run runs/NAME --eval text.txt --int8
+          python sample.py --run runs/NAME --eval text.txt --int8    # or questions: jsonl, csv
+          python sample.py chat --run runs/NAME    # or serve, then /v1/chat/completions
 REFERENCES
     Fan et al. 2018 (1805.04833) top-k; Holtzman et al. 2020 (1904.09751) top-p; Nguyen et al. 2024
     (2407.01082) min-p; Pope et al. 2022 (2211.05102) costs; Kwon et al. 2023 (2309.06180) blocks;
     Yu et al. 2022 (Orca) batching; Leviathan et al. 2023 (2211.17192) speculation; Shannon 1948
 EXERCISE  Empty `top_p`, `verify`; `pytest test_all.py -k "sampl or verified"` says they are right
 """
-import argparse, codecs, hashlib, itertools, json, math, re, sys, time
+import argparse, codecs, csv, hashlib, http.server, itertools, json, math, queue, re, select, socket
+import sys, threading, time
 from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -121,7 +123,7 @@ def draw(logits, how, generator): return choose(distribution(logits, how), gener
 # cache with the contract of KVCache, which gathers the blocks of the texts at hand.
 
 class LayerCache:
-    """A layer's cache in a forward: a StateCache of slots side by side, or blocks as a KVCache."""
+    """A layer's cache in a forward: blocks as in a KVCache, or slots as in StateCaches, together."""
     next_pos = staticmethod(lambda: None)  # positions are given
     def __init__(self, batch, layer, slots):
         self.batch, self.layer = batch, layer
@@ -150,8 +152,10 @@ class Batch:
                                 for a, b in zip(self.done, self.end)])
         n = -(-max(self.end) // self.size)
         self.blocks = [(text.blocks + [0] * n)[:n] for text in texts]
-        self.caches = [LayerCache(self, layer, slots) for layer, *slots in
-                       zip(engine.layers, *(text.states for text in texts))]
+        states = zip(*(text.states or engine.fresh for text in texts))
+        self.caches = [LayerCache(self, *row) for row in zip(engine.layers, states)]
+        last = [[text.tokens[text.begin + text.done - 1]] for text in texts]
+        self.caches.append(LayerCache(self, None, [[self.tensor(last)]]))  # for pairs of tokens
 
     def places(self, window):
         """(places to write (B T,), places to read (B S,), mask (B, 1, T, S)), made once for all
@@ -175,40 +179,45 @@ class Batch:
 # Decoding reads all weights for one token of each text, so texts are decoded together, and when one
 # ends, the next takes its row at once. Prompts go through in chunks beside them, so that a long one
 # keeps nobody waiting. When blocks run out, the youngest text gives its own away and computes them
-# anew later. What a text says depends on none of this.
+# anew later. What a text says depends on none of this (drawn among guesses, its chances do not).
 
 def key_of(before, tokens): return hashlib.blake2b(before + np.array(tokens).tobytes()).digest()
 
 class Text:
     """One text in the making, its context tokens[begin:], `done` in the cache, `learned` blocks."""
-    def __init__(self, prompt, how, on_token, states):
+    def __init__(self, prompt, how, on_token):
         self.tokens, self.n_prompt, self.how, self.on_token = [*prompt], len(prompt), how, on_token
-        self.begin, self.done, self.learned, self.blocks, self.states = 0, 0, 0, [], states
-        self.generator, self.draft = torch.Generator().manual_seed(how.seed), None
-        self.key, self.logps, self.ended = b"", [], None  # or why: "stop", "length", "left"
+        self.generator, self.begin, self.p = torch.Generator().manual_seed(how.seed), 0, None
+        self.logps, self.ended = [], None  # or why: "stop", "length", "left"
+        self.forget()
+
+    def forget(self):
+        self.done, self.learned, self.key, self.blocks, self.states = 0, 0, b"", [], None
 
     new = property(lambda self: self.tokens[self.n_prompt:])
     n_new = property(lambda self: len(self.tokens) - self.n_prompt)
     context = property(lambda self: self.tokens[self.begin:])
 
 class Engine:
-    """add() texts, then step() until it says False. n_blocks of `size` tokens; chunk: tokens of
-    prompts in a step; guess(text, k): see Speculation; without use_cache each token takes all of a
-    text through the model. ref: how many texts read a block. An idle one, which none reads, keeps
-    what it holds until it is taken, the longest idle first. A full block is known by all tokens up
-    to its end. A recurrence has a slot of states a text instead: its prompts are read whole."""
-    def __init__(self, model, n_blocks=0, size=16, chunk=256, max_batch=256, guess=None, k=4,
+    """add() texts, then step() until it says False. At most n_blocks of `size` tokens, but enough
+    for a context (None: as many as texts take); chunk: tokens of prompts in a step; guess: see
+    Speculation; without use_cache each token takes all of a text through the model. ref: how many
+    texts read a block. An idle one, which none reads, keeps what it holds until it is taken, the
+    longest idle first. A full block is known by all tokens up to its end. A recurrence has a slot
+    of states a text instead: its prompts are read whole."""
+    def __init__(self, model, n_blocks=None, size=16, chunk=256, max_batch=256, guess=None, k=4,
                  use_cache=True):
         self.model, self.limit, self.size, self.chunk = model, model.cfg.seq_len, size, chunk
         self.guess, self.k, self.max_batch, self.use_cache = guess, k, max_batch, use_cache
-        n_blocks, caches = max(n_blocks, 1 - -self.limit // size), model.new_cache(1, 1)
-        store = lambda x: x.new_zeros(n_blocks * size, x.shape[1] * x.shape[3])
+        self.most = math.inf if n_blocks is None else max(n_blocks, 1 - -self.limit // size)
+        caches = model.new_cache(1, 1)[:len(model.layers)]
         self.fresh = [c.slot if isinstance(c, StateCache) else None for c in caches]
+        store = lambda x: x.new_zeros(size, x.shape[1] * x.shape[3])  # block 0, for padding
         self.layers = [None if slot else (*map(store, c.columns[:2]), c.window)
                        for c, slot in zip(caches, self.fresh)]
-        self.recurrent, self.device = any(self.fresh), next(model.parameters()).device
+        self.recurrent, self.device = any(self.fresh), model.embed_tokens.weight.device
         self.grows = any(getattr(layer.self_attn, "rates", 1) == 0 for layer in model.layers)
-        self.ref, self.idle = [0] * n_blocks, OrderedDict.fromkeys(range(1, n_blocks))  # 0: padding
+        self.shares, self.ref, self.idle = use_cache and not self.recurrent, [0], OrderedDict()
         self.texts, self.known, self.key = [], {}, {}  # oldest first, {key: block}, {block: key}
         self.passes = self.guessed = self.accepted = 0
 
@@ -216,14 +225,14 @@ class Engine:
         """-> the Text that goes on from a prompt (ids). on_token(id) hears what it says; if that
         returns True, it ends there. To give it up, set its `ended`. Safe from any thread."""
         assert 0 < len(prompt) <= self.limit, "prompts must hold 1 to seq_len tokens"
-        self.texts.append(text := Text(prompt, how, on_token, self.fresh))
+        self.texts.append(text := Text(prompt, how, on_token))
         return text
 
     def begin(self, text):
         """Lets a text read the known blocks of its beginning, at most all but the last token. False
         if another text is just making one more known: n samples of a prompt read it once."""
         context, blocks, n, text.key = text.context, [], self.size, b""
-        for end in range(n, 0 if self.recurrent else len(context), n):
+        for end in range(n, len(context) if self.shares else 0, n):
             key = key_of(text.key, context[end - n:end])
             if key not in self.known:
                 if any(t.blocks and not t.n_new and t.context[:end] == context[:end]
@@ -238,7 +247,7 @@ class Engine:
 
     def learn(self, text):
         """Makes the blocks that a text has filled known."""
-        for i in range(text.learned, text.done // self.size):
+        for i in range(text.learned, text.done // self.size if self.shares else 0):
             text.key = key_of(text.key, text.context[i * self.size:(i + 1) * self.size])
             if text.key not in self.known:
                 self.known[text.key], self.key[text.blocks[i]] = text.blocks[i], text.key
@@ -253,12 +262,17 @@ class Engine:
             if self.ref[block] == 0:
                 self.idle[block] = None
                 if block not in self.key: self.idle.move_to_end(block, last=False)
-        text.done, text.learned, text.key, text.blocks, text.states = 0, 0, b"", [], self.fresh
+        text.forget()
 
     def room(self, text, n):
-        """Takes blocks for n more tokens. If too few are idle, younger texts lose theirs, and must
-        compute them anew; False if that is not enough."""
-        need = -(-(text.done + n) // self.size) - len(text.blocks)
+        """Takes blocks for n more tokens. If too few are idle, there will be twice as many; and at
+        the most, younger texts lose theirs and compute them anew. False if that is not enough."""
+        need, have = -(-(text.done + n) // self.size) - len(text.blocks), len(self.ref)
+        if need > len(self.idle) and (more := min(max(need, have), self.most - have)) > 0:
+            larger = lambda x: torch.cat((x, x.new_zeros(more * self.size, x.shape[1])))
+            self.layers = [layer and (*map(larger, layer[:2]), layer[2]) for layer in self.layers]
+            self.ref += [0] * more
+            self.idle.update(dict.fromkeys(range(have, have + more)))
         for other in reversed(self.texts):
             if need <= len(self.idle): break
             if other is text: return False
@@ -271,66 +285,77 @@ class Engine:
         return True
 
     def plan(self):
-        """[(text, tokens to compute, distributions of the guesses at their end)] of this step."""
-        rows, budget = [], self.chunk
+        """[[text, tokens to compute, guesses behind them, their distributions]] of this step."""
+        rows, asks, budget = [], [], self.chunk
         for text in self.texts[:self.max_batch]:
             if text.ended or not text.blocks and not self.begin(text): continue
             self.learn(text)
-            waiting, guesses, q, k = text.context[text.done:], [], [], 0
+            waiting, k = text.tokens[text.begin + text.done:], 0
             tokens = waiting[:budget] if len(waiting) > 1 else waiting  # of a prompt, or a part
             if len(waiting) > 1: budget -= len(tokens)
-            most = min(self.limit - len(text.context), text.how.max_tokens - text.n_new - 1)
-            if self.guess and text.n_new and tokens == waiting: k = min(self.k, most)
+            elif self.guess and text.n_new: k = min(
+                self.k, self.limit - len(text.context), text.how.max_tokens - text.n_new - 1)
             if not self.room(text, len(waiting) + k): break
-            if k: guesses, q = self.guess(text, k)
-            if tokens: rows.append((text, tokens + guesses, q))
+            if tokens: rows.append([text, tokens, [], None])
+            if k: asks.append((rows[-1], k))
+        if asks:
+            for (row, _), guess in zip(asks, self.guess([(row[0], k) for row, k in asks])):
+                row[2:] = guess
         return rows
 
     @torch.no_grad()
     def step(self):
         """A token for each text that has begun, `chunk` tokens of prompts -> is there more to do?
-        Texts of about the same length share a forward, so that less than half is padding."""
-        about = lambda row: max(len(row[1]), 1 + 2 * self.k).bit_length()
-        alike = (lambda row: (row[0].done, len(row[1]))) if self.grows else about  # as Hyena's do
+        Those that decode share a forward, and prompts of about the same length another."""
+        alike = lambda row: len(row[1]) > 1 and len(row[1]).bit_length()  # less than half padding
+        if self.grows: alike = lambda row: (row[0].done, len(row[1] + row[2]))  # as Hyena's states
         for _, rows in itertools.groupby(sorted(self.plan(), key=alike), alike):
-            self.forward(*zip(*rows))
+            self.forward([*rows])
         for text in [text for text in self.texts if text.ended]:
             self.release(text)
             self.texts.remove(text)
         return bool(self.texts)
 
-    def forward(self, texts, new, guessed):
-        batch = Batch(self, texts, new)
-        logits, _ = self.model(batch.tokens, pos=batch.pos, cache=batch.caches,
-                               last=1 + max(map(len, guessed)))
-        settings, p = {str([getattr(t.how, name) for name in SAMPLERS]) for t in texts}, None
-        if len(settings) == 1: p = distribution(logits, texts[0].how)  # at once, for speed
-        self.passes += 1
-        for r, (text, tokens, q) in enumerate(zip(texts, new, guessed)):
-            n, said, z = len(q), [], logits[r, -len(q) - 1:]
-            if text.done + len(tokens) - n == len(text.context):  # it has been read to its end
-                said = verify(distribution(z, text.how) if p is None else p[r, -n - 1:], q,
-                              tokens[len(tokens) - n:], partial(choose, generator=text.generator))
+    def forward(self, rows):
+        hows = [text.how for text, *_ in rows]
+        batch = Batch(self, [row[0] for row in rows], [row[1] + row[2] for row in rows])
+        z, _ = self.model(batch.tokens, pos=batch.pos, cache=batch.caches,
+                          last=1 + max(len(row[2]) for row in rows))
+        z, p, self.passes = up(z), None, self.passes + 1
+        total = z.logsumexp(-1)
+        if hows[0].temperature and len({str([getattr(how, name) for name in SAMPLERS])
+                                        for how in hows}) == 1:
+            p = distribution(z, hows[0])  # of all texts at once, for speed
+        for r, (text, tokens, guesses, q) in enumerate(rows):
+            n, said = len(guesses), []
+            at = slice(z.shape[1] - n - 1, None)
+            if text.done + len(tokens) == len(text.context):  # it has been read to its end
+                if text.how.temperature == 0: said = agreed(z[r, at].argmax(-1).tolist(), guesses)
+                else:
+                    text.p = distribution(z[r, at], text.how) if p is None else p[r, at]
+                    if n and q is None: q = F.one_hot(torch.tensor(guesses), z.shape[-1]).double()
+                    said = verify(text.p, q, guesses, partial(choose, generator=text.generator))
             wrong = n and n + 1 - len(said)
             self.guessed, self.accepted = self.guessed + n, self.accepted + n - wrong
-            if not (wrong and self.recurrent):  # which cannot be taken back, and so begins anew
-                text.done += len(tokens) - wrong
-                text.states = [c.slot and [x[r:r + 1] for x in c.slot] for c in batch.caches]
-            if said: self.say(text, said, z)
+            if not (wrong and self.recurrent):  # which reads the right ones anew, without guesses
+                text.done += len(tokens) + n - wrong
+                text.states = [c.slot and [x[r:r + 1] for x in c.slot] for c in batch.caches[:-1]]
+            self.say(text, said, [(z[r, i, x] - total[r, i]).item()
+                                  for i, x in enumerate(said, at.start)])
 
-    def say(self, text, tokens, logits):
-        """Appends tokens that were drawn from logits (len(tokens), V), up to what ends the text."""
-        for token, z in zip(tokens, logits):
+    def say(self, text, tokens, logps):
+        """Appends tokens and their log-probabilities, up to what ends the text."""
+        for token, logp in zip(tokens, logps):
             if token in text.how.stops(): text.ended = "stop"
             else:
                 text.tokens.append(token)
-                text.logps.append(up(z).log_softmax(-1)[token].item())
+                text.logps.append(logp)
                 if text.on_token and text.on_token(token) is True: text.ended = "stop"
                 elif text.n_new == text.how.max_tokens: text.ended = "length"
             if text.ended: return
         full = len(text.context) > self.limit
-        if full or not self.use_cache: self.release(text)
-        if full: text.begin, text.draft = len(text.tokens) - max(1, self.limit // 2), None
+        if full or tokens and not self.use_cache: self.release(text)
+        if full: text.begin = len(text.tokens) - max(1, self.limit // 2)
 
 def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1, **options):
     """Continues each prompt (1 to seq_len ids) n times -> lists of new ids, those of a prompt side
@@ -339,11 +364,8 @@ def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1,
     without a cache, up to rounding: another batch may add in another order, and tip a near-tie."""
     each = [(prompt, replace(how, seed=how.seed + i), on_token and partial(on_token, i))
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
-    longest = min(model.cfg.seq_len, max(map(len, prompts), default=1) + how.max_tokens)
-    n_blocks = 1 + min(len(each), 256) * (1 + longest // options.get("size", 16))
-    engine = Engine(model, **{"n_blocks": n_blocks, "use_cache": use_cache, **options})
+    engine, training = Engine(model, use_cache=use_cache, **options), model.training
     texts = [[engine.add(*row) for row in each[i::n]] for i in range(n)]  # first all prompts
-    training = model.training
     model.eval()
     try:
         while engine.step(): pass
@@ -377,6 +399,7 @@ class TextStream:
 # is kept with probability min(1, p(x) / q(x)); the first that is not is drawn anew from what p has
 # more than q, (p - q)+. Then x comes with min(p, q) + (p - q)+ = p: what the guesses are changes
 # the speed, and nothing else. At an acceptance rate a, a pass gives (1 - a^(k+1)) / (1 - a) tokens.
+# A guesser maps [(text, k)] to [(at most k guesses, their q, or None if they are sure)].
 
 def verify(p, q, guesses, choose):
     """p (k+1, V) of the model, q (k, V) that guesses were drawn from -> 1 to k + 1 tokens;
@@ -388,33 +411,33 @@ def verify(p, q, guesses, choose):
         return [*guesses[:i], choose(rest / rest.sum())]
     return [*guesses, choose(p[-1])]
 
-def look_up(vocab_size, n=2):
+def agreed(best, guesses):
+    """The same if p is sure of the tokens `best`: those, as long as guesses before them agree."""
+    return best[:1 + next((i for i, x in enumerate(guesses) if x != best[i]), len(guesses))]
+
+def look_up(asks, n=2):
     """Guesses that a text goes on as where its last n tokens stood before: free, good for code."""
-    def guess(text, k):
-        t = text.tokens
+    def one(t, k):
         for i in range(len(t) - n - 1, -1, -1):
             if t[i] == t[-n] and t[i:i + n] == t[-n:]:
-                guesses = (t[i + n:] * k)[:k]  # and if that was just now, so on
-                return guesses, F.one_hot(torch.tensor(guesses), vocab_size).double()
-        return [], []
-    return guess
+                return (t[i + n:i + n + k] * k)[:k]  # and if that was just now, so on
+        return []
+    return [(one(text.tokens, k), None) for text, k in asks]
 
 def draft_of(model):
-    """Guesses of a smaller model with the same tokens, drawn as the text's own settings say."""
-    @torch.no_grad()
-    def guess(text, k):
-        context, guesses, q = text.context, [], []
-        if len(context) + k > model.cfg.seq_len: return [], []
-        cache = text.draft = text.draft or model.new_cache(1, model.cfg.seq_len)
-        n = min(cache[0].n, len(context) - 1)  # beyond stand guesses that were wrong
-        for c in cache: c.truncate(n)
-        new = context[n:]
-        for _ in range(k):
-            z, _ = model(torch.tensor([new], device=model.embed_tokens.weight.device), cache=cache)
-            q.append(distribution(z[0, -1], text.how))
-            new = [choose(q[-1], text.generator)]
-            guesses += new
-        return guesses, torch.stack(q)
+    """Guesses of a smaller model with the same tokens, drawn as the text's own settings say. It has
+    an engine of its own, which knows what it has read of a text (but for recurrences)."""
+    engine = Engine(model)
+    def begin(text, k):
+        if len(text.context) + k > engine.limit: return None, []
+        draft, q = engine.add(text.context, replace(text.how, max_tokens=k, stop=None)), []
+        draft.generator, draft.on_token = text.generator, lambda _: q.append(draft.p)
+        return draft, q
+    def guess(asks):
+        drafts = [begin(*ask) for ask in asks]
+        while engine.step(): pass
+        return [(draft.new, None if draft.p is None else torch.cat(q)) if draft else ([], None)
+                for draft, q in drafts]
     return guess
 
 # -----------------------------------------------------------------------------
@@ -429,7 +452,6 @@ class Int8(torch.nn.Module):
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         self.register_buffer("weight", (w / scale).round().to(torch.int8))
         self.register_buffer("scale", scale.flatten())
-
     def forward(self, x):  # torch has a kernel for a few rows in bf16; else weights are unpacked
         rows, scale = x.flatten(0, -2), self.scale.to(x.dtype)
         few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= 16
@@ -438,10 +460,10 @@ class Int8(torch.nn.Module):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 def quantize(model):
-    """Makes the matrices of all layers Int8, but for two kinds whose weights are read elsewhere."""
+    """Makes the projections of all layers Int8, but for one whose weights are read elsewhere."""
     for module in [*model.layers.modules()]:
         for name, child in [*module.named_children()]:
-            if isinstance(child, Linear) and name not in ("kv_b_proj", "gate"):
+            if isinstance(child, Linear) and "_proj" in name and name != "kv_b_proj":
                 setattr(module, name, Int8(child))
     return model
 
@@ -473,6 +495,45 @@ def sliding(ids, context, stride):
         x = ids[None, max(0, end - context):end + 1]
         yield x[:, :-1], x[:, 1:].index_fill(1, torch.arange(x.shape[1] - 1 - end + before), -1)
 
+LETTERS = "ABCDEFGHIJ"
+
+def read_questions(path):
+    """[(question, choices, which is right)] in the layout of HellaSwag (jsonl: ctx, endings, label)
+    or MMLU (jsonl: question, choices, answer; csv: question, choices, letter)."""
+    which = lambda answer: int(answer) if str(answer).isdigit() else LETTERS.index(answer)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            if Path(path).suffix == ".csv": rows = [(q, c, a) for q, *c, a in csv.reader(file)]
+            else: rows = [(r.get("ctx") or r["question"], r.get("endings") or r["choices"],
+                           r.get("label", r.get("answer"))) for r in map(json.loads, file)]
+        return [(q, choices, which(a)) for q, choices, a in rows if choices[which(a)]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"eval: got {type(e).__name__}: {e} in {path}, wanted the layout of MMLU "
+                        "(csv or jsonl) or HellaSwag (jsonl); set --eval")
+
+def multiple_choice(model, tokenizer, questions, shots=0, letter=False):
+    """-> (shares, their standard errors) of questions whose right choice is the likeliest
+    continuation, by its sum and by byte. letter: choices are listed, and a letter is the answer.
+    The first `shots` questions stand before each, answered, and are not asked."""
+    def ask(question, choices):
+        if not letter: return question, [" " + choice for choice in choices]
+        listed = "".join(f"\n{x}. {choice}" for x, choice in zip(LETTERS, choices))
+        return question + listed + "\nAnswer:", [" " + x for x in LETTERS[:len(choices)]]
+    asked = [(*ask(question, choices), right) for question, choices, right in questions]
+    if not 0 <= shots < len(asked):
+        raise UserError(f"shots: got {shots}, wanted fewer than {len(asked)} questions; set --shots")
+    start = "".join(q + answers[right] + "\n\n" for q, answers, right in asked[:shots])
+    device, context, good = model.embed_tokens.weight.device, model.cfg.seq_len, []
+    for question, answers, right in asked[shots:]:
+        before, bits = encode_prompt(tokenizer, start + question, math.inf), []
+        for ids in map(tokenizer.encode, answers):
+            row = torch.tensor([(before + ids)[-context - 1:]])
+            y = row[:, 1:].index_fill(1, torch.arange(max(0, row.shape[1] - 1 - len(ids))), -1)
+            bits.append(evaluate(model, [(row[:, :-1], y)], 1, device)["bits_per_byte"])
+        by_byte = np.divide(bits, [len(answer.encode()) for answer in answers])
+        good.append([np.argmin(x) == right for x in (bits, by_byte)])
+    return np.mean(good, 0), np.std(good, 0) / math.sqrt(len(good))
+
 def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
     """bits_per_byte of models that know no tokens, single tokens, pairs of tokens, counted on at
     most `limit` tokens. A pair a, b that was seen c(ab) times, with n(a) different followers of a,
@@ -481,12 +542,12 @@ def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
     single = np.bincount(train, minlength=vocab_size) + 1.0
     single /= single.sum()
     pairs, count = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
-    followers = np.bincount(pairs // vocab_size, minlength=vocab_size)
-    seen = np.bincount(train[:-1], minlength=vocab_size)
+    followers, seen = (np.bincount(a, minlength=vocab_size)
+                       for a in (pairs // vocab_size, train[:-1]))
     bits = {"uniform": (len(valid) - 1) * math.log2(vocab_size), "unigram": 0.0, "bigram": 0.0}
     for i in range(0, len(valid) - 1, 1 << 22):  # in pieces, for memory
-        part = np.asarray(valid[i:i + (1 << 22) + 1], np.int64)
-        a, b = part[:-1], part[1:]
+        a, b = (np.asarray(valid[i + j:i + j + (1 << 22)], np.int64) for j in (0, 1))
+        a = a[:len(b)]
         at = np.searchsorted(pairs, a * vocab_size + b).clip(max=len(pairs) - 1)
         together = np.where(pairs[at] == a * vocab_size + b, count[at], 0)
         mixed = (together + followers[a] * single[b]) / np.maximum(seen[a] + followers[a], 1)
@@ -513,22 +574,175 @@ def plain(messages):  # nothing but the texts, answers ended by end-of-text: for
                              for own in (m["role"] == "assistant",)]
 
 TEMPLATES = {"chatml": chatml, "llama3": llama3, "plain": plain}
+MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}  # special tokens that tell
+
+def encode_chat(tokenizer, messages):
+    """Messages -> (ids up to the assistant's next turn, the text that ends it). A text that spells
+    a special token gets a space into it, or a user could speak as the system."""
+    name = next((name for mark, name in MARKS.items() if mark in tokenizer.special_tokens), "plain")
+    apart = lambda m: {**m, "content": tokenizer.splitter.sub(
+        lambda s: s[0][0] + " " + s[0][1:], m["content"])}
+    pieces = TEMPLATES[name]([*map(apart, messages), {"role": "assistant", "content": ""}])
+    last = max(i for i, (_, own) in enumerate(pieces) if own)
+    return [i for text, _ in pieces[:last] for i in tokenizer.encode(text)], pieces[last][0]
+
+class Worker(threading.Thread):
+    """Steps an engine as long as it holds texts, which any thread may ask for and listen to."""
+    def __init__(self, engine, tokenizer):
+        super().__init__(daemon=True)
+        self.engine, self.tokenizer, self.wake = engine, tokenizer, threading.Event()
+        self.start()
+
+    def run(self):
+        while True:
+            self.wake.clear()
+            if not self.engine.step(): self.wake.wait()
+
+    def write(self, ids, how, stops=()):
+        """-> (Text, what it says in pieces, "" while it thinks). Who stops listening, for Ctrl-C or
+        as a client hangs up, closes these: it ends, and with the next step its blocks are free."""
+        heard = queue.SimpleQueue()
+        stream = TextStream(self.tokenizer, heard.put, stops)
+        text = self.engine.add(ids, how, stream.put)
+        self.wake.set()
+        def listen():
+            try:
+                while not text.ended or not heard.empty():
+                    try: yield heard.get(timeout=0.02)
+                    except queue.Empty: yield ""
+                    if not self.is_alive(): raise ConnectionError("the engine has stopped")
+                stream.flush()
+                while not heard.empty(): yield heard.get()
+            finally: text.ended = text.ended or "left"
+        return text, listen()
+
+def chat(worker, how):
+    """Turns in the terminal. Ctrl-C ends a reply; where one is asked for, it ends the program."""
+    messages = []
+    while True:
+        try: messages.append({"role": "user", "content": input("> ")})
+        except EOFError: return print()
+        while len((ask := encode_chat(worker.tokenizer, messages))[0]) > worker.engine.limit:
+            if not messages[1:]: print("message: longer than the context; write a shorter one")
+            del messages[:2]  # the oldest turn is forgotten
+        if not messages: continue
+        messages.append({"role": "assistant", "content": ""})
+        try:
+            for piece in worker.write(ask[0], how, ask[1:])[1]:
+                messages[-1]["content"] += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt: pass
+        print()
+
+# -----------------------------------------------------------------------------
+# A server that speaks OpenAI's interface
+# A connection is a thread, which asks the worker for a text and sends what it says.
+
+MAX_BODY, MAX_TEXTS = 1 << 20, 128  # bytes of a request, texts at once [our choice]
+ROLES = {role: role for role in ("system", "user", "assistant")}
+KINDS = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float,
+         "seed": int}
+
+class Refused(Exception):
+    """A request, with its status code and what is wrong with it."""
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    timeout = 60  # s that a client may take to speak, or to read
+    def log_message(self, *_): pass
+    def send_error(self, status, message=None, _=None):
+        self.reply({"error": {"message": message, "code": status}}, status)
+
+    def reply(self, value, status=200):
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        answers = {"/health": {"status": "ok", "texts": len(self.server.worker.engine.texts)},
+                   "/v1/models": {"object": "list", "data": [{"id": self.server.name,
+                                                              "object": "model"}]}}
+        if self.path in answers: self.reply(answers[self.path])
+        else: self.send_error(404, f"path: got {self.path}, wanted {' or '.join(answers)}")
+
+    def do_POST(self):
+        try: self.answer(*self.read())
+        except Refused as e: self.send_error(*e.args)
+        except OSError: pass  # the client has left
+
+    def read(self):
+        """-> (ids, Sampling, strings that stop, is it streamed)."""
+        s, size, limit = self.server, self.headers.get("Content-Length", ""), self.server.limit
+        if not size.isdecimal(): raise Refused(411, "wanted a Content-Length")
+        data = self.rfile.read(min(int(size), 16 * MAX_BODY))  # who still sends hears no refusal
+        if int(size) > MAX_BODY: raise Refused(413, f"body: got {size} bytes, at most {MAX_BODY}")
+        if self.path not in ("/v1/completions", "/v1/chat/completions"):
+            raise Refused(404, "wanted /v1/completions or /v1/chat/completions")
+        try:
+            body, end = json.loads(data), []
+            given = {k: kind(body[k]) for k, kind in KINDS.items() if body.get(k) is not None}
+            stops = body.get("stop") or []
+            stops = [stops] if isinstance(stops, str) else [stop + "" for stop in stops]
+            if "chat" in self.path: ids, *end = encode_chat(s.worker.tokenizer, [
+                {"role": ROLES[m["role"]], "content": m["content"] + ""} for m in body["messages"]])
+            else: ids = encode_prompt(s.worker.tokenizer, body["prompt"] + "", limit)
+            if not 0 < len(ids) < limit: raise ValueError(
+                f"prompt: got {len(ids)} tokens, wanted 1 to {limit - 1}")
+            if "" in stops or body.get("n", 1) != 1: raise ValueError("wanted n 1, stops not empty")
+            how = replace(s.how, **given)
+            how = replace(how, max_tokens=min(how.max_tokens, limit - len(ids)))
+            return ids, how, [*stops, *end], bool(body.get("stream"))
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
+                UserError) as e: raise Refused(400, f"{type(e).__name__}: {e}")
+
+    def answer(self, ids, how, stops, streamed):
+        s, chat, whole = self.server, "chat" in self.path, ""
+        with s.lock:
+            if len(s.worker.engine.texts) >= MAX_TEXTS: raise Refused(429, "busy; try again")
+            text, pieces = s.worker.write(ids, how, stops)
+        head = {"id": f"cmpl-{time.time_ns()}", "created": int(time.time()), "model": s.name,
+                "object": ("chat.completion" + ".chunk" * streamed) if chat else "text_completion"}
+        def say(key, said, why=None):
+            said = {key: {"role": "assistant", "content": said}} if chat else {"text": said}
+            return {**head, "choices": [{"index": 0, **said, "finish_reason": why}]}
+        def send(*said): self.wfile.write(f"data: {json.dumps(say('delta', *said))}\n\n".encode())
+        try:
+            if streamed:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.end_headers()
+            for piece in pieces:
+                if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(
+                        1, socket.MSG_PEEK): return  # it has hung up
+                whole += piece
+                if piece and streamed: send(piece)
+            if streamed: return send("", text.ended), self.wfile.write(b"data: [DONE]\n\n")
+            self.reply({**say("message", whole, text.ended), "usage": {
+                "prompt_tokens": len(ids), "completion_tokens": text.n_new,
+                "total_tokens": len(ids) + text.n_new}})
+        finally: pieces.close()
+
+def server_of(worker, how, name, address):
+    """The server; serve_forever() answers."""
+    server = http.server.ThreadingHTTPServer(address, Handler)
+    server.worker, server.how, server.name, server.lock = worker, how, str(name), threading.Lock()
+    server.limit = worker.engine.limit
+    return server
 
 # -----------------------------------------------------------------------------
 # Devices and runs
 
 def pick_device(name="auto"):
     """torch.device for "auto" (cuda, then mps, then cpu), or a named one that must be there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else
-                            "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # nothing can be read from "meta"
+    if name == "auto": name = ("cuda" if torch.cuda.is_available() else
+                               "mps" if torch.backends.mps.is_available() else "cpu")
+    try: torch.zeros(1, device=name).item()  # nothing can be read from "meta"
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device: got {name}, wanted one that works here; set --device auto, cpu, "
                         f"cuda or mps ({str(e).splitlines()[0]})")
-    return device
+    return torch.device(name)
 
 def find_run(name, runs="runs"):
     """Directory of a run by its path, or by its name under runs/."""
@@ -542,11 +756,8 @@ RUNS = Path("runs")  # a run leaves log.jsonl, its lines, and result.json, if it
 
 def read_log(run):
     """The rows of a run's log.jsonl, none if there is none, without a line cut short by a kill."""
-    path, rows = Path(run) / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try: rows.append(json.loads(line))
-        except ValueError: continue
-    return rows
+    path = Path(run) / "log.jsonl"
+    return [*map(json.loads, path.read_text().split("\n")[:-1])] if path.exists() else []
 
 def compare(*runs):
     """Two runs' training losses (means since the line before) at equal time, tokens and FLOPs."""
@@ -632,7 +843,7 @@ def lesson():
 
 def main(args):
     if args.run is None:
-        if args.prompt or args.eval: raise UserError("run: got none, wanted one; set --run NAME")
+        if args.prompt or args.eval or args.what: raise UserError("run: got none; set --run NAME")
         return lesson()
     given = {f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)}
     how = Sampling(**{"temperature": 0.0 if args.greedy else 0.8, **given})
@@ -643,6 +854,10 @@ def main(args):
         raise UserError(f"{run}: got a tokenizer of {tokenizer.vocab_size} ids and a model of "
                         f"{model.cfg.vocab_size}, wanted the same; use an unchanged run directory")
     if args.int8: quantize(model)
+    if args.eval and Path(args.eval).suffix in (".jsonl", ".csv"):
+        shares = multiple_choice(model, tokenizer, read_questions(args.eval), args.shots, args.letter)
+        return print("right: {0[0]:.4f} +- {1[0]:.4f} by sum, {0[1]:.4f} +- {1[1]:.4f} by byte"
+                     .format(*shares))
     if args.eval:
         try: text = Path(args.eval).read_text(encoding="utf-8")
         except (OSError, ValueError) as e: raise UserError(f"eval: got {e}, wanted a text's path")
@@ -650,37 +865,44 @@ def main(args):
         return print(evaluate(model, batches, len(text.encode()), device))
     if how.stop is None: how = replace(how, stop=tokenizer.eot if model.eos is None else model.eos)
     prompts = [encode_prompt(tokenizer, text, limit) for text in args.prompt or [None]]
-    guess = args.guess and look_up(model.cfg.vocab_size)
-    if args.guess not in (None, "look_up"):
+    guess = look_up if args.guess == "look_up" else None
+    if args.guess and not guess:
         guess = draft_of(draft := load_model(find_run(args.guess), device))
         if draft.cfg.vocab_size != model.cfg.vocab_size: raise UserError(
             f"guess: got a model of {draft.cfg.vocab_size} tokens, wanted {model.cfg.vocab_size}")
     print(f"{run}: {model.cfg}\n{device} ({device_name(device)}), float32, "
           f"{torch.get_num_threads()} threads, {how}", file=sys.stderr)
-    engine = Engine(model, len(prompts) * (limit // 16 + 1) + 1, guess=guess,
-                    use_cache=not args.no_cache)
-    start, said = time.perf_counter(), [[text] for text in args.prompt or [""]]
-    show("" if len(said) > 1 else said[0][0])
-    streams = [TextStream(tokenizer, show if len(said) == 1 else parts.append) for parts in said]
-    texts = [engine.add(prompt, replace(how, seed=how.seed + i), stream.put)
-             for i, (prompt, stream) in enumerate(zip(prompts, streams))]
-    while engine.step(): pass
-    for stream in streams: stream.flush()
-    print("\n---\n".join(map("".join, said)) if len(said) > 1 else "")
-    made, took = sum(text.n_new for text in texts), time.perf_counter() - start
-    print(f"{made} tokens, {made / took:.0f} tokens/s, {engine.passes} passes, of {engine.guessed} "
-          f"guesses {engine.accepted} accepted", file=sys.stderr)
+    engine = Engine(model, args.cache_tokens // 16, guess=guess, use_cache=not args.no_cache)
+    worker, start = Worker(engine, tokenizer), time.perf_counter()
+    if args.what == "chat": return chat(worker, how)
+    if args.what == "serve":
+        server = server_of(worker, how, run, (args.host, args.port))
+        print(f"http://{args.host}:{server.server_port}/v1", flush=True)
+        return server.serve_forever()
+    texts = [worker.write(ids, replace(how, seed=how.seed + i)) for i, ids in enumerate(prompts)]
+    for i, (prompt, (_, pieces)) in enumerate(zip(args.prompt or [""], texts)):
+        show("\n---\n" * (i > 0) + prompt)
+        for piece in pieces: show(piece)
+    made, took = sum(text.n_new for text, _ in texts), time.perf_counter() - start
+    print(f"\n{made} tokens, {made / took:.0f} tokens/s, {engine.passes} passes, of "
+          f"{engine.guessed} guesses {engine.accepted} accepted", file=sys.stderr)
 
 def build_parser():
     parser = argparse.ArgumentParser(description="A lesson on decoding; with --run text of a model")
     add = parser.add_argument
+    add("what", nargs="?", choices=["chat", "serve"], help="talk with a run, or let clients")
     add("--run", help="run directory, or its name under runs/ (default: none, the lesson)")
     add("--prompt", action="append", help="text to continue, or several (default: a new document)")
     add("--greedy", action="store_true", help="always the likeliest token (default: off)")
     add("--guess", help="look_up, or a run of the same tokenizer, guesses ahead (default: none)")
     add("--int8", action="store_true", help="weights of eight bits (default: off)")
-    add("--eval", help="a text to measure the run on, instead (default: none)")
+    add("--eval", help="a text, or questions (jsonl, csv), to measure the run on (default: none)")
+    add("--shots", type=int, default=0, help="questions that are answered before (default: 0)")
+    add("--letter", action="store_true", help="choices by letter (default: by their texts)")
     add("--no_cache", action="store_true", help="recompute all for each token (default: off)")
+    add("--cache_tokens", type=int, default=1 << 16, help="in the cache at most (default: 65536)")
+    add("--host", default="127.0.0.1", help="whom to serve (default: this machine alone)")
+    add("--port", type=int, default=8000, help="of the server (default: 8000)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add_fields(parser, Sampling, {"sample.py": {"temperature": 0.8}})
     return parser
