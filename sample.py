@@ -32,7 +32,7 @@ REFERENCES
     Yu et al. 2022 (Orca) batching; Leviathan et al. 2023 (2211.17192) speculation; Shannon 1948
 EXERCISE  Empty `top_p`, `verify`; `pytest test_all.py -k "sampl or verified"` says they are right
 """
-import argparse, codecs, csv, hashlib, http.server, itertools, json, math, queue, re, select, socket
+import argparse, codecs, contextlib, csv, hashlib, http.server, itertools, json, math, queue, re, select, socket
 import sys, threading, time
 from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
@@ -87,7 +87,6 @@ class Sampling:
     min_p: float | None = flag(None, "keep tokens at least this many times as likely as the top")
     seed: int = flag(0, "of the first text; text i draws with seed + i")
     stop: int | list | None = flag(None, "id, or list of ids, that ends a text and is left out")
-
     def __post_init__(self):
         need = partial(need_field, self)
         need(self.max_tokens >= 1, "max_tokens", "at least 1")
@@ -96,7 +95,6 @@ class Sampling:
         need(self.top_p is None or 0 < self.top_p <= 1, "top_p", "a probability above 0")
         need(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "a probability")
         need(0 <= self.seed < 2 ** 62, "seed", "an integer from 0 to 2^62")
-
     def stops(self): return self.stop if isinstance(self.stop, list) else [self.stop]
 
 def distribution(logits, how):
@@ -128,7 +126,6 @@ class LayerCache:
     def __init__(self, batch, layer, slots):
         self.batch, self.layer = batch, layer
         self.slot = None if layer else [torch.cat(parts) for parts in zip(*slots)]
-
     def update(self, *new):
         if self.slot: return setattr(self, "slot", new[1:])
         (*stores, window), out = self.layer, []
@@ -143,8 +140,9 @@ class LayerCache:
 class Batch:
     """One forward: of each text some tokens behind the `done` ones that its blocks hold. Texts are
     padded on the left, so that all end in the last column."""
-    def __init__(self, engine, texts, new):  # new: a list of tokens for each
+    def __init__(self, engine, rows):
         self.size, self.tensor = engine.size, partial(torch.tensor, device=engine.device)
+        texts, new = [row[0] for row in rows], [row[1] + row[2] for row in rows]
         self.seen, self.done, T = {}, [text.done for text in texts], max(map(len, new))
         self.end = [text.done + len(tokens) for text, tokens in zip(texts, new)]
         self.tokens = self.tensor([[0] * (T - len(tokens)) + tokens for tokens in new])
@@ -153,10 +151,9 @@ class Batch:
         n = -(-max(self.end) // self.size)
         self.blocks = [(text.blocks + [0] * n)[:n] for text in texts]
         states = zip(*(text.states or engine.fresh for text in texts))
+        last = [[text.tokens[text.begin + text.done - 1]] for text in texts]  # for pairs of tokens
         self.caches = [LayerCache(self, *row) for row in zip(engine.layers, states)]
-        last = [[text.tokens[text.begin + text.done - 1]] for text in texts]
-        self.caches.append(LayerCache(self, None, [[self.tensor(last)]]))  # for pairs of tokens
-
+        self.caches.append(LayerCache(self, None, [[self.tensor(last)]]))
     def places(self, window):
         """(places to write (B T,), places to read (B S,), mask (B, 1, T, S)), made once for all
         layers of a window. One text in consecutive blocks is read as a slice, without a copy."""
@@ -184,16 +181,13 @@ class Batch:
 def key_of(before, tokens): return hashlib.blake2b(before + np.array(tokens).tobytes()).digest()
 
 class Text:
-    """One text in the making, its context tokens[begin:], `done` in the cache, `learned` blocks."""
+    """One text in the making: its context is tokens[begin:], of which `done` are in the cache."""
     def __init__(self, prompt, how, on_token):
         self.tokens, self.n_prompt, self.how, self.on_token = [*prompt], len(prompt), how, on_token
         self.generator, self.begin, self.p = torch.Generator().manual_seed(how.seed), 0, None
-        self.logps, self.ended = [], None  # or why: "stop", "length", "left"
+        self.ended = None  # or why: "stop", "length", "left"
         self.forget()
-
-    def forget(self):
-        self.done, self.learned, self.key, self.blocks, self.states = 0, 0, b"", [], None
-
+    def forget(self): self.done, self.blocks, self.keys, self.states = 0, [], [], None
     new = property(lambda self: self.tokens[self.n_prompt:])
     n_new = property(lambda self: len(self.tokens) - self.n_prompt)
     context = property(lambda self: self.tokens[self.begin:])
@@ -231,31 +225,32 @@ class Engine:
     def begin(self, text):
         """Lets a text read the known blocks of its beginning, at most all but the last token. False
         if another text is just making one more known: n samples of a prompt read it once."""
-        context, blocks, n, text.key = text.context, [], self.size, b""
+        context, keys, n = text.context, [b""], self.size
         for end in range(n, len(context) if self.shares else 0, n):
-            key = key_of(text.key, context[end - n:end])
-            if key not in self.known:
+            keys.append(key_of(keys[-1], context[end - n:end]))
+            if keys[-1] not in self.known:
                 if any(t.blocks and not t.n_new and t.context[:end] == context[:end]
                        for t in self.texts): return False
+                keys.pop()
                 break
-            text.key, blocks = key, [*blocks, self.known[key]]
-        for block in blocks:
+        text.keys = keys[1:]
+        text.blocks, text.done = [self.known[key] for key in text.keys], n * len(text.keys)
+        for block in text.blocks:
             self.ref[block] += 1
             self.idle.pop(block, None)
-        text.blocks, text.done, text.learned = blocks, n * len(blocks), len(blocks)
         return True
 
     def learn(self, text):
         """Makes the blocks that a text has filled known."""
-        for i in range(text.learned, text.done // self.size if self.shares else 0):
-            text.key = key_of(text.key, text.context[i * self.size:(i + 1) * self.size])
-            if text.key not in self.known:
-                self.known[text.key], self.key[text.blocks[i]] = text.blocks[i], text.key
-        text.learned = text.done // self.size
+        full = min(text.done, len(text.context)) // self.size  # it may end among good guesses
+        for i in range(len(text.keys), full if self.shares else 0):
+            tokens = text.context[i * self.size:(i + 1) * self.size]
+            text.keys.append(key_of(text.keys[-1] if i else b"", tokens))
+            if text.keys[i] not in self.known:
+                self.known[text.keys[i]], self.key[text.blocks[i]] = text.blocks[i], text.keys[i]
 
     def release(self, text):
         """Takes its blocks away. A beginning is of use without its end: the end is idle first."""
-        text.done = min(text.done, len(text.context))  # it may end among good guesses
         self.learn(text)
         for block in reversed(text.blocks):
             self.ref[block] -= 1
@@ -278,10 +273,9 @@ class Engine:
             if other is text: return False
             self.release(other)
         for _ in range(need):
-            block, _ = self.idle.popitem(last=False)
+            text.blocks.append(block := self.idle.popitem(last=False)[0])
             self.known.pop(self.key.pop(block, None), None)
             self.ref[block] = 1
-            text.blocks.append(block)
         return True
 
     def plan(self):
@@ -290,17 +284,17 @@ class Engine:
         for text in self.texts[:self.max_batch]:
             if text.ended or not text.blocks and not self.begin(text): continue
             self.learn(text)
-            waiting, k = text.tokens[text.begin + text.done:], 0
-            tokens = waiting[:budget] if len(waiting) > 1 else waiting  # of a prompt, or a part
-            if len(waiting) > 1: budget -= len(tokens)
-            elif self.guess and text.n_new: k = min(
+            tokens, k = text.tokens[text.begin + text.done:], 0
+            if len(tokens) == 1 and self.guess and text.n_new: k = min(
                 self.k, self.limit - len(text.context), text.how.max_tokens - text.n_new - 1)
-            if not self.room(text, len(waiting) + k): break
+            if not self.room(text, len(tokens) + k): break
+            if len(tokens) > 1:  # of a prompt, or a part
+                tokens = tokens[:budget]
+                budget -= len(tokens)
             if tokens: rows.append([text, tokens, [], None])
             if k: asks.append((rows[-1], k))
-        if asks:
-            for (row, _), guess in zip(asks, self.guess([(row[0], k) for row, k in asks])):
-                row[2:] = guess
+        guesses = self.guess([(row[0], k) for row, k in asks]) if asks else ()
+        for (row, _), guess in zip(asks, guesses): row[2:] = guess
         return rows
 
     @torch.no_grad()
@@ -317,44 +311,34 @@ class Engine:
         return bool(self.texts)
 
     def forward(self, rows):
-        hows = [text.how for text, *_ in rows]
-        batch = Batch(self, [row[0] for row in rows], [row[1] + row[2] for row in rows])
+        batch, hows = Batch(self, rows), [row[0].how for row in rows]
         z, _ = self.model(batch.tokens, pos=batch.pos, cache=batch.caches,
                           last=1 + max(len(row[2]) for row in rows))
-        z, p, self.passes = up(z), None, self.passes + 1
-        total = z.logsumexp(-1)
-        if hows[0].temperature and len({str([getattr(how, name) for name in SAMPLERS])
-                                        for how in hows}) == 1:
-            p = distribution(z, hows[0])  # of all texts at once, for speed
+        self.passes += 1
+        alike = len({str([getattr(how, name) for name in SAMPLERS]) for how in hows}) == 1
+        p = distribution(z, hows[0]) if alike else [*map(distribution, z, hows)]  # at once is fast
         for r, (text, tokens, guesses, q) in enumerate(rows):
             n, said = len(guesses), []
-            at = slice(z.shape[1] - n - 1, None)
             if text.done + len(tokens) == len(text.context):  # it has been read to its end
-                if text.how.temperature == 0: said = agreed(z[r, at].argmax(-1).tolist(), guesses)
-                else:
-                    text.p = distribution(z[r, at], text.how) if p is None else p[r, at]
-                    if n and q is None: q = F.one_hot(torch.tensor(guesses), z.shape[-1]).double()
-                    said = verify(text.p, q, guesses, partial(choose, generator=text.generator))
+                text.p = p[r][-n - 1:]
+                if n and q is None: q = F.one_hot(torch.tensor(guesses), z.shape[-1]).double()
+                said = verify(text.p, q, guesses, partial(choose, generator=text.generator))
             wrong = n and n + 1 - len(said)
             self.guessed, self.accepted = self.guessed + n, self.accepted + n - wrong
             if not (wrong and self.recurrent):  # which reads the right ones anew, without guesses
                 text.done += len(tokens) + n - wrong
                 text.states = [c.slot and [x[r:r + 1] for x in c.slot] for c in batch.caches[:-1]]
-            self.say(text, said, [(z[r, i, x] - total[r, i]).item()
-                                  for i, x in enumerate(said, at.start)])
+            for token in said: self.say(text, token)
 
-    def say(self, text, tokens, logps):
-        """Appends tokens and their log-probabilities, up to what ends the text."""
-        for token, logp in zip(tokens, logps):
-            if token in text.how.stops(): text.ended = "stop"
-            else:
-                text.tokens.append(token)
-                text.logps.append(logp)
-                if text.on_token and text.on_token(token) is True: text.ended = "stop"
-                elif text.n_new == text.how.max_tokens: text.ended = "length"
-            if text.ended: return
+    def say(self, text, token):
+        if text.ended: return
+        if token in text.how.stops(): text.ended = "stop"
+        else:
+            text.tokens.append(token)
+            if text.on_token and text.on_token(token) is True: text.ended = "stop"
+            elif text.n_new == text.how.max_tokens: text.ended = "length"
         full = len(text.context) > self.limit
-        if full or tokens and not self.use_cache: self.release(text)
+        if full or not self.use_cache: self.release(text)
         if full: text.begin = len(text.tokens) - max(1, self.limit // 2)
 
 def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1, **options):
@@ -379,7 +363,6 @@ class TextStream:
     def __init__(self, tokenizer, write, stops=()):
         self.vocab, self.write, self.stops, self.held = tokenizer.vocab, write, stops, ""
         self.decoder, self.ended = codecs.getincrementaldecoder("utf-8")("replace"), False
-
     def put(self, token, final=False):
         self.held += self.decoder.decode(self.vocab.get(token, b""), final)
         ends = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
@@ -389,7 +372,6 @@ class TextStream:
         self.held = self.held[len(out):]
         if out: self.write(out)
         return self.ended
-
     def flush(self): return self.ended or self.put(None, final=True)
 
 # -----------------------------------------------------------------------------
@@ -411,10 +393,6 @@ def verify(p, q, guesses, choose):
         return [*guesses[:i], choose(rest / rest.sum())]
     return [*guesses, choose(p[-1])]
 
-def agreed(best, guesses):
-    """The same if p is sure of the tokens `best`: those, as long as guesses before them agree."""
-    return best[:1 + next((i for i, x in enumerate(guesses) if x != best[i]), len(guesses))]
-
 def look_up(asks, n=2):
     """Guesses that a text goes on as where its last n tokens stood before: free, good for code."""
     def one(t, k):
@@ -428,16 +406,16 @@ def draft_of(model):
     """Guesses of a smaller model with the same tokens, drawn as the text's own settings say. It has
     an engine of its own, which knows what it has read of a text (but for recurrences)."""
     engine = Engine(model)
-    def begin(text, k):
-        if len(text.context) + k > engine.limit: return None, []
-        draft, q = engine.add(text.context, replace(text.how, max_tokens=k, stop=None)), []
-        draft.generator, draft.on_token = text.generator, lambda _: q.append(draft.p)
-        return draft, q
     def guess(asks):
-        drafts = [begin(*ask) for ask in asks]
+        drafts = []
+        for text, k in asks:
+            q, context = [], text.context[-max(1, engine.limit - k):]
+            draft = engine.add(context, replace(text.how, max_tokens=k, stop=None))
+            draft.generator, draft.on_token = text.generator, (
+                lambda _, draft=draft, q=q: q.append(draft.p))
+            drafts.append((draft, q))
         while engine.step(): pass
-        return [(draft.new, None if draft.p is None else torch.cat(q)) if draft else ([], None)
-                for draft, q in drafts]
+        return [(draft.new, torch.cat(q)) for draft, q in drafts]
     return guess
 
 # -----------------------------------------------------------------------------
@@ -592,12 +570,10 @@ class Worker(threading.Thread):
         super().__init__(daemon=True)
         self.engine, self.tokenizer, self.wake = engine, tokenizer, threading.Event()
         self.start()
-
     def run(self):
         while True:
             self.wake.clear()
             if not self.engine.step(): self.wake.wait()
-
     def write(self, ids, how, stops=()):
         """-> (Text, what it says in pieces, "" while it thinks). Who stops listening, for Ctrl-C or
         as a client hangs up, closes these: it ends, and with the next step its blocks are free."""
@@ -607,7 +583,7 @@ class Worker(threading.Thread):
         self.wake.set()
         def listen():
             try:
-                while not text.ended or not heard.empty():
+                while not text.ended:
                     try: yield heard.get(timeout=0.02)
                     except queue.Empty: yield ""
                     if not self.is_alive(): raise ConnectionError("the engine has stopped")
@@ -643,15 +619,11 @@ ROLES = {role: role for role in ("system", "user", "assistant")}
 KINDS = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float,
          "seed": int}
 
-class Refused(Exception):
-    """A request, with its status code and what is wrong with it."""
-
 class Handler(http.server.BaseHTTPRequestHandler):
     timeout = 60  # s that a client may take to speak, or to read
     def log_message(self, *_): pass
     def send_error(self, status, message=None, _=None):
         self.reply({"error": {"message": message, "code": status}}, status)
-
     def reply(self, value, status=200):
         data = json.dumps(value).encode()
         self.send_response(status)
@@ -659,56 +631,53 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
-
     def do_GET(self):
-        answers = {"/health": {"status": "ok", "texts": len(self.server.worker.engine.texts)},
-                   "/v1/models": {"object": "list", "data": [{"id": self.server.name,
-                                                              "object": "model"}]}}
-        if self.path in answers: self.reply(answers[self.path])
-        else: self.send_error(404, f"path: got {self.path}, wanted {' or '.join(answers)}")
-
+        s = self.server
+        known = {"/health": {"status": "ok", "texts": len(s.worker.engine.texts)}, "/v1/models": {
+            "object": "list", "data": [{"id": s.name, "object": "model"}]}}
+        if self.path in known: self.reply(known[self.path])
+        else: self.send_error(404, f"path: got {self.path}, wanted {' or '.join(known)}")
     def do_POST(self):
-        try: self.answer(*self.read())
-        except Refused as e: self.send_error(*e.args)
+        try:
+            if ask := self.read(): self.answer(*ask)
         except OSError: pass  # the client has left
-
     def read(self):
-        """-> (ids, Sampling, strings that stop, is it streamed)."""
-        s, size, limit = self.server, self.headers.get("Content-Length", ""), self.server.limit
-        if not size.isdecimal(): raise Refused(411, "wanted a Content-Length")
-        data = self.rfile.read(min(int(size), 16 * MAX_BODY))  # who still sends hears no refusal
-        if int(size) > MAX_BODY: raise Refused(413, f"body: got {size} bytes, at most {MAX_BODY}")
+        """-> (ids, Sampling, strings that stop, is it streamed), or None if it is refused."""
+        worker, size = self.server.worker, self.headers.get("Content-Length", "")
+        limit, size = worker.engine.limit, int(size) if size.isdecimal() else 0
+        data = self.rfile.read(min(size, 16 * MAX_BODY))  # who still sends hears no refusal
+        if size > MAX_BODY: return self.send_error(413, f"body: got {size}, at most {MAX_BODY}")
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
-            raise Refused(404, "wanted /v1/completions or /v1/chat/completions")
+            return self.send_error(404, "wanted /v1/completions or /v1/chat/completions")
         try:
             body, end = json.loads(data), []
             given = {k: kind(body[k]) for k, kind in KINDS.items() if body.get(k) is not None}
             stops = body.get("stop") or []
             stops = [stops] if isinstance(stops, str) else [stop + "" for stop in stops]
-            if "chat" in self.path: ids, *end = encode_chat(s.worker.tokenizer, [
+            if "chat" in self.path: ids, *end = encode_chat(worker.tokenizer, [
                 {"role": ROLES[m["role"]], "content": m["content"] + ""} for m in body["messages"]])
-            else: ids = encode_prompt(s.worker.tokenizer, body["prompt"] + "", limit)
-            if not 0 < len(ids) < limit: raise ValueError(
-                f"prompt: got {len(ids)} tokens, wanted 1 to {limit - 1}")
-            if "" in stops or body.get("n", 1) != 1: raise ValueError("wanted n 1, stops not empty")
-            how = replace(s.how, **given)
+            else: ids = encode_prompt(worker.tokenizer, body["prompt"] + "", limit)
+            if len(ids) >= limit or "" in stops or body.get("n", 1) != 1: raise ValueError(
+                f"got {len(ids)} tokens, wanted fewer than {limit}, n 1, no stop that is empty")
+            how = replace(self.server.how, **given)
             how = replace(how, max_tokens=min(how.max_tokens, limit - len(ids)))
             return ids, how, [*stops, *end], bool(body.get("stream"))
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
-                UserError) as e: raise Refused(400, f"{type(e).__name__}: {e}")
-
+                UserError) as e: self.send_error(400, f"{type(e).__name__}: {e}")
     def answer(self, ids, how, stops, streamed):
         s, chat, whole = self.server, "chat" in self.path, ""
         with s.lock:
-            if len(s.worker.engine.texts) >= MAX_TEXTS: raise Refused(429, "busy; try again")
-            text, pieces = s.worker.write(ids, how, stops)
-        head = {"id": f"cmpl-{time.time_ns()}", "created": int(time.time()), "model": s.name,
-                "object": ("chat.completion" + ".chunk" * streamed) if chat else "text_completion"}
+            busy = len(s.worker.engine.texts) >= MAX_TEXTS
+            if not busy: text, pieces = s.worker.write(ids, how, stops)
+        if busy: return self.send_error(429, f"busy with {MAX_TEXTS} texts; try again")
+        kind = ("chat.completion" + ".chunk" * streamed) if chat else "text_completion"
         def say(key, said, why=None):
             said = {key: {"role": "assistant", "content": said}} if chat else {"text": said}
-            return {**head, "choices": [{"index": 0, **said, "finish_reason": why}]}
-        def send(*said): self.wfile.write(f"data: {json.dumps(say('delta', *said))}\n\n".encode())
-        try:
+            return {"id": f"cmpl-{id(text)}", "object": kind, "created": start, "model": s.name,
+                    "choices": [{"index": 0, **said, "finish_reason": why}]}
+        def send(said): self.wfile.write(f"data: {said}\n\n".encode())
+        start = int(time.time())
+        with contextlib.closing(pieces):
             if streamed:
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")
@@ -717,18 +686,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(
                         1, socket.MSG_PEEK): return  # it has hung up
                 whole += piece
-                if piece and streamed: send(piece)
-            if streamed: return send("", text.ended), self.wfile.write(b"data: [DONE]\n\n")
-            self.reply({**say("message", whole, text.ended), "usage": {
-                "prompt_tokens": len(ids), "completion_tokens": text.n_new,
-                "total_tokens": len(ids) + text.n_new}})
-        finally: pieces.close()
+                if piece and streamed: send(json.dumps(say("delta", piece)))
+        if streamed: return send(json.dumps(say("delta", "", text.ended))), send("[DONE]")
+        self.reply({**say("message", whole, text.ended), "usage": {
+            "prompt_tokens": len(ids), "completion_tokens": text.n_new,
+            "total_tokens": len(ids) + text.n_new}})
 
 def server_of(worker, how, name, address):
     """The server; serve_forever() answers."""
     server = http.server.ThreadingHTTPServer(address, Handler)
     server.worker, server.how, server.name, server.lock = worker, how, str(name), threading.Lock()
-    server.limit = worker.engine.limit
+    server.socket.listen(MAX_TEXTS)  # who comes at once may wait
     return server
 
 # -----------------------------------------------------------------------------
@@ -773,26 +741,22 @@ def compare(*runs):
 
 def board():
     """Finished runs by bits_per_byte; they compare where the text is the same."""
-    row, lines = ("{run:26s}{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}"
-                  "{parameters:12,d}  {dataset} {text:.8}, {hardware}"), []
-    for path in RUNS.glob("*/result.json"):
-        try:
-            r = json.loads(path.read_text())
-            lines.append((r["text"], r["bits_per_byte"], row.format(run=path.parent.name, **r)))
-        except (ValueError, KeyError, TypeError): print(f"{path}: damaged, left out")
-    if not lines: raise UserError(f"board: got no run under {RUNS}/; wanted one: python train.py")
+    rows = [json.loads(path.read_text()) | {"run": path.parent.name}
+            for path in RUNS.glob("*/result.json")]
+    if not rows: raise UserError(f"board: got no run under {RUNS}/; wanted one: python train.py")
     print(f"{'run':26s} bits_per_byte context  minutes     FLOPs  parameters")
-    for *_, line in sorted(lines): print(line)
+    for row in sorted(rows, key=lambda row: (row["text"], row["bits_per_byte"])):
+        print("{run:26s}{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}"
+              "{parameters:12,d}  {dataset} {text:.8}, {hardware}".format(**row))
 
 def plot(run):
     """Draws runs/NAME/loss.png from the log if matplotlib is installed."""
     try: from matplotlib.figure import Figure
     except ImportError: return print("no picture: matplotlib is not installed")
-    picture = Figure(figsize=(7, 4))
-    axes, rows = picture.subplots(), read_log(run)
+    axes = (picture := Figure(figsize=(7, 4))).subplots()
     for label, key in (("training", "flops"), ("validation", "valid")):
-        points = [(r["minutes"], r.get("valid", r)["loss"]) for r in rows if key in r]
-        axes.plot(*zip(*points), ".-", label=label)
+        axes.plot(*zip(*[(r["minutes"], r.get("valid", r)["loss"]) for r in read_log(run)
+                         if key in r]), ".-", label=label)
     axes.set(xlabel="minutes", ylabel="loss (nats per token)")
     axes.legend()
     picture.savefig(Path(run) / "loss.png", dpi=120)
