@@ -478,13 +478,13 @@ LETTERS = "ABCDEFGHIJ"
 def read_questions(path):
     """[(question, choices, which is right)] in the layout of HellaSwag (jsonl: ctx, endings, label)
     or MMLU (jsonl: question, choices, answer; csv: question, choices, letter)."""
-    which = lambda answer: int(answer) if str(answer).isdigit() else LETTERS.index(answer)
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            if Path(path).suffix == ".csv": rows = [(q, c, a) for q, *c, a in csv.reader(file)]
-            else: rows = [(r.get("ctx") or r["question"], r.get("endings") or r["choices"],
-                           r.get("label", r.get("answer"))) for r in map(json.loads, file)]
-        return [(q, choices, which(a)) for q, choices, a in rows if choices[which(a)]]
+            rows = [(q, c, a) for q, *c, a in csv.reader(file)] if str(path).endswith("csv") else [
+                (r.get("ctx") or r["question"], r.get("endings") or r["choices"],
+                 str(r.get("label", r.get("answer")))) for r in map(json.loads, file)]
+        rows = [(q, c, int(a) if a.isdigit() else LETTERS.index(a)) for q, c, a in rows]
+        return [(q, c, right) for q, c, right in rows if c[right]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"eval: got {type(e).__name__}: {e} in {path}, wanted the layout of MMLU "
                         "(csv or jsonl) or HellaSwag (jsonl); set --eval")
@@ -558,9 +558,9 @@ def encode_chat(tokenizer, messages):
     """Messages -> (ids up to the assistant's next turn, the text that ends it). A text that spells
     a special token gets a space into it, or a user could speak as the system."""
     name = next((name for mark, name in MARKS.items() if mark in tokenizer.special_tokens), "plain")
-    apart = lambda m: {**m, "content": tokenizer.splitter.sub(
-        lambda s: s[0][0] + " " + s[0][1:], m["content"])}
-    pieces = TEMPLATES[name]([*map(apart, messages), {"role": "assistant", "content": ""}])
+    apart = lambda text: tokenizer.splitter.sub(lambda s: s[0][0] + " " + s[0][1:], text)
+    pieces = TEMPLATES[name]([*({**m, "content": apart(m["content"])} for m in messages),
+                              {"role": "assistant", "content": ""}])
     last = max(i for i, (_, own) in enumerate(pieces) if own)
     return [i for text, _ in pieces[:last] for i in tokenizer.encode(text)], pieces[last][0]
 
@@ -615,9 +615,8 @@ def chat(worker, how):
 # A connection is a thread, which asks the worker for a text and sends what it says.
 
 MAX_BODY, MAX_TEXTS = 1 << 20, 128  # bytes of a request, texts at once [our choice]
+KINDS = dict(max_tokens=int, temperature=float, top_k=int, top_p=float, min_p=float, seed=int)
 ROLES = {role: role for role in ("system", "user", "assistant")}
-KINDS = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float,
-         "seed": int}
 
 class Handler(http.server.BaseHTTPRequestHandler):
     timeout = 60  # s that a client may take to speak, or to read
@@ -626,76 +625,76 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply({"error": {"message": message, "code": status}}, status)
     def reply(self, value, status=200):
         data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+        self.start(status, ("Content-Type", "application/json"), ("Content-Length", str(len(data))))
         self.wfile.write(data)
+    def start(self, status, *headers):
+        self.send_response(status)
+        for header in headers: self.send_header(*header)
+        self.end_headers()
     def do_GET(self):
-        s = self.server
-        known = {"/health": {"status": "ok", "texts": len(s.worker.engine.texts)}, "/v1/models": {
-            "object": "list", "data": [{"id": s.name, "object": "model"}]}}
-        if self.path in known: self.reply(known[self.path])
+        known = {"/health": {"status": "ok", "texts": len(self.server.engine.texts)},
+                 "/v1/models": {"data": [{"id": self.server.name, "object": "model"}]}}
+        if self.path in known: self.reply({"object": "list", **known[self.path]})
         else: self.send_error(404, f"path: got {self.path}, wanted {' or '.join(known)}")
     def do_POST(self):
+        size = self.headers.get("Content-Length", "")
+        size = int(size) if size.isdecimal() else 0
         try:
-            if ask := self.read(): self.answer(*ask)
+            data = self.rfile.read(min(size, 16 * MAX_BODY))  # who still sends hears no refusal
+            if size > MAX_BODY: return self.send_error(413, f"body: got {size}, at most {MAX_BODY}")
+            if self.path not in ("/v1/completions", "/v1/chat/completions"):
+                return self.send_error(404, "wanted /v1/completions or /v1/chat/completions")
+            try: asked = self.read(json.loads(data))
+            except (ValueError, LookupError, TypeError, AttributeError, OverflowError,
+                    RecursionError, UserError) as e:
+                return self.send_error(400, f"{type(e).__name__}: {e}")
+            self.answer(*asked)
         except OSError: pass  # the client has left
-    def read(self):
-        """-> (ids, Sampling, strings that stop, is it streamed), or None if it is refused."""
-        worker, size = self.server.worker, self.headers.get("Content-Length", "")
-        limit, size = worker.engine.limit, int(size) if size.isdecimal() else 0
-        data = self.rfile.read(min(size, 16 * MAX_BODY))  # who still sends hears no refusal
-        if size > MAX_BODY: return self.send_error(413, f"body: got {size}, at most {MAX_BODY}")
-        if self.path not in ("/v1/completions", "/v1/chat/completions"):
-            return self.send_error(404, "wanted /v1/completions or /v1/chat/completions")
-        try:
-            body, end = json.loads(data), []
-            given = {k: kind(body[k]) for k, kind in KINDS.items() if body.get(k) is not None}
-            stops = body.get("stop") or []
-            stops = [stops] if isinstance(stops, str) else [stop + "" for stop in stops]
-            if "chat" in self.path: ids, *end = encode_chat(worker.tokenizer, [
-                {"role": ROLES[m["role"]], "content": m["content"] + ""} for m in body["messages"]])
-            else: ids = encode_prompt(worker.tokenizer, body["prompt"] + "", limit)
-            if len(ids) >= limit or "" in stops or body.get("n", 1) != 1: raise ValueError(
-                f"got {len(ids)} tokens, wanted fewer than {limit}, n 1, no stop that is empty")
-            how = replace(self.server.how, **given)
-            how = replace(how, max_tokens=min(how.max_tokens, limit - len(ids)))
-            return ids, how, [*stops, *end], bool(body.get("stream"))
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
-                UserError) as e: self.send_error(400, f"{type(e).__name__}: {e}")
+
+    def read(self, body):
+        """-> (ids, Sampling, strings that stop, is it streamed)."""
+        tokenizer, limit, end = self.server.worker.tokenizer, self.server.engine.limit, []
+        given = {k: kind(body[k]) for k, kind in KINDS.items() if body.get(k) is not None}
+        stops = body.get("stop") or []
+        stops = [stops] if isinstance(stops, str) else [stop + "" for stop in stops]
+        if "chat" in self.path: ids, *end = encode_chat(tokenizer, [
+            {"role": ROLES[m["role"]], "content": m["content"] + ""} for m in body["messages"]])
+        else: ids = encode_prompt(tokenizer, body["prompt"] + "", limit)
+        if len(ids) >= limit or "" in stops or body.get("n", 1) != 1: raise ValueError(
+            f"got {len(ids)} tokens, wanted fewer than {limit}, n 1, no stop that is empty")
+        how = replace(self.server.how, **given)
+        how = replace(how, max_tokens=min(how.max_tokens, limit - len(ids)))
+        return ids, how, stops + end, bool(body.get("stream"))
+
     def answer(self, ids, how, stops, streamed):
-        s, chat, whole = self.server, "chat" in self.path, ""
-        with s.lock:
-            busy = len(s.worker.engine.texts) >= MAX_TEXTS
-            if not busy: text, pieces = s.worker.write(ids, how, stops)
-        if busy: return self.send_error(429, f"busy with {MAX_TEXTS} texts; try again")
-        kind = ("chat.completion" + ".chunk" * streamed) if chat else "text_completion"
-        def say(key, said, why=None):
-            said = {key: {"role": "assistant", "content": said}} if chat else {"text": said}
-            return {"id": f"cmpl-{id(text)}", "object": kind, "created": start, "model": s.name,
-                    "choices": [{"index": 0, **said, "finish_reason": why}]}
+        with self.server.lock:
+            busy = len(self.server.engine.texts) >= MAX_TEXTS
+            if not busy: text, pieces = self.server.worker.write(ids, how, stops)
+        if busy: return self.send_error(429, f"got {MAX_TEXTS} texts already; try again")
+        chat, whole = "chat" in self.path, ""
+        head = {"id": f"cmpl-{id(text)}", "created": int(time.time()), "model": self.server.name,
+                "object": ("chat.completion" + ".chunk" * streamed) if chat else "text_completion"}
+        def say(said, **more):
+            key = {"delta" if streamed else "message": {"role": "assistant", "content": said}}
+            choice = {"index": 0, "finish_reason": text.ended, **(key if chat else {"text": said})}
+            return {**head, "choices": [choice], **more}
         def send(said): self.wfile.write(f"data: {said}\n\n".encode())
-        start = int(time.time())
         with contextlib.closing(pieces):
-            if streamed:
-                self.send_response(200)
-                self.send_header("Content-Type", "text/event-stream")
-                self.end_headers()
+            if streamed: self.start(200, ("Content-Type", "text/event-stream"))
             for piece in pieces:
                 if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(
                         1, socket.MSG_PEEK): return  # it has hung up
+                if streamed and piece: send(json.dumps(say(piece)))
                 whole += piece
-                if piece and streamed: send(json.dumps(say("delta", piece)))
-        if streamed: return send(json.dumps(say("delta", "", text.ended))), send("[DONE]")
-        self.reply({**say("message", whole, text.ended), "usage": {
-            "prompt_tokens": len(ids), "completion_tokens": text.n_new,
-            "total_tokens": len(ids) + text.n_new}})
+        if streamed: return send(json.dumps(say(""))), send("[DONE]")
+        self.reply(say(whole, usage={"prompt_tokens": len(ids), "completion_tokens": text.n_new,
+                                     "total_tokens": len(ids) + text.n_new}))
 
 def server_of(worker, how, name, address):
     """The server; serve_forever() answers."""
     server = http.server.ThreadingHTTPServer(address, Handler)
-    server.worker, server.how, server.name, server.lock = worker, how, str(name), threading.Lock()
+    server.worker, server.engine, server.how, server.name = worker, worker.engine, how, str(name)
+    server.lock = threading.Lock()
     server.socket.listen(MAX_TEXTS)  # who comes at once may wait
     return server
 
@@ -730,8 +729,7 @@ def read_log(run):
 def compare(*runs):
     """Two runs' training losses (means since the line before) at equal time, tokens and FLOPs."""
     logs = [[row for row in read_log(run) if "flops" in row] for run in runs]
-    for empty in (run for run, log in zip(runs, logs) if not log):
-        raise UserError(f"compare: got {empty}, wanted a run with a log.jsonl; set --run")
+    if not all(logs): raise UserError(f"compare: got a run of {runs} without log.jsonl; set --run")
     for key in ("minutes", "tokens", "flops"):  # of one tokenizer: else a nat is another
         ends = [[row[key] for row in log] for log in logs]
         print("{:>12s}  loss of {}  of {}  difference".format(key, *runs))
@@ -764,13 +762,11 @@ def plot(run):
 
 def encode_prompt(tokenizer, text, limit):
     """Ids of a prompt, begun by end-of-text as every training document is; None gives just that."""
-    def need(ok, got, wanted):
-        if not ok: raise UserError(f"prompt: got {got}, wanted {wanted}; set --prompt")
-    need(text is None or text, "an empty text", "a character or more, or none for a new document")
-    need(not re.search("[\ud800-\udfff]", text or ""), "bytes that are not UTF-8", "UTF-8")
-    ids = [tokenizer.eot] * (tokenizer.eot is not None) + tokenizer.encode(text or "")
-    need(ids, "none", "a text, as this tokenizer lacks end-of-text")
-    need(len(ids) <= limit, f"{len(ids):,} tokens", f"at most the context, {limit:,}")
+    odd = text == "" or re.search("[\ud800-\udfff]", text or "")  # what is no text, or no UTF-8
+    ids = [] if odd else [tokenizer.eot] * (tokenizer.eot is not None) + tokenizer.encode(text or "")
+    if not 0 < len(ids) <= limit: raise UserError(
+        f"prompt: got {len(ids):,} tokens of {text!r:.50}, wanted 1 to {limit:,}, the context, of a "
+        "text in UTF-8, or no prompt for a new document, if there is end-of-text; set --prompt")
     return ids
 
 # -----------------------------------------------------------------------------
