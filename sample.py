@@ -19,21 +19,16 @@ THE COSTS (N weights, B texts, S tokens each in the cache)
     token reads all N weights for 2 N FLOPs: bound by memory. A step takes (weights + B caches) /
     bandwidth; texts share the weights and nobody a cache. Without one, T tokens cost T^2 / 2.
 
-CONTENTS  samplers / a cache in blocks / the engine / speculation / eight bits / likelihood / chat
-          / a server / devices and runs / lesson and command line
-NOT HERE  attention that reads blocks in place (here they are gathered), CUDA graphs, four bits
+CONTENTS  samplers / cache in blocks / engine / speculation / eight bits / likelihood / chat / runs
+NOT HERE  attention that reads blocks in place (here they are gathered), CUDA graphs, a server
 RUN       python sample.py         # the lesson, offline; last line "... a batch shares the reading"
           python sample.py --run runs/NAME --prompt "def "    # streams text of that run
           python sample.py --run runs/NAME --eval text.txt --int8    # or questions: jsonl, csv
-          python sample.py chat --run runs/NAME    # or serve, then /v1/chat/completions
-REFERENCES
-    Fan et al. 2018 (1805.04833) top-k; Holtzman et al. 2020 (1904.09751) top-p; Nguyen et al. 2024
-    (2407.01082) min-p; Pope et al. 2022 (2211.05102) costs; Kwon et al. 2023 (2309.06180) blocks;
-    Yu et al. 2022 (Orca) batching; Leviathan et al. 2023 (2211.17192) speculation; Shannon 1948
+          python sample.py chat --run runs/NAME
+REFERENCES  at each section and function; of the costs Pope et al. 2022 (2211.05102)
 EXERCISE  Empty `top_p`, `verify`; `pytest test_all.py -k "sampl or verified"` says they are right
 """
-import argparse, codecs, contextlib, csv, hashlib, http.server, itertools, json, math, queue, re, select, socket
-import sys, threading, time
+import argparse, codecs, csv, hashlib, itertools, json, math, re, signal, sys, time
 from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -56,25 +51,21 @@ from model import LM, ModelConfig, load_model, meta_model, need_field
 def temperature(z, t):
     """Divides the gaps between log-probabilities by t: below 1 favours the likely."""
     return (z - z.amax(-1, keepdim=True)) / t  # the shift changes no probability, nor overflows
-
 def top_k(z, k):
-    """Keeps the k likeliest; of equal ones the lower ids, so that exactly k stay."""
+    """Keeps the k likeliest (1805.04833); of equal ones the lower ids, so that exactly k stay."""
     keep = z.sort(descending=True, stable=True).indices[..., :k]
     return torch.full_like(z, float("-inf")).scatter(-1, keep, z.gather(-1, keep))
-
 def top_p(z, p):
     """Keeps the smallest set of likeliest tokens whose probabilities sum to at least p: a token
-    stays if those before it sum to less than p, so the one that crosses p is in."""
+    stays if those before it sum to less than p, so the one that crosses p is in (1904.09751)."""
     order = z.sort(descending=True, stable=True).indices
     probs = z.gather(-1, order).softmax(-1)
     drop = probs.cumsum(-1) - probs >= p
     return z.masked_fill(torch.empty_like(drop).scatter(-1, order, drop), float("-inf"))
-
 def min_p(z, p):
-    """Keeps tokens at least p times as likely as the likeliest: few when the model is sure."""
+    """Keeps tokens at least p times as likely as the likeliest, few if it is sure (2407.01082)."""
     probs = z.softmax(-1)
     return z.masked_fill(probs < p * probs.amax(-1, keepdim=True), float("-inf"))
-
 SAMPLERS = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 @dataclass(frozen=True)
@@ -102,26 +93,23 @@ def distribution(logits, how):
     z = logits.cpu().double()  # in this order: some devices have no float64
     if how.temperature == 0: return F.one_hot(z.argmax(-1), z.shape[-1]).double()  # first of equals
     for name, sampler in SAMPLERS.items():
-        value = getattr(how, name)
-        if value is not None: z = sampler(z, value)
+        if getattr(how, name) is not None: z = sampler(z, getattr(how, name))
     return z.softmax(-1)
-
 def choose(p, generator):
     """Draws from p (V,): the first token up to which the sum exceeds a uniform number."""
     total, u = p.cumsum(-1), torch.rand(1, dtype=p.dtype, generator=generator)
     return min(int(torch.searchsorted(total, u * total[-1], right=True)), len(p) - 1)
-
 def draw(logits, how, generator): return choose(distribution(logits, how), generator)
 
 # -----------------------------------------------------------------------------
 # A cache in blocks, for many texts at once
 # How long a text gets nobody knows beforehand, and to reserve the longest for each would waste most
-# of the memory. So it is cut into blocks: a text takes another when its last is full, and texts
-# that begin alike read the same ones. The model sees none of this: in a forward each layer has a
-# cache with the contract of KVCache, which gathers the blocks of the texts at hand.
+# of the memory. So it is cut into blocks (2309.06180): a text takes another when its last is full,
+# and texts that begin alike read the same ones. The model sees none of this: in a forward each
+# layer has a cache with the contract of KVCache, which gathers the blocks of the texts at hand.
 
 class LayerCache:
-    """A layer's cache in a forward: blocks as in a KVCache, or slots as in StateCaches, together."""
+    """A layer's cache in a forward: blocks as a KVCache, or slots of StateCaches side by side."""
     next_pos = staticmethod(lambda: None)  # positions are given
     def __init__(self, batch, layer, slots):
         self.batch, self.layer = batch, layer
@@ -168,24 +156,23 @@ class Batch:
         write, a = index(pos.clamp(min=0)) * (pos >= 0).flatten(), row[0] * size + first[0]
         alone = len(pos) == 1 and row == [*range(row[0], row[0] + len(row))]
         read = slice(a, a + S) if alone else index(at.clamp(max=len(row) * size - 1))
-        self.seen[window] = write, read, mask
-        return self.seen[window]
+        return self.seen.setdefault(window, (write, read, mask))
 
 # -----------------------------------------------------------------------------
 # The engine: many texts, one forward
 # Decoding reads all weights for one token of each text, so texts are decoded together, and when one
-# ends, the next takes its row at once. Prompts go through in chunks beside them, so that a long one
-# keeps nobody waiting. When blocks run out, the youngest text gives its own away and computes them
-# anew later. What a text says depends on none of this (drawn among guesses, its chances do not).
+# ends, the next takes its row at once (Orca, Yu et al. 2022). Prompts go through in chunks beside
+# them, so that a long one keeps nobody waiting. When blocks run out, the youngest text gives its
+# own away and computes them anew later. What a text says depends on none of this (drawn among
+# guesses, its chances do not).
 
 def key_of(before, tokens): return hashlib.blake2b(before + np.array(tokens).tobytes()).digest()
-
 class Text:
     """One text in the making: its context is tokens[begin:], of which `done` are in the cache."""
     def __init__(self, prompt, how, on_token):
         self.tokens, self.n_prompt, self.how, self.on_token = [*prompt], len(prompt), how, on_token
-        self.generator, self.begin, self.p = torch.Generator().manual_seed(how.seed), 0, None
-        self.ended = None  # or why: "stop", "length", "left"
+        self.generator, self.begin = torch.Generator().manual_seed(how.seed), 0
+        self.p = self.ended = None  # what it drew from, and why it ended: "stop", "length", "left"
         self.forget()
     def forget(self): self.done, self.blocks, self.keys, self.states = 0, [], [], None
     new = property(lambda self: self.tokens[self.n_prompt:])
@@ -214,14 +201,12 @@ class Engine:
         self.shares, self.ref, self.idle = use_cache and not self.recurrent, [0], OrderedDict()
         self.texts, self.known, self.key = [], {}, {}  # oldest first, {key: block}, {block: key}
         self.passes = self.guessed = self.accepted = 0
-
     def add(self, prompt, how=Sampling(), on_token=None):
         """-> the Text that goes on from a prompt (ids). on_token(id) hears what it says; if that
         returns True, it ends there. To give it up, set its `ended`. Safe from any thread."""
         assert 0 < len(prompt) <= self.limit, "prompts must hold 1 to seq_len tokens"
         self.texts.append(text := Text(prompt, how, on_token))
         return text
-
     def begin(self, text):
         """Lets a text read the known blocks of its beginning, at most all but the last token. False
         if another text is just making one more known: n samples of a prompt read it once."""
@@ -239,16 +224,14 @@ class Engine:
             self.ref[block] += 1
             self.idle.pop(block, None)
         return True
-
     def learn(self, text):
         """Makes the blocks that a text has filled known."""
         full = min(text.done, len(text.context)) // self.size  # it may end among good guesses
         for i in range(len(text.keys), full if self.shares else 0):
             tokens = text.context[i * self.size:(i + 1) * self.size]
-            text.keys.append(key_of(text.keys[-1] if i else b"", tokens))
-            if text.keys[i] not in self.known:
-                self.known[text.keys[i]], self.key[text.blocks[i]] = text.blocks[i], text.keys[i]
-
+            text.keys.append(key := key_of(text.keys[-1] if i else b"", tokens))
+            if self.known.setdefault(key, text.blocks[i]) == text.blocks[i]:
+                self.key[text.blocks[i]] = key
     def release(self, text):
         """Takes its blocks away. A beginning is of use without its end: the end is idle first."""
         self.learn(text)
@@ -258,7 +241,6 @@ class Engine:
                 self.idle[block] = None
                 if block not in self.key: self.idle.move_to_end(block, last=False)
         text.forget()
-
     def room(self, text, n):
         """Takes blocks for n more tokens. If too few are idle, there will be twice as many; and at
         the most, younger texts lose theirs and compute them anew. False if that is not enough."""
@@ -277,7 +259,6 @@ class Engine:
             self.known.pop(self.key.pop(block, None), None)
             self.ref[block] = 1
         return True
-
     def plan(self):
         """[[text, tokens to compute, guesses behind them, their distributions]] of this step."""
         rows, asks, budget = [], [], self.chunk
@@ -296,7 +277,6 @@ class Engine:
         guesses = self.guess([(row[0], k) for row, k in asks]) if asks else ()
         for (row, _), guess in zip(asks, guesses): row[2:] = guess
         return rows
-
     @torch.no_grad()
     def step(self):
         """A token for each text that has begun, `chunk` tokens of prompts -> is there more to do?
@@ -309,7 +289,6 @@ class Engine:
             self.release(text)
             self.texts.remove(text)
         return bool(self.texts)
-
     def forward(self, rows):
         batch, hows = Batch(self, rows), [row[0].how for row in rows]
         z, _ = self.model(batch.tokens, pos=batch.pos, cache=batch.caches,
@@ -329,7 +308,6 @@ class Engine:
                 text.done += len(tokens) + n - wrong
                 text.states = [c.slot and [x[r:r + 1] for x in c.slot] for c in batch.caches[:-1]]
             for token in said: self.say(text, token)
-
     def say(self, text, token):
         if text.ended: return
         if token in text.how.stops(): text.ended = "stop"
@@ -392,7 +370,6 @@ def verify(p, q, guesses, choose):
         rest = (p[i] - q[i]).clamp(min=0)
         return [*guesses[:i], choose(rest / rest.sum())]
     return [*guesses, choose(p[-1])]
-
 def look_up(asks, n=2):
     """Guesses that a text goes on as where its last n tokens stood before: free, good for code."""
     def one(t, k):
@@ -401,21 +378,19 @@ def look_up(asks, n=2):
                 return (t[i + n:i + n + k] * k)[:k]  # and if that was just now, so on
         return []
     return [(one(text.tokens, k), None) for text, k in asks]
-
 def draft_of(model):
     """Guesses of a smaller model with the same tokens, drawn as the text's own settings say. It has
     an engine of its own, which knows what it has read of a text (but for recurrences)."""
     engine = Engine(model)
     def guess(asks):
-        drafts = []
         for text, k in asks:
-            q, context = [], text.context[-max(1, engine.limit - k):]
-            draft = engine.add(context, replace(text.how, max_tokens=k, stop=None))
-            draft.generator, draft.on_token = text.generator, (
-                lambda _, draft=draft, q=q: q.append(draft.p))
-            drafts.append((draft, q))
+            context, how = text.context[-max(1, engine.limit - k):], replace(text.how, max_tokens=k)
+            draft = engine.add(context, replace(how, stop=None))
+            draft.generator, draft.q = text.generator, []
+            draft.on_token = lambda _, draft=draft: draft.q.append(draft.p)
+        drafts = [*engine.texts]
         while engine.step(): pass
-        return [(draft.new, torch.cat(q)) for draft, q in drafts]
+        return [(draft.new, torch.cat(draft.q)) for draft in drafts]
     return guess
 
 # -----------------------------------------------------------------------------
@@ -436,7 +411,6 @@ class Int8(torch.nn.Module):
         y = (torch._weight_int8pack_mm(rows, self.weight, scale) if few else
              F.linear(rows, self.weight.to(x.dtype)) * scale).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(x.dtype)
-
 def quantize(model):
     """Makes the projections of all layers Int8, but for one whose weights are read elsewhere."""
     for module in [*model.layers.modules()]:
@@ -463,7 +437,6 @@ def evaluate(model, batches, n_bytes, device):
     model.train(training)
     return {"loss": total / counted, "bits_per_byte": total / math.log(2) / n_bytes,
             "tokens": counted, "context": x.shape[1]}
-
 def sliding(ids, context, stride):
     """Batches for `evaluate` of windows that overlap: each of ids but the first counts once, behind
     at least context - stride others where so many are there."""
@@ -472,9 +445,7 @@ def sliding(ids, context, stride):
     for before, end in zip([0, *ends], ends):
         x = ids[None, max(0, end - context):end + 1]
         yield x[:, :-1], x[:, 1:].index_fill(1, torch.arange(x.shape[1] - 1 - end + before), -1)
-
-LETTERS = "ABCDEFGHIJ"
-
+LETTERS = [*"ABCDEFGHIJ"]
 def read_questions(path):
     """[(question, choices, which is right)] in the layout of HellaSwag (jsonl: ctx, endings, label)
     or MMLU (jsonl: question, choices, answer; csv: question, choices, letter)."""
@@ -488,7 +459,6 @@ def read_questions(path):
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"eval: got {type(e).__name__}: {e} in {path}, wanted the layout of MMLU "
                         "(csv or jsonl) or HellaSwag (jsonl); set --eval")
-
 def multiple_choice(model, tokenizer, questions, shots=0, letter=False):
     """-> (shares, their standard errors) of questions whose right choice is the likeliest
     continuation, by its sum and by byte. letter: choices are listed, and a letter is the answer.
@@ -499,7 +469,7 @@ def multiple_choice(model, tokenizer, questions, shots=0, letter=False):
         return question + listed + "\nAnswer:", [" " + x for x in LETTERS[:len(choices)]]
     asked = [(*ask(question, choices), right) for question, choices, right in questions]
     if not 0 <= shots < len(asked):
-        raise UserError(f"shots: got {shots}, wanted fewer than {len(asked)} questions; set --shots")
+        raise UserError(f"shots: got {shots}, wanted fewer than {len(asked)}, all; set --shots")
     start = "".join(q + answers[right] + "\n\n" for q, answers, right in asked[:shots])
     device, context, good = model.embed_tokens.weight.device, model.cfg.seq_len, []
     for question, answers, right in asked[shots:]:
@@ -511,21 +481,29 @@ def multiple_choice(model, tokenizer, questions, shots=0, letter=False):
         by_byte = np.divide(bits, [len(answer.encode()) for answer in answers])
         good.append([np.argmin(x) == right for x in (bits, by_byte)])
     return np.mean(good, 0), np.std(good, 0) / math.sqrt(len(good))
-
+def measure(model, tokenizer, path, shots, letter):
+    """bits_per_byte of a text, or shares of questions that are right, as a dict."""
+    limit = model.cfg.seq_len
+    if Path(path).suffix in (".jsonl", ".csv"):
+        rights, errors = multiple_choice(model, tokenizer, read_questions(path), shots, letter)
+        return dict(zip(("right", "right_by_byte", "error", "error_by_byte"), (*rights, *errors)))
+    try: text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as e: raise UserError(f"eval: got {e}, wanted a text; set --eval")
+    batches = sliding(encode_prompt(tokenizer, text, math.inf), limit, -(-limit // 2))
+    return evaluate(model, batches, len(text.encode()), model.embed_tokens.weight.device)
 def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
     """bits_per_byte of models that know no tokens, single tokens, pairs of tokens, counted on at
     most `limit` tokens. A pair a, b that was seen c(ab) times, with n(a) different followers of a,
     has by Witten and Bell (1991) the probability (c(ab) + n(a) p(b)) / (c(a) + n(a))."""
     train = np.asarray(train[:limit], np.int64)
-    single = np.bincount(train, minlength=vocab_size) + 1.0
-    single /= single.sum()
+    single = (np.bincount(train, minlength=vocab_size) + 1) / (len(train) + vocab_size)
     pairs, count = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
     followers, seen = (np.bincount(a, minlength=vocab_size)
                        for a in (pairs // vocab_size, train[:-1]))
     bits = {"uniform": (len(valid) - 1) * math.log2(vocab_size), "unigram": 0.0, "bigram": 0.0}
     for i in range(0, len(valid) - 1, 1 << 22):  # in pieces, for memory
-        a, b = (np.asarray(valid[i + j:i + j + (1 << 22)], np.int64) for j in (0, 1))
-        a = a[:len(b)]
+        part = np.asarray(valid[i:i + (1 << 22) + 1], np.int64)
+        a, b = part[:-1], part[1:]
         at = np.searchsorted(pairs, a * vocab_size + b).clip(max=len(pairs) - 1)
         together = np.where(pairs[at] == a * vocab_size + b, count[at], 0)
         mixed = (together + followers[a] * single[b]) / np.maximum(seen[a] + followers[a], 1)
@@ -541,19 +519,15 @@ def chatml(messages):  # Qwen's, which itself adds a system message if there is 
     return [piece for m in messages for piece in (
         (f"<|im_start|>{m['role']}\n", False),
         (m["content"] + "<|im_end|>", m["role"] == "assistant"), ("\n", False))]
-
 def llama3(messages):
     return [("<|begin_of_text|>", False)] + [piece for m in messages for piece in (
         (f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n", False),
         (m["content"] + "<|eot_id|>", m["role"] == "assistant"))]
-
 def plain(messages):  # nothing but the texts, answers ended by end-of-text: for base models
     return [(EOT, False)] + [(m["content"] + EOT * own, own) for m in messages
                              for own in (m["role"] == "assistant",)]
-
 TEMPLATES = {"chatml": chatml, "llama3": llama3, "plain": plain}
 MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}  # special tokens that tell
-
 def encode_chat(tokenizer, messages):
     """Messages -> (ids up to the assistant's next turn, the text that ends it). A text that spells
     a special token gets a space into it, or a user could speak as the system."""
@@ -564,139 +538,25 @@ def encode_chat(tokenizer, messages):
     last = max(i for i, (_, own) in enumerate(pieces) if own)
     return [i for text, _ in pieces[:last] for i in tokenizer.encode(text)], pieces[last][0]
 
-class Worker(threading.Thread):
-    """Steps an engine as long as it holds texts, which any thread may ask for and listen to."""
-    def __init__(self, engine, tokenizer):
-        super().__init__(daemon=True)
-        self.engine, self.tokenizer, self.wake = engine, tokenizer, threading.Event()
-        self.start()
-    def run(self):
-        while True:
-            self.wake.clear()
-            if not self.engine.step(): self.wake.wait()
-    def write(self, ids, how, stops=()):
-        """-> (Text, what it says in pieces, "" while it thinks). Who stops listening, for Ctrl-C or
-        as a client hangs up, closes these: it ends, and with the next step its blocks are free."""
-        heard = queue.SimpleQueue()
-        stream = TextStream(self.tokenizer, heard.put, stops)
-        text = self.engine.add(ids, how, stream.put)
-        self.wake.set()
-        def listen():
-            try:
-                while not text.ended:
-                    try: yield heard.get(timeout=0.02)
-                    except queue.Empty: yield ""
-                    if not self.is_alive(): raise ConnectionError("the engine has stopped")
-                stream.flush()
-                while not heard.empty(): yield heard.get()
-            finally: text.ended = text.ended or "left"
-        return text, listen()
-
-def chat(worker, how):
+def show(text): print(text, end="", flush=True)
+def chat(engine, tokenizer, how):
     """Turns in the terminal. Ctrl-C ends a reply; where one is asked for, it ends the program."""
     messages = []
     while True:
         try: messages.append({"role": "user", "content": input("> ")})
         except EOFError: return print()
-        while len((ask := encode_chat(worker.tokenizer, messages))[0]) > worker.engine.limit:
-            if not messages[1:]: print("message: longer than the context; write a shorter one")
+        while len((ask := encode_chat(tokenizer, messages))[0]) > engine.limit:
+            if not messages[1:]: raise UserError("message: got more than the context; shorten it")
             del messages[:2]  # the oldest turn is forgotten
-        if not messages: continue
-        messages.append({"role": "assistant", "content": ""})
-        try:
-            for piece in worker.write(ask[0], how, ask[1:])[1]:
-                messages[-1]["content"] += piece
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt: pass
+        said = []
+        stream = TextStream(tokenizer, lambda piece: said.append(piece) or show(piece), ask[1:])
+        text = engine.add(ask[0], how, stream.put)
+        old = signal.signal(signal.SIGINT, lambda *_: setattr(text, "ended", "left"))
+        while engine.step(): pass
+        signal.signal(signal.SIGINT, old)
+        stream.flush()
         print()
-
-# -----------------------------------------------------------------------------
-# A server that speaks OpenAI's interface
-# A connection is a thread, which asks the worker for a text and sends what it says.
-
-MAX_BODY, MAX_TEXTS = 1 << 20, 128  # bytes of a request, texts at once [our choice]
-KINDS = dict(max_tokens=int, temperature=float, top_k=int, top_p=float, min_p=float, seed=int)
-ROLES = {role: role for role in ("system", "user", "assistant")}
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    timeout = 60  # s that a client may take to speak, or to read
-    def log_message(self, *_): pass
-    def send_error(self, status, message=None, _=None):
-        self.reply({"error": {"message": message, "code": status}}, status)
-    def reply(self, value, status=200):
-        data = json.dumps(value).encode()
-        self.start(status, ("Content-Type", "application/json"), ("Content-Length", str(len(data))))
-        self.wfile.write(data)
-    def start(self, status, *headers):
-        self.send_response(status)
-        for header in headers: self.send_header(*header)
-        self.end_headers()
-    def do_GET(self):
-        known = {"/health": {"status": "ok", "texts": len(self.server.engine.texts)},
-                 "/v1/models": {"data": [{"id": self.server.name, "object": "model"}]}}
-        if self.path in known: self.reply({"object": "list", **known[self.path]})
-        else: self.send_error(404, f"path: got {self.path}, wanted {' or '.join(known)}")
-    def do_POST(self):
-        size = self.headers.get("Content-Length", "")
-        size = int(size) if size.isdecimal() else 0
-        try:
-            data = self.rfile.read(min(size, 16 * MAX_BODY))  # who still sends hears no refusal
-            if size > MAX_BODY: return self.send_error(413, f"body: got {size}, at most {MAX_BODY}")
-            if self.path not in ("/v1/completions", "/v1/chat/completions"):
-                return self.send_error(404, "wanted /v1/completions or /v1/chat/completions")
-            try: asked = self.read(json.loads(data))
-            except (ValueError, LookupError, TypeError, AttributeError, OverflowError,
-                    RecursionError, UserError) as e:
-                return self.send_error(400, f"{type(e).__name__}: {e}")
-            self.answer(*asked)
-        except OSError: pass  # the client has left
-
-    def read(self, body):
-        """-> (ids, Sampling, strings that stop, is it streamed)."""
-        tokenizer, limit, end = self.server.worker.tokenizer, self.server.engine.limit, []
-        given = {k: kind(body[k]) for k, kind in KINDS.items() if body.get(k) is not None}
-        stops = body.get("stop") or []
-        stops = [stops] if isinstance(stops, str) else [stop + "" for stop in stops]
-        if "chat" in self.path: ids, *end = encode_chat(tokenizer, [
-            {"role": ROLES[m["role"]], "content": m["content"] + ""} for m in body["messages"]])
-        else: ids = encode_prompt(tokenizer, body["prompt"] + "", limit)
-        if len(ids) >= limit or "" in stops or body.get("n", 1) != 1: raise ValueError(
-            f"got {len(ids)} tokens, wanted fewer than {limit}, n 1, no stop that is empty")
-        how = replace(self.server.how, **given)
-        how = replace(how, max_tokens=min(how.max_tokens, limit - len(ids)))
-        return ids, how, stops + end, bool(body.get("stream"))
-
-    def answer(self, ids, how, stops, streamed):
-        with self.server.lock:
-            busy = len(self.server.engine.texts) >= MAX_TEXTS
-            if not busy: text, pieces = self.server.worker.write(ids, how, stops)
-        if busy: return self.send_error(429, f"got {MAX_TEXTS} texts already; try again")
-        chat, whole = "chat" in self.path, ""
-        head = {"id": f"cmpl-{id(text)}", "created": int(time.time()), "model": self.server.name,
-                "object": ("chat.completion" + ".chunk" * streamed) if chat else "text_completion"}
-        def say(said, **more):
-            key = {"delta" if streamed else "message": {"role": "assistant", "content": said}}
-            choice = {"index": 0, "finish_reason": text.ended, **(key if chat else {"text": said})}
-            return {**head, "choices": [choice], **more}
-        def send(said): self.wfile.write(f"data: {said}\n\n".encode())
-        with contextlib.closing(pieces):
-            if streamed: self.start(200, ("Content-Type", "text/event-stream"))
-            for piece in pieces:
-                if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(
-                        1, socket.MSG_PEEK): return  # it has hung up
-                if streamed and piece: send(json.dumps(say(piece)))
-                whole += piece
-        if streamed: return send(json.dumps(say(""))), send("[DONE]")
-        self.reply(say(whole, usage={"prompt_tokens": len(ids), "completion_tokens": text.n_new,
-                                     "total_tokens": len(ids) + text.n_new}))
-
-def server_of(worker, how, name, address):
-    """The server; serve_forever() answers."""
-    server = http.server.ThreadingHTTPServer(address, Handler)
-    server.worker, server.engine, server.how, server.name = worker, worker.engine, how, str(name)
-    server.lock = threading.Lock()
-    server.socket.listen(MAX_TEXTS)  # who comes at once may wait
-    return server
+        messages.append({"role": "assistant", "content": "".join(said)})
 
 # -----------------------------------------------------------------------------
 # Devices and runs
@@ -707,25 +567,20 @@ def pick_device(name="auto"):
                                "mps" if torch.backends.mps.is_available() else "cpu")
     try: torch.zeros(1, device=name).item()  # nothing can be read from "meta"
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device: got {name}, wanted one that works here; set --device auto, cpu, "
-                        f"cuda or mps ({str(e).splitlines()[0]})")
+        raise UserError(f"device: got {name} ({str(e).splitlines()[0]}); wanted cpu, cuda or mps")
     return torch.device(name)
-
-def find_run(name, runs="runs"):
+def find_run(name):
     """Directory of a run by its path, or by its name under runs/."""
-    for path in (Path(name), Path(runs) / name):
+    for path in (Path(name), RUNS / name):
         if (path / "config.json").is_file(): return path
-    known = sorted(p.parent.name for p in Path(runs).glob("*/config.json"))
-    raise UserError(f"run: got {name}, wanted a directory with a config.json; known under {runs}/: "
-                    f"{', '.join(known) or 'none'}; train one: python train.py")
-
+    known = ", ".join(sorted(p.parent.name for p in RUNS.glob("*/config.json"))) or "none"
+    raise UserError(f"run: got {name}, wanted a directory with a config.json, as under {RUNS}/: "
+                    f"{known}; train one: python train.py")
 RUNS = Path("runs")  # a run leaves log.jsonl, its lines, and result.json, if it came to its end
-
 def read_log(run):
     """The rows of a run's log.jsonl, none if there is none, without a line cut short by a kill."""
     path = Path(run) / "log.jsonl"
     return [*map(json.loads, path.read_text().split("\n")[:-1])] if path.exists() else []
-
 def compare(*runs):
     """Two runs' training losses (means since the line before) at equal time, tokens and FLOPs."""
     logs = [[row for row in read_log(run) if "flops" in row] for run in runs]
@@ -736,50 +591,40 @@ def compare(*runs):
         for x in np.linspace(max(e[0] for e in ends), min(e[-1] for e in ends), 6)[1:]:
             a, b = (np.interp(x, e, [row["loss"] for row in log]) for e, log in zip(ends, logs))
             print(f"{x:12.4g}  {a:8.4f}  {b:8.4f}  {a - b:+8.4f}")
-
 def board():
     """Finished runs by bits_per_byte; they compare where the text is the same."""
-    rows = [json.loads(path.read_text()) | {"run": path.parent.name}
-            for path in RUNS.glob("*/result.json")]
+    rows = [{"run": p.parent.name, **json.loads(p.read_text())} for p in RUNS.glob("*/result.json")]
     if not rows: raise UserError(f"board: got no run under {RUNS}/; wanted one: python train.py")
     print(f"{'run':26s} bits_per_byte context  minutes     FLOPs  parameters")
     for row in sorted(rows, key=lambda row: (row["text"], row["bits_per_byte"])):
         print("{run:26s}{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}"
               "{parameters:12,d}  {dataset} {text:.8}, {hardware}".format(**row))
-
 def plot(run):
     """Draws runs/NAME/loss.png from the log if matplotlib is installed."""
     try: from matplotlib.figure import Figure
     except ImportError: return print("no picture: matplotlib is not installed")
     axes = (picture := Figure(figsize=(7, 4))).subplots()
-    for label, key in (("training", "flops"), ("validation", "valid")):
-        axes.plot(*zip(*[(r["minutes"], r.get("valid", r)["loss"]) for r in read_log(run)
-                         if key in r]), ".-", label=label)
-    axes.set(xlabel="minutes", ylabel="loss (nats per token)")
-    axes.legend()
+    axes.plot(*zip(*[(r["minutes"], r["loss"]) for r in read_log(run) if "flops" in r]), ".-")
+    axes.set(xlabel="minutes", ylabel="training loss (nats per token)")
     picture.savefig(Path(run) / "loss.png", dpi=120)
     print(f"picture: {run}/loss.png")
-
 def encode_prompt(tokenizer, text, limit):
     """Ids of a prompt, begun by end-of-text as every training document is; None gives just that."""
     odd = text == "" or re.search("[\ud800-\udfff]", text or "")  # what is no text, or no UTF-8
-    ids = [] if odd else [tokenizer.eot] * (tokenizer.eot is not None) + tokenizer.encode(text or "")
-    if not 0 < len(ids) <= limit: raise UserError(
-        f"prompt: got {len(ids):,} tokens of {text!r:.50}, wanted 1 to {limit:,}, the context, of a "
-        "text in UTF-8, or no prompt for a new document, if there is end-of-text; set --prompt")
-    return ids
+    ids = [] if odd else tokenizer.encode(EOT * (tokenizer.eot is not None) + (text or ""))
+    if 0 < len(ids) <= limit: return ids
+    raise UserError(f"prompt: got {len(ids):,} tokens of {text!r:.40}, wanted a text in UTF-8 of 1 "
+                    f"to {limit:,}, the context, or none for a new document; set --prompt")
 
 # -----------------------------------------------------------------------------
 # The lesson and the command line
 
 def lesson():
-    print(f"cpu ({device_name(torch.device('cpu'))}), {torch.get_num_threads()} threads, float32")
+    print(f"cpu ({device_name(torch.device('cpu'))}), {torch.get_num_threads()} threads, float32\n"
+          "samplers, on tokens of probability 0.4, 0.25, 0.15, 0.1, 0.06 and 0.04:")
     z = torch.tensor([0.40, 0.25, 0.15, 0.10, 0.06, 0.04]).log()
-    print("samplers, on six tokens:")
-    for name, value in (("temperature", 1), ("temperature", 0.5), ("temperature", 2), ("top_k", 3),
-                        ("top_p", 0.7), ("min_p", 0.25)):
-        p = SAMPLERS[name](z, value).softmax(-1).tolist()
-        print(f"  {name:11s} {value:4g}" + "".join(f"{x:7.3f}" for x in p))
+    for name, value in dict(temperature=0.5, top_k=3, top_p=0.7, min_p=0.25).items():
+        print(f"  {name:11s} {value:4g} ", SAMPLERS[name](z, value).softmax(-1).numpy().round(3))
     print("\ndecoding with Llama 2's 13B weights in bf16, 1,024 tokens a text, on an H100 (80 GB):")
     for B, heads in ((1, 40), (64, 40), (256, 40), (64, 8), (256, 8)):
         model = meta_model(ModelConfig(vocab_size=32000, n_layers=40, d_model=5120, n_heads=40,
@@ -795,74 +640,57 @@ def lesson():
     for B, use_cache in ((1, False), (1, True), (8, True), (32, True)):
         start = time.perf_counter()
         generate(model, torch.randint(0, 512, (B, 64)).tolist(), Sampling(128), use_cache)
-        rate = 128 * B / (time.perf_counter() - start)
-        print(f"  batch {B:2d}: {rate:7.0f} tokens/s" + " without a cache" * (not use_cache))
+        print(f"  batch {B:2d}: {128 * B / (time.perf_counter() - start):7.0f} tokens/s"
+              + " without a cache" * (not use_cache))
     w = 4 * sum(p.numel() for p in model.parameters())
     many, one = (sum(model.flops(T, 64).values()) / w for T in (64, 1))
     print(f"FLOPs a byte: prefill {many:.1f}, decoding {one:.1f}: a batch shares the reading")
-
 def main(args):
-    if args.run is None:
-        if args.prompt or args.eval or args.what: raise UserError("run: got none; set --run NAME")
-        return lesson()
+    if not (args.run or args.prompt or args.eval or args.what): return lesson()
+    if not args.run: raise UserError("run: got none, wanted one to read; set --run NAME")
     given = {f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)}
-    how = Sampling(**{"temperature": 0.0 if args.greedy else 0.8, **given})
+    how = Sampling(**{"temperature": 0.8, **given})
     run, device = find_run(args.run), pick_device(args.device)
     model, tokenizer = load_model(run, device), load_tokenizer(run)
-    limit, show = model.cfg.seq_len, partial(print, end="", flush=True)
     if model.cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"{run}: got a tokenizer of {tokenizer.vocab_size} ids and a model of "
                         f"{model.cfg.vocab_size}, wanted the same; use an unchanged run directory")
     if args.int8: quantize(model)
-    if args.eval and Path(args.eval).suffix in (".jsonl", ".csv"):
-        shares = multiple_choice(model, tokenizer, read_questions(args.eval), args.shots, args.letter)
-        return print("right: {0[0]:.4f} +- {1[0]:.4f} by sum, {0[1]:.4f} +- {1[1]:.4f} by byte"
-                     .format(*shares))
-    if args.eval:
-        try: text = Path(args.eval).read_text(encoding="utf-8")
-        except (OSError, ValueError) as e: raise UserError(f"eval: got {e}, wanted a text's path")
-        batches = sliding(encode_prompt(tokenizer, text, math.inf), limit, -(-limit // 2))
-        return print(evaluate(model, batches, len(text.encode()), device))
+    if args.eval: return print(measure(model, tokenizer, args.eval, args.shots, args.letter))
     if how.stop is None: how = replace(how, stop=tokenizer.eot if model.eos is None else model.eos)
-    prompts = [encode_prompt(tokenizer, text, limit) for text in args.prompt or [None]]
     guess = look_up if args.guess == "look_up" else None
     if args.guess and not guess:
         guess = draft_of(draft := load_model(find_run(args.guess), device))
         if draft.cfg.vocab_size != model.cfg.vocab_size: raise UserError(
             f"guess: got a model of {draft.cfg.vocab_size} tokens, wanted {model.cfg.vocab_size}")
+    engine = Engine(model, guess=guess, use_cache=not args.no_cache)
     print(f"{run}: {model.cfg}\n{device} ({device_name(device)}), float32, "
           f"{torch.get_num_threads()} threads, {how}", file=sys.stderr)
-    engine = Engine(model, args.cache_tokens // 16, guess=guess, use_cache=not args.no_cache)
-    worker, start = Worker(engine, tokenizer), time.perf_counter()
-    if args.what == "chat": return chat(worker, how)
-    if args.what == "serve":
-        server = server_of(worker, how, run, (args.host, args.port))
-        print(f"http://{args.host}:{server.server_port}/v1", flush=True)
-        return server.serve_forever()
-    texts = [worker.write(ids, replace(how, seed=how.seed + i)) for i, ids in enumerate(prompts)]
-    for i, (prompt, (_, pieces)) in enumerate(zip(args.prompt or [""], texts)):
-        show("\n---\n" * (i > 0) + prompt)
-        for piece in pieces: show(piece)
-    made, took = sum(text.n_new for text, _ in texts), time.perf_counter() - start
-    print(f"\n{made} tokens, {made / took:.0f} tokens/s, {engine.passes} passes, of "
-          f"{engine.guessed} guesses {engine.accepted} accepted", file=sys.stderr)
-
+    if args.what: return chat(engine, tokenizer, how)
+    start, prompts = time.perf_counter(), args.prompt or [None]
+    stream, many = TextStream(tokenizer, show), len(prompts) > 1
+    texts = [engine.add(encode_prompt(tokenizer, a, engine.limit), replace(how, seed=how.seed + i),
+                        None if many else stream.put) for i, a in enumerate(prompts)]
+    show("" if many else prompts[0] or "")
+    while engine.step(): pass
+    stream.flush()
+    whole = [(a or "") + tokenizer.decode(text.new) for a, text in zip(prompts, texts)]
+    print(*whole * many, sep="\n---\n")
+    made, took = sum(text.n_new for text in texts), time.perf_counter() - start
+    print(f"{made} tokens, {made / took:.0f} tokens/s, {engine.passes} passes, of {engine.guessed} "
+          f"guesses {engine.accepted} accepted", file=sys.stderr)
 def build_parser():
     parser = argparse.ArgumentParser(description="A lesson on decoding; with --run text of a model")
     add = parser.add_argument
-    add("what", nargs="?", choices=["chat", "serve"], help="talk with a run, or let clients")
+    add("what", nargs="?", choices=["chat"], help="talk with a run (default: it goes on alone)")
     add("--run", help="run directory, or its name under runs/ (default: none, the lesson)")
     add("--prompt", action="append", help="text to continue, or several (default: a new document)")
-    add("--greedy", action="store_true", help="always the likeliest token (default: off)")
     add("--guess", help="look_up, or a run of the same tokenizer, guesses ahead (default: none)")
     add("--int8", action="store_true", help="weights of eight bits (default: off)")
     add("--eval", help="a text, or questions (jsonl, csv), to measure the run on (default: none)")
     add("--shots", type=int, default=0, help="questions that are answered before (default: 0)")
     add("--letter", action="store_true", help="choices by letter (default: by their texts)")
     add("--no_cache", action="store_true", help="recompute all for each token (default: off)")
-    add("--cache_tokens", type=int, default=1 << 16, help="in the cache at most (default: 65536)")
-    add("--host", default="127.0.0.1", help="whom to serve (default: this machine alone)")
-    add("--port", type=int, default=8000, help="of the server (default: 8000)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add_fields(parser, Sampling, {"sample.py": {"temperature": 0.8}})
     return parser
