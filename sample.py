@@ -483,13 +483,13 @@ def multiple_choice(model, tokenizer, questions, shots=0, letter=False):
     return np.mean(good, 0), np.std(good, 0) / math.sqrt(len(good))
 def measure(model, tokenizer, path, shots, letter):
     """bits_per_byte of a text, or shares of questions that are right, as a dict."""
-    limit = model.cfg.seq_len
     if Path(path).suffix in (".jsonl", ".csv"):
         rights, errors = multiple_choice(model, tokenizer, read_questions(path), shots, letter)
-        return dict(zip(("right", "right_by_byte", "error", "error_by_byte"), (*rights, *errors)))
+        return {"right (by sum, by byte)": rights.tolist(), "standard errors": errors.tolist()}
     try: text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as e: raise UserError(f"eval: got {e}, wanted a text; set --eval")
-    batches = sliding(encode_prompt(tokenizer, text, math.inf), limit, -(-limit // 2))
+    ids, limit = encode_prompt(tokenizer, text, math.inf), model.cfg.seq_len
+    batches = sliding(ids, limit, -(-limit // 2))
     return evaluate(model, batches, len(text.encode()), model.embed_tokens.weight.device)
 def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
     """bits_per_byte of models that know no tokens, single tokens, pairs of tokens, counted on at
