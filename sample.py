@@ -395,8 +395,7 @@ def draft_of(model):
 
 # -----------------------------------------------------------------------------
 # Cheaper weights: eight bits
-# Half of bf16's bytes are up to twice its tokens/s. In float32, as on this command line, they save
-# memory alone. What they cost in bits_per_byte, --eval with and without --int8 tells.
+# Half of bf16's bytes are up to twice its tokens/s; --eval with and without --int8 tells the price.
 
 class Int8(torch.nn.Module):
     """A Linear whose rows are integers times a scale: w = s q, |q| <= 127."""
@@ -687,7 +686,7 @@ def build_parser():
     add("--run", help="run directory, or its name under runs/ (default: none, the lesson)")
     add("--prompt", action="append", help="text to continue, or several (default: a new document)")
     add("--guess", help="look_up, or a run of the same tokenizer, guesses ahead (default: none)")
-    add("--int8", action="store_true", help="weights of eight bits (default: off)")
+    add("--int8", action="store_true", help="eight bits: less memory; float32 gets no faster (default: off)")
     add("--eval", help="a text, or questions (jsonl, csv), to measure the run on (default: none)")
     add("--shots", type=int, default=0, help="questions that are answered before (default: 0)")
     add("--letter", action="store_true", help="choices by letter (default: by their texts)")
