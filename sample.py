@@ -686,7 +686,7 @@ def build_parser():
     add("--run", help="run directory, or its name under runs/ (default: none, the lesson)")
     add("--prompt", action="append", help="text to continue, or several (default: a new document)")
     add("--guess", help="look_up, or a run of the same tokenizer, guesses ahead (default: none)")
-    add("--int8", action="store_true", help="eight bits: less memory; float32 gets no faster (default: off)")
+    add("--int8", action="store_true", help="eight bits: less memory, no more speed (default: off)")
     add("--eval", help="a text, or questions (jsonl, csv), to measure the run on (default: none)")
     add("--shots", type=int, default=0, help="questions that are answered before (default: 0)")
     add("--letter", action="store_true", help="choices by letter (default: by their texts)")
