@@ -19,19 +19,16 @@ THE COSTS (N weights, B texts, S tokens each in the cache)
     token reads all N weights for 2 N FLOPs: bound by memory. A step takes (weights + B caches) /
     bandwidth; texts share the weights and nobody a cache. Without one, T tokens cost T^2 / 2.
 
-CONTENTS  samplers / a cache in blocks / the engine / speculation / eight bits / likelihood / chat
-          templates / devices and runs / lesson and command line
+CONTENTS  samplers / cache in blocks / engine / speculation / eight bits / likelihood / chat / runs
 NOT HERE  attention that reads blocks in place (here they are gathered), CUDA graphs, a server
 RUN       python sample.py         # the lesson, offline; last line "... a batch shares the reading"
           python sample.py --run runs/NAME --prompt "def "    # streams text of that run
-          python sample.py --run runs/NAME --eval text.txt --int8
-REFERENCES
-    Fan et al. 2018 (1805.04833) top-k; Holtzman et al. 2020 (1904.09751) top-p; Nguyen et al. 2024
-    (2407.01082) min-p; Pope et al. 2022 (2211.05102) costs; Kwon et al. 2023 (2309.06180) blocks;
-    Yu et al. 2022 (Orca) batching; Leviathan et al. 2023 (2211.17192) speculation; Shannon 1948
+          python sample.py --run runs/NAME --eval text.txt --int8    # or questions: jsonl, csv
+          python sample.py chat --run runs/NAME
+REFERENCES  at each section and function; of the costs Pope et al. 2022 (2211.05102)
 EXERCISE  Empty `top_p`, `verify`; `pytest test_all.py -k "sampl or verified"` says they are right
 """
-import argparse, codecs, hashlib, itertools, json, math, re, sys, time
+import argparse, codecs, csv, hashlib, itertools, json, math, re, signal, sys, time
 from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -54,25 +51,21 @@ from model import LM, ModelConfig, load_model, meta_model, need_field
 def temperature(z, t):
     """Divides the gaps between log-probabilities by t: below 1 favours the likely."""
     return (z - z.amax(-1, keepdim=True)) / t  # the shift changes no probability, nor overflows
-
 def top_k(z, k):
-    """Keeps the k likeliest; of equal ones the lower ids, so that exactly k stay."""
+    """Keeps the k likeliest (1805.04833); of equal ones the lower ids, so that exactly k stay."""
     keep = z.sort(descending=True, stable=True).indices[..., :k]
     return torch.full_like(z, float("-inf")).scatter(-1, keep, z.gather(-1, keep))
-
 def top_p(z, p):
     """Keeps the smallest set of likeliest tokens whose probabilities sum to at least p: a token
-    stays if those before it sum to less than p, so the one that crosses p is in."""
+    stays if those before it sum to less than p, so the one that crosses p is in (1904.09751)."""
     order = z.sort(descending=True, stable=True).indices
     probs = z.gather(-1, order).softmax(-1)
     drop = probs.cumsum(-1) - probs >= p
     return z.masked_fill(torch.empty_like(drop).scatter(-1, order, drop), float("-inf"))
-
 def min_p(z, p):
-    """Keeps tokens at least p times as likely as the likeliest: few when the model is sure."""
+    """Keeps tokens at least p times as likely as the likeliest, few if it is sure (2407.01082)."""
     probs = z.softmax(-1)
     return z.masked_fill(probs < p * probs.amax(-1, keepdim=True), float("-inf"))
-
 SAMPLERS = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 @dataclass(frozen=True)
@@ -85,7 +78,6 @@ class Sampling:
     min_p: float | None = flag(None, "keep tokens at least this many times as likely as the top")
     seed: int = flag(0, "of the first text; text i draws with seed + i")
     stop: int | list | None = flag(None, "id, or list of ids, that ends a text and is left out")
-
     def __post_init__(self):
         need = partial(need_field, self)
         need(self.max_tokens >= 1, "max_tokens", "at least 1")
@@ -94,7 +86,6 @@ class Sampling:
         need(self.top_p is None or 0 < self.top_p <= 1, "top_p", "a probability above 0")
         need(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "a probability")
         need(0 <= self.seed < 2 ** 62, "seed", "an integer from 0 to 2^62")
-
     def stops(self): return self.stop if isinstance(self.stop, list) else [self.stop]
 
 def distribution(logits, how):
@@ -102,31 +93,27 @@ def distribution(logits, how):
     z = logits.cpu().double()  # in this order: some devices have no float64
     if how.temperature == 0: return F.one_hot(z.argmax(-1), z.shape[-1]).double()  # first of equals
     for name, sampler in SAMPLERS.items():
-        value = getattr(how, name)
-        if value is not None: z = sampler(z, value)
+        if getattr(how, name) is not None: z = sampler(z, getattr(how, name))
     return z.softmax(-1)
-
 def choose(p, generator):
     """Draws from p (V,): the first token up to which the sum exceeds a uniform number."""
     total, u = p.cumsum(-1), torch.rand(1, dtype=p.dtype, generator=generator)
     return min(int(torch.searchsorted(total, u * total[-1], right=True)), len(p) - 1)
-
 def draw(logits, how, generator): return choose(distribution(logits, how), generator)
 
 # -----------------------------------------------------------------------------
 # A cache in blocks, for many texts at once
 # How long a text gets nobody knows beforehand, and to reserve the longest for each would waste most
-# of the memory. So it is cut into blocks: a text takes another when its last is full, and texts
-# that begin alike read the same ones. The model sees none of this: in a forward each layer has a
-# cache with the contract of KVCache, which gathers the blocks of the texts at hand.
+# of the memory. So it is cut into blocks (2309.06180): a text takes another when its last is full,
+# and texts that begin alike read the same ones. The model sees none of this: in a forward each
+# layer has a cache with the contract of KVCache, which gathers the blocks of the texts at hand.
 
 class LayerCache:
-    """A layer's cache in a forward: a StateCache of slots side by side, or blocks as a KVCache."""
+    """A layer's cache in a forward: blocks as a KVCache, or slots of StateCaches side by side."""
     next_pos = staticmethod(lambda: None)  # positions are given
     def __init__(self, batch, layer, slots):
         self.batch, self.layer = batch, layer
         self.slot = None if layer else [torch.cat(parts) for parts in zip(*slots)]
-
     def update(self, *new):
         if self.slot: return setattr(self, "slot", new[1:])
         (*stores, window), out = self.layer, []
@@ -141,8 +128,9 @@ class LayerCache:
 class Batch:
     """One forward: of each text some tokens behind the `done` ones that its blocks hold. Texts are
     padded on the left, so that all end in the last column."""
-    def __init__(self, engine, texts, new):  # new: a list of tokens for each
+    def __init__(self, engine, rows):
         self.size, self.tensor = engine.size, partial(torch.tensor, device=engine.device)
+        texts, new = [row[0] for row in rows], [row[1] + row[2] for row in rows]
         self.seen, self.done, T = {}, [text.done for text in texts], max(map(len, new))
         self.end = [text.done + len(tokens) for text, tokens in zip(texts, new)]
         self.tokens = self.tensor([[0] * (T - len(tokens)) + tokens for tokens in new])
@@ -150,9 +138,10 @@ class Batch:
                                 for a, b in zip(self.done, self.end)])
         n = -(-max(self.end) // self.size)
         self.blocks = [(text.blocks + [0] * n)[:n] for text in texts]
-        self.caches = [LayerCache(self, layer, slots) for layer, *slots in
-                       zip(engine.layers, *(text.states for text in texts))]
-
+        states = zip(*(text.states or engine.fresh for text in texts))
+        last = [[text.tokens[text.begin + text.done - 1]] for text in texts]  # for pairs of tokens
+        self.caches = [LayerCache(self, *row) for row in zip(engine.layers, states)]
+        self.caches.append(LayerCache(self, None, [[self.tensor(last)]]))
     def places(self, window):
         """(places to write (B T,), places to read (B S,), mask (B, 1, T, S)), made once for all
         layers of a window. One text in consecutive blocks is read as a slice, without a copy."""
@@ -167,170 +156,168 @@ class Batch:
         write, a = index(pos.clamp(min=0)) * (pos >= 0).flatten(), row[0] * size + first[0]
         alone = len(pos) == 1 and row == [*range(row[0], row[0] + len(row))]
         read = slice(a, a + S) if alone else index(at.clamp(max=len(row) * size - 1))
-        self.seen[window] = write, read, mask
-        return self.seen[window]
+        return self.seen.setdefault(window, (write, read, mask))
 
 # -----------------------------------------------------------------------------
 # The engine: many texts, one forward
 # Decoding reads all weights for one token of each text, so texts are decoded together, and when one
-# ends, the next takes its row at once. Prompts go through in chunks beside them, so that a long one
-# keeps nobody waiting. When blocks run out, the youngest text gives its own away and computes them
-# anew later. What a text says depends on none of this.
+# ends, the next takes its row at once (Orca, Yu et al. 2022). Prompts go through in chunks beside
+# them, so that a long one keeps nobody waiting. When blocks run out, the youngest text gives its
+# own away and computes them anew later. What a text says depends on none of this (drawn among
+# guesses, its chances do not).
 
 def key_of(before, tokens): return hashlib.blake2b(before + np.array(tokens).tobytes()).digest()
-
 class Text:
-    """One text in the making, its context tokens[begin:], `done` in the cache, `learned` blocks."""
-    def __init__(self, prompt, how, on_token, states):
+    """One text in the making: its context is tokens[begin:], of which `done` are in the cache."""
+    def __init__(self, prompt, how, on_token):
         self.tokens, self.n_prompt, self.how, self.on_token = [*prompt], len(prompt), how, on_token
-        self.begin, self.done, self.learned, self.blocks, self.states = 0, 0, 0, [], states
-        self.generator, self.draft = torch.Generator().manual_seed(how.seed), None
-        self.key, self.logps, self.ended = b"", [], None  # or why: "stop", "length", "left"
-
+        self.generator, self.begin = torch.Generator().manual_seed(how.seed), 0
+        self.p = self.ended = None  # what it drew from, and why it ended: "stop", "length", "left"
+        self.forget()
+    def forget(self): self.done, self.blocks, self.keys, self.states = 0, [], [], None
     new = property(lambda self: self.tokens[self.n_prompt:])
     n_new = property(lambda self: len(self.tokens) - self.n_prompt)
     context = property(lambda self: self.tokens[self.begin:])
 
 class Engine:
-    """add() texts, then step() until it says False. n_blocks of `size` tokens; chunk: tokens of
-    prompts in a step; guess(text, k): see Speculation; without use_cache each token takes all of a
-    text through the model. ref: how many texts read a block. An idle one, which none reads, keeps
-    what it holds until it is taken, the longest idle first. A full block is known by all tokens up
-    to its end. A recurrence has a slot of states a text instead: its prompts are read whole."""
-    def __init__(self, model, n_blocks=0, size=16, chunk=256, max_batch=256, guess=None, k=4,
+    """add() texts, then step() until it says False. At most n_blocks of `size` tokens, but enough
+    for a context (None: as many as texts take); chunk: tokens of prompts in a step; guess: see
+    Speculation; without use_cache each token takes all of a text through the model. ref: how many
+    texts read a block. An idle one, which none reads, keeps what it holds until it is taken, the
+    longest idle first. A full block is known by all tokens up to its end. A recurrence has a slot
+    of states a text instead: its prompts are read whole."""
+    def __init__(self, model, n_blocks=None, size=16, chunk=256, max_batch=256, guess=None, k=4,
                  use_cache=True):
         self.model, self.limit, self.size, self.chunk = model, model.cfg.seq_len, size, chunk
         self.guess, self.k, self.max_batch, self.use_cache = guess, k, max_batch, use_cache
-        n_blocks, caches = max(n_blocks, 1 - -self.limit // size), model.new_cache(1, 1)
-        store = lambda x: x.new_zeros(n_blocks * size, x.shape[1] * x.shape[3])
+        self.most = math.inf if n_blocks is None else max(n_blocks, 1 - -self.limit // size)
+        caches = model.new_cache(1, 1)[:len(model.layers)]
         self.fresh = [c.slot if isinstance(c, StateCache) else None for c in caches]
+        store = lambda x: x.new_zeros(size, x.shape[1] * x.shape[3])  # block 0, for padding
         self.layers = [None if slot else (*map(store, c.columns[:2]), c.window)
                        for c, slot in zip(caches, self.fresh)]
-        self.recurrent, self.device = any(self.fresh), next(model.parameters()).device
+        self.recurrent, self.device = any(self.fresh), model.embed_tokens.weight.device
         self.grows = any(getattr(layer.self_attn, "rates", 1) == 0 for layer in model.layers)
-        self.ref, self.idle = [0] * n_blocks, OrderedDict.fromkeys(range(1, n_blocks))  # 0: padding
+        self.shares, self.ref, self.idle = use_cache and not self.recurrent, [0], OrderedDict()
         self.texts, self.known, self.key = [], {}, {}  # oldest first, {key: block}, {block: key}
         self.passes = self.guessed = self.accepted = 0
-
     def add(self, prompt, how=Sampling(), on_token=None):
         """-> the Text that goes on from a prompt (ids). on_token(id) hears what it says; if that
         returns True, it ends there. To give it up, set its `ended`. Safe from any thread."""
         assert 0 < len(prompt) <= self.limit, "prompts must hold 1 to seq_len tokens"
-        self.texts.append(text := Text(prompt, how, on_token, self.fresh))
+        self.texts.append(text := Text(prompt, how, on_token))
         return text
-
     def begin(self, text):
         """Lets a text read the known blocks of its beginning, at most all but the last token. False
         if another text is just making one more known: n samples of a prompt read it once."""
-        context, blocks, n, text.key = text.context, [], self.size, b""
-        for end in range(n, 0 if self.recurrent else len(context), n):
-            key = key_of(text.key, context[end - n:end])
-            if key not in self.known:
+        context, keys, n = text.context, [b""], self.size
+        for end in range(n, len(context) if self.shares else 0, n):
+            keys.append(key_of(keys[-1], context[end - n:end]))
+            if keys[-1] not in self.known:
                 if any(t.blocks and not t.n_new and t.context[:end] == context[:end]
                        for t in self.texts): return False
+                keys.pop()
                 break
-            text.key, blocks = key, [*blocks, self.known[key]]
-        for block in blocks:
+        text.keys = keys[1:]
+        text.blocks, text.done = [self.known[key] for key in text.keys], n * len(text.keys)
+        for block in text.blocks:
             self.ref[block] += 1
             self.idle.pop(block, None)
-        text.blocks, text.done, text.learned = blocks, n * len(blocks), len(blocks)
         return True
-
     def learn(self, text):
         """Makes the blocks that a text has filled known."""
-        for i in range(text.learned, text.done // self.size):
-            text.key = key_of(text.key, text.context[i * self.size:(i + 1) * self.size])
-            if text.key not in self.known:
-                self.known[text.key], self.key[text.blocks[i]] = text.blocks[i], text.key
-        text.learned = text.done // self.size
-
+        full = min(text.done, len(text.context)) // self.size  # it may end among good guesses
+        for i in range(len(text.keys), full if self.shares else 0):
+            tokens = text.context[i * self.size:(i + 1) * self.size]
+            text.keys.append(key := key_of(text.keys[-1] if i else b"", tokens))
+            if self.known.setdefault(key, text.blocks[i]) == text.blocks[i]:
+                self.key[text.blocks[i]] = key
     def release(self, text):
         """Takes its blocks away. A beginning is of use without its end: the end is idle first."""
-        text.done = min(text.done, len(text.context))  # it may end among good guesses
         self.learn(text)
         for block in reversed(text.blocks):
             self.ref[block] -= 1
             if self.ref[block] == 0:
                 self.idle[block] = None
                 if block not in self.key: self.idle.move_to_end(block, last=False)
-        text.done, text.learned, text.key, text.blocks, text.states = 0, 0, b"", [], self.fresh
-
+        text.forget()
     def room(self, text, n):
-        """Takes blocks for n more tokens. If too few are idle, younger texts lose theirs, and must
-        compute them anew; False if that is not enough."""
-        need = -(-(text.done + n) // self.size) - len(text.blocks)
+        """Takes blocks for n more tokens. If too few are idle, there will be twice as many; and at
+        the most, younger texts lose theirs and compute them anew. False if that is not enough."""
+        need, have = -(-(text.done + n) // self.size) - len(text.blocks), len(self.ref)
+        if need > len(self.idle) and (more := min(max(need, have), self.most - have)) > 0:
+            larger = lambda x: torch.cat((x, x.new_zeros(more * self.size, x.shape[1])))
+            self.layers = [layer and (*map(larger, layer[:2]), layer[2]) for layer in self.layers]
+            self.ref += [0] * more
+            self.idle.update(dict.fromkeys(range(have, have + more)))
         for other in reversed(self.texts):
             if need <= len(self.idle): break
             if other is text: return False
             self.release(other)
         for _ in range(need):
-            block, _ = self.idle.popitem(last=False)
+            text.blocks.append(block := self.idle.popitem(last=False)[0])
             self.known.pop(self.key.pop(block, None), None)
             self.ref[block] = 1
-            text.blocks.append(block)
         return True
-
     def plan(self):
-        """[(text, tokens to compute, distributions of the guesses at their end)] of this step."""
-        rows, budget = [], self.chunk
+        """[[text, tokens to compute, guesses behind them, their distributions]] of this step."""
+        rows, asks, budget = [], [], self.chunk
         for text in self.texts[:self.max_batch]:
             if text.ended or not text.blocks and not self.begin(text): continue
             self.learn(text)
-            waiting, guesses, q, k = text.context[text.done:], [], [], 0
-            tokens = waiting[:budget] if len(waiting) > 1 else waiting  # of a prompt, or a part
-            if len(waiting) > 1: budget -= len(tokens)
-            most = min(self.limit - len(text.context), text.how.max_tokens - text.n_new - 1)
-            if self.guess and text.n_new and tokens == waiting: k = min(self.k, most)
-            if not self.room(text, len(waiting) + k): break
-            if k: guesses, q = self.guess(text, k)
-            if tokens: rows.append((text, tokens + guesses, q))
+            tokens, k = text.tokens[text.begin + text.done:], 0
+            if len(tokens) == 1 and self.guess and text.n_new: k = min(
+                self.k, self.limit - len(text.context), text.how.max_tokens - text.n_new - 1)
+            if not self.room(text, len(tokens) + k): break
+            if len(tokens) > 1:  # of a prompt, or a part
+                tokens = tokens[:budget]
+                budget -= len(tokens)
+            if tokens: rows.append([text, tokens, [], None])
+            if k: asks.append((rows[-1], k))
+        guesses = self.guess([(row[0], k) for row, k in asks]) if asks else ()
+        for (row, _), guess in zip(asks, guesses): row[2:] = guess
         return rows
-
     @torch.no_grad()
     def step(self):
         """A token for each text that has begun, `chunk` tokens of prompts -> is there more to do?
-        Texts of about the same length share a forward, so that less than half is padding."""
-        about = lambda row: max(len(row[1]), 1 + 2 * self.k).bit_length()
-        alike = (lambda row: (row[0].done, len(row[1]))) if self.grows else about  # as Hyena's do
+        Those that decode share a forward, and prompts of about the same length another."""
+        alike = lambda row: len(row[1]) > 1 and len(row[1]).bit_length()  # less than half padding
+        if self.grows: alike = lambda row: (row[0].done, len(row[1] + row[2]))  # as Hyena's states
         for _, rows in itertools.groupby(sorted(self.plan(), key=alike), alike):
-            self.forward(*zip(*rows))
+            self.forward([*rows])
         for text in [text for text in self.texts if text.ended]:
             self.release(text)
             self.texts.remove(text)
         return bool(self.texts)
-
-    def forward(self, texts, new, guessed):
-        batch = Batch(self, texts, new)
-        logits, _ = self.model(batch.tokens, pos=batch.pos, cache=batch.caches,
-                               last=1 + max(map(len, guessed)))
-        settings, p = {str([getattr(t.how, name) for name in SAMPLERS]) for t in texts}, None
-        if len(settings) == 1: p = distribution(logits, texts[0].how)  # at once, for speed
+    def forward(self, rows):
+        batch, hows = Batch(self, rows), [row[0].how for row in rows]
+        z, _ = self.model(batch.tokens, pos=batch.pos, cache=batch.caches,
+                          last=1 + max(len(row[2]) for row in rows))
         self.passes += 1
-        for r, (text, tokens, q) in enumerate(zip(texts, new, guessed)):
-            n, said, z = len(q), [], logits[r, -len(q) - 1:]
-            if text.done + len(tokens) - n == len(text.context):  # it has been read to its end
-                said = verify(distribution(z, text.how) if p is None else p[r, -n - 1:], q,
-                              tokens[len(tokens) - n:], partial(choose, generator=text.generator))
+        alike = len({str([getattr(how, name) for name in SAMPLERS]) for how in hows}) == 1
+        p = distribution(z, hows[0]) if alike else [*map(distribution, z, hows)]  # at once is fast
+        for r, (text, tokens, guesses, q) in enumerate(rows):
+            n, said = len(guesses), []
+            if text.done + len(tokens) == len(text.context):  # it has been read to its end
+                text.p = p[r][-n - 1:]
+                if n and q is None: q = F.one_hot(torch.tensor(guesses), z.shape[-1]).double()
+                said = verify(text.p, q, guesses, partial(choose, generator=text.generator))
             wrong = n and n + 1 - len(said)
             self.guessed, self.accepted = self.guessed + n, self.accepted + n - wrong
-            if not (wrong and self.recurrent):  # which cannot be taken back, and so begins anew
-                text.done += len(tokens) - wrong
-                text.states = [c.slot and [x[r:r + 1] for x in c.slot] for c in batch.caches]
-            if said: self.say(text, said, z)
-
-    def say(self, text, tokens, logits):
-        """Appends tokens that were drawn from logits (len(tokens), V), up to what ends the text."""
-        for token, z in zip(tokens, logits):
-            if token in text.how.stops(): text.ended = "stop"
-            else:
-                text.tokens.append(token)
-                text.logps.append(up(z).log_softmax(-1)[token].item())
-                if text.on_token and text.on_token(token) is True: text.ended = "stop"
-                elif text.n_new == text.how.max_tokens: text.ended = "length"
-            if text.ended: return
+            if not (wrong and self.recurrent):  # which reads the right ones anew, without guesses
+                text.done += len(tokens) + n - wrong
+                text.states = [c.slot and [x[r:r + 1] for x in c.slot] for c in batch.caches[:-1]]
+            for token in said: self.say(text, token)
+    def say(self, text, token):
+        if text.ended: return
+        if token in text.how.stops(): text.ended = "stop"
+        else:
+            text.tokens.append(token)
+            if text.on_token and text.on_token(token) is True: text.ended = "stop"
+            elif text.n_new == text.how.max_tokens: text.ended = "length"
         full = len(text.context) > self.limit
         if full or not self.use_cache: self.release(text)
-        if full: text.begin, text.draft = len(text.tokens) - max(1, self.limit // 2), None
+        if full: text.begin = len(text.tokens) - max(1, self.limit // 2)
 
 def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1, **options):
     """Continues each prompt (1 to seq_len ids) n times -> lists of new ids, those of a prompt side
@@ -339,11 +326,8 @@ def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1,
     without a cache, up to rounding: another batch may add in another order, and tip a near-tie."""
     each = [(prompt, replace(how, seed=how.seed + i), on_token and partial(on_token, i))
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
-    longest = min(model.cfg.seq_len, max(map(len, prompts), default=1) + how.max_tokens)
-    n_blocks = 1 + min(len(each), 256) * (1 + longest // options.get("size", 16))
-    engine = Engine(model, **{"n_blocks": n_blocks, "use_cache": use_cache, **options})
+    engine, training = Engine(model, use_cache=use_cache, **options), model.training
     texts = [[engine.add(*row) for row in each[i::n]] for i in range(n)]  # first all prompts
-    training = model.training
     model.eval()
     try:
         while engine.step(): pass
@@ -357,7 +341,6 @@ class TextStream:
     def __init__(self, tokenizer, write, stops=()):
         self.vocab, self.write, self.stops, self.held = tokenizer.vocab, write, stops, ""
         self.decoder, self.ended = codecs.getincrementaldecoder("utf-8")("replace"), False
-
     def put(self, token, final=False):
         self.held += self.decoder.decode(self.vocab.get(token, b""), final)
         ends = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
@@ -367,7 +350,6 @@ class TextStream:
         self.held = self.held[len(out):]
         if out: self.write(out)
         return self.ended
-
     def flush(self): return self.ended or self.put(None, final=True)
 
 # -----------------------------------------------------------------------------
@@ -377,6 +359,7 @@ class TextStream:
 # is kept with probability min(1, p(x) / q(x)); the first that is not is drawn anew from what p has
 # more than q, (p - q)+. Then x comes with min(p, q) + (p - q)+ = p: what the guesses are changes
 # the speed, and nothing else. At an acceptance rate a, a pass gives (1 - a^(k+1)) / (1 - a) tokens.
+# A guesser maps [(text, k)] to [(at most k guesses, their q, or None if they are sure)].
 
 def verify(p, q, guesses, choose):
     """p (k+1, V) of the model, q (k, V) that guesses were drawn from -> 1 to k + 1 tokens;
@@ -387,39 +370,32 @@ def verify(p, q, guesses, choose):
         rest = (p[i] - q[i]).clamp(min=0)
         return [*guesses[:i], choose(rest / rest.sum())]
     return [*guesses, choose(p[-1])]
-
-def look_up(vocab_size, n=2):
+def look_up(asks, n=2):
     """Guesses that a text goes on as where its last n tokens stood before: free, good for code."""
-    def guess(text, k):
-        t = text.tokens
+    def one(t, k):
         for i in range(len(t) - n - 1, -1, -1):
             if t[i] == t[-n] and t[i:i + n] == t[-n:]:
-                guesses = (t[i + n:] * k)[:k]  # and if that was just now, so on
-                return guesses, F.one_hot(torch.tensor(guesses), vocab_size).double()
-        return [], []
-    return guess
-
+                return (t[i + n:i + n + k] * k)[:k]  # and if that was just now, so on
+        return []
+    return [(one(text.tokens, k), None) for text, k in asks]
 def draft_of(model):
-    """Guesses of a smaller model with the same tokens, drawn as the text's own settings say."""
-    @torch.no_grad()
-    def guess(text, k):
-        context, guesses, q = text.context, [], []
-        if len(context) + k > model.cfg.seq_len: return [], []
-        cache = text.draft = text.draft or model.new_cache(1, model.cfg.seq_len)
-        n = min(cache[0].n, len(context) - 1)  # beyond stand guesses that were wrong
-        for c in cache: c.truncate(n)
-        new = context[n:]
-        for _ in range(k):
-            z, _ = model(torch.tensor([new], device=model.embed_tokens.weight.device), cache=cache)
-            q.append(distribution(z[0, -1], text.how))
-            new = [choose(q[-1], text.generator)]
-            guesses += new
-        return guesses, torch.stack(q)
+    """Guesses of a smaller model with the same tokens, drawn as the text's own settings say. It has
+    an engine of its own, which knows what it has read of a text (but for recurrences)."""
+    engine = Engine(model)
+    def guess(asks):
+        for text, k in asks:
+            context, how = text.context[-max(1, engine.limit - k):], replace(text.how, max_tokens=k)
+            draft = engine.add(context, replace(how, stop=None))
+            draft.generator, draft.q = text.generator, []
+            draft.on_token = lambda _, draft=draft: draft.q.append(draft.p)
+        drafts = [*engine.texts]
+        while engine.step(): pass
+        return [(draft.new, torch.cat(draft.q)) for draft in drafts]
     return guess
 
 # -----------------------------------------------------------------------------
 # Cheaper weights: eight bits
-# Half the bytes are up to twice the tokens; what that costs, --eval with and without --int8 tells.
+# Half of bf16's bytes are up to twice its tokens/s; --eval with and without --int8 tells the price.
 
 class Int8(torch.nn.Module):
     """A Linear whose rows are integers times a scale: w = s q, |q| <= 127."""
@@ -429,19 +405,17 @@ class Int8(torch.nn.Module):
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         self.register_buffer("weight", (w / scale).round().to(torch.int8))
         self.register_buffer("scale", scale.flatten())
-
     def forward(self, x):  # torch has a kernel for a few rows in bf16; else weights are unpacked
         rows, scale = x.flatten(0, -2), self.scale.to(x.dtype)
         few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= 16
         y = (torch._weight_int8pack_mm(rows, self.weight, scale) if few else
              F.linear(rows, self.weight.to(x.dtype)) * scale).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(x.dtype)
-
 def quantize(model):
-    """Makes the matrices of all layers Int8, but for two kinds whose weights are read elsewhere."""
+    """Makes the projections of all layers Int8, but for one whose weights are read elsewhere."""
     for module in [*model.layers.modules()]:
         for name, child in [*module.named_children()]:
-            if isinstance(child, Linear) and name not in ("kv_b_proj", "gate"):
+            if isinstance(child, Linear) and "_proj" in name and name != "kv_b_proj":
                 setattr(module, name, Int8(child))
     return model
 
@@ -463,7 +437,6 @@ def evaluate(model, batches, n_bytes, device):
     model.train(training)
     return {"loss": total / counted, "bits_per_byte": total / math.log(2) / n_bytes,
             "tokens": counted, "context": x.shape[1]}
-
 def sliding(ids, context, stride):
     """Batches for `evaluate` of windows that overlap: each of ids but the first counts once, behind
     at least context - stride others where so many are there."""
@@ -472,17 +445,61 @@ def sliding(ids, context, stride):
     for before, end in zip([0, *ends], ends):
         x = ids[None, max(0, end - context):end + 1]
         yield x[:, :-1], x[:, 1:].index_fill(1, torch.arange(x.shape[1] - 1 - end + before), -1)
-
+LETTERS = [*"ABCDEFGHIJ"]
+def read_questions(path):
+    """[(question, choices, which is right)] in the layout of HellaSwag (jsonl: ctx, endings, label)
+    or MMLU (jsonl: question, choices, answer; csv: question, choices, letter)."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [(q, c, a) for q, *c, a in csv.reader(file)] if str(path).endswith("csv") else [
+                (r.get("ctx") or r["question"], r.get("endings") or r["choices"],
+                 str(r.get("label", r.get("answer")))) for r in map(json.loads, file)]
+        rows = [(q, c, int(a) if a.isdigit() else LETTERS.index(a)) for q, c, a in rows]
+        return [(q, c, right) for q, c, right in rows if c[right]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"eval: got {type(e).__name__}: {e} in {path}, wanted the layout of MMLU "
+                        "(csv or jsonl) or HellaSwag (jsonl); set --eval")
+def multiple_choice(model, tokenizer, questions, shots=0, letter=False):
+    """-> (shares, their standard errors) of questions whose right choice is the likeliest
+    continuation, by its sum and by byte. letter: choices are listed, and a letter is the answer.
+    The first `shots` questions stand before each, answered, and are not asked."""
+    def ask(question, choices):
+        if not letter: return question, [" " + choice for choice in choices]
+        listed = "".join(f"\n{x}. {choice}" for x, choice in zip(LETTERS, choices))
+        return question + listed + "\nAnswer:", [" " + x for x in LETTERS[:len(choices)]]
+    asked = [(*ask(question, choices), right) for question, choices, right in questions]
+    if not 0 <= shots < len(asked):
+        raise UserError(f"shots: got {shots}, wanted fewer than {len(asked)}, all; set --shots")
+    start = "".join(q + answers[right] + "\n\n" for q, answers, right in asked[:shots])
+    device, context, good = model.embed_tokens.weight.device, model.cfg.seq_len, []
+    for question, answers, right in asked[shots:]:
+        before, bits = encode_prompt(tokenizer, start + question, math.inf), []
+        for ids in map(tokenizer.encode, answers):
+            row = torch.tensor([(before + ids)[-context - 1:]])
+            y = row[:, 1:].index_fill(1, torch.arange(max(0, row.shape[1] - 1 - len(ids))), -1)
+            bits.append(evaluate(model, [(row[:, :-1], y)], 1, device)["bits_per_byte"])
+        by_byte = np.divide(bits, [len(answer.encode()) for answer in answers])
+        good.append([np.argmin(x) == right for x in (bits, by_byte)])
+    return np.mean(good, 0), np.std(good, 0) / math.sqrt(len(good))
+def measure(model, tokenizer, path, shots, letter):
+    """bits_per_byte of a text, or shares of questions that are right, as a dict."""
+    if Path(path).suffix in (".jsonl", ".csv"):
+        rights, errors = multiple_choice(model, tokenizer, read_questions(path), shots, letter)
+        return {"right (by sum, by byte)": rights.tolist(), "standard errors": errors.tolist()}
+    try: text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as e: raise UserError(f"eval: got {e}, wanted a text; set --eval")
+    limit, device = model.cfg.seq_len, model.embed_tokens.weight.device
+    batches = sliding(encode_prompt(tokenizer, text, math.inf), limit, -(-limit // 2))
+    return evaluate(model, batches, len(text.encode()), device)
 def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
     """bits_per_byte of models that know no tokens, single tokens, pairs of tokens, counted on at
     most `limit` tokens. A pair a, b that was seen c(ab) times, with n(a) different followers of a,
     has by Witten and Bell (1991) the probability (c(ab) + n(a) p(b)) / (c(a) + n(a))."""
     train = np.asarray(train[:limit], np.int64)
-    single = np.bincount(train, minlength=vocab_size) + 1.0
-    single /= single.sum()
+    single = (np.bincount(train, minlength=vocab_size) + 1) / (len(train) + vocab_size)
     pairs, count = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
-    followers = np.bincount(pairs // vocab_size, minlength=vocab_size)
-    seen = np.bincount(train[:-1], minlength=vocab_size)
+    followers, seen = (np.bincount(a, minlength=vocab_size)
+                       for a in (pairs // vocab_size, train[:-1]))
     bits = {"uniform": (len(valid) - 1) * math.log2(vocab_size), "unigram": 0.0, "bigram": 0.0}
     for i in range(0, len(valid) - 1, 1 << 22):  # in pieces, for memory
         part = np.asarray(valid[i:i + (1 << 22) + 1], np.int64)
@@ -502,113 +519,112 @@ def chatml(messages):  # Qwen's, which itself adds a system message if there is 
     return [piece for m in messages for piece in (
         (f"<|im_start|>{m['role']}\n", False),
         (m["content"] + "<|im_end|>", m["role"] == "assistant"), ("\n", False))]
-
 def llama3(messages):
     return [("<|begin_of_text|>", False)] + [piece for m in messages for piece in (
         (f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n", False),
         (m["content"] + "<|eot_id|>", m["role"] == "assistant"))]
-
 def plain(messages):  # nothing but the texts, answers ended by end-of-text: for base models
     return [(EOT, False)] + [(m["content"] + EOT * own, own) for m in messages
                              for own in (m["role"] == "assistant",)]
-
 TEMPLATES = {"chatml": chatml, "llama3": llama3, "plain": plain}
+MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}  # special tokens that tell
+def encode_chat(tokenizer, messages):
+    """Messages -> (ids up to the assistant's next turn, the text that ends it). A text that spells
+    a special token gets a space into it, or a user could speak as the system."""
+    name = next((name for mark, name in MARKS.items() if mark in tokenizer.special_tokens), "plain")
+    apart = lambda text: tokenizer.splitter.sub(lambda s: s[0][0] + " " + s[0][1:], text)
+    pieces = TEMPLATES[name]([*({**m, "content": apart(m["content"])} for m in messages),
+                              {"role": "assistant", "content": ""}])
+    last = max(i for i, (_, own) in enumerate(pieces) if own)
+    return [i for text, _ in pieces[:last] for i in tokenizer.encode(text)], pieces[last][0]
+
+def show(text): print(text, end="", flush=True)
+def chat(engine, tokenizer, how):
+    """Turns in the terminal. Ctrl-C ends a reply; where one is asked for, it ends the program."""
+    messages = []
+    while True:
+        try: messages.append({"role": "user", "content": input("> ")})
+        except EOFError: return print()
+        while len((ask := encode_chat(tokenizer, messages))[0]) > engine.limit:
+            if not messages[1:]: raise UserError("message: got more than the context; shorten it")
+            del messages[:2]  # the oldest turn is forgotten
+        said = []
+        stream = TextStream(tokenizer, lambda piece: said.append(piece) or show(piece), ask[1:])
+        text = engine.add(ask[0], how, stream.put)
+        old = signal.signal(signal.SIGINT, lambda *_: setattr(text, "ended", "left"))
+        while engine.step(): pass
+        signal.signal(signal.SIGINT, old)
+        stream.flush()
+        print()
+        messages.append({"role": "assistant", "content": "".join(said)})
 
 # -----------------------------------------------------------------------------
 # Devices and runs
 
 def pick_device(name="auto"):
     """torch.device for "auto" (cuda, then mps, then cpu), or a named one that must be there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else
-                            "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # nothing can be read from "meta"
+    if name == "auto": name = ("cuda" if torch.cuda.is_available() else
+                               "mps" if torch.backends.mps.is_available() else "cpu")
+    try: torch.zeros(1, device=name).item()  # nothing can be read from "meta"
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device: got {name}, wanted one that works here; set --device auto, cpu, "
-                        f"cuda or mps ({str(e).splitlines()[0]})")
-    return device
-
-def find_run(name, runs="runs"):
+        raise UserError(f"device: got {name} ({str(e).splitlines()[0]}); wanted cpu, cuda or mps")
+    return torch.device(name)
+def find_run(name):
     """Directory of a run by its path, or by its name under runs/."""
-    for path in (Path(name), Path(runs) / name):
+    for path in (Path(name), RUNS / name):
         if (path / "config.json").is_file(): return path
-    known = sorted(p.parent.name for p in Path(runs).glob("*/config.json"))
-    raise UserError(f"run: got {name}, wanted a directory with a config.json; known under {runs}/: "
-                    f"{', '.join(known) or 'none'}; train one: python train.py")
-
+    known = ", ".join(sorted(p.parent.name for p in RUNS.glob("*/config.json"))) or "none"
+    raise UserError(f"run: got {name}, wanted a directory with a config.json, as under {RUNS}/: "
+                    f"{known}; train one: python train.py")
 RUNS = Path("runs")  # a run leaves log.jsonl, its lines, and result.json, if it came to its end
-
 def read_log(run):
     """The rows of a run's log.jsonl, none if there is none, without a line cut short by a kill."""
-    path, rows = Path(run) / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try: rows.append(json.loads(line))
-        except ValueError: continue
-    return rows
-
+    path = Path(run) / "log.jsonl"
+    return [*map(json.loads, path.read_text().split("\n")[:-1])] if path.exists() else []
 def compare(*runs):
     """Two runs' training losses (means since the line before) at equal time, tokens and FLOPs."""
     logs = [[row for row in read_log(run) if "flops" in row] for run in runs]
-    for empty in (run for run, log in zip(runs, logs) if not log):
-        raise UserError(f"compare: got {empty}, wanted a run with a log.jsonl; set --run")
+    if not all(logs): raise UserError(f"compare: got a run of {runs} without log.jsonl; set --run")
     for key in ("minutes", "tokens", "flops"):  # of one tokenizer: else a nat is another
         ends = [[row[key] for row in log] for log in logs]
         print("{:>12s}  loss of {}  of {}  difference".format(key, *runs))
         for x in np.linspace(max(e[0] for e in ends), min(e[-1] for e in ends), 6)[1:]:
             a, b = (np.interp(x, e, [row["loss"] for row in log]) for e, log in zip(ends, logs))
             print(f"{x:12.4g}  {a:8.4f}  {b:8.4f}  {a - b:+8.4f}")
-
 def board():
     """Finished runs by bits_per_byte; they compare where the text is the same."""
-    row, lines = ("{run:26s}{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}"
-                  "{parameters:12,d}  {dataset} {text:.8}, {hardware}"), []
-    for path in RUNS.glob("*/result.json"):
-        try:
-            r = json.loads(path.read_text())
-            lines.append((r["text"], r["bits_per_byte"], row.format(run=path.parent.name, **r)))
-        except (ValueError, KeyError, TypeError): print(f"{path}: damaged, left out")
-    if not lines: raise UserError(f"board: got no run under {RUNS}/; wanted one: python train.py")
+    rows = [{"run": p.parent.name, **json.loads(p.read_text())} for p in RUNS.glob("*/result.json")]
+    if not rows: raise UserError(f"board: got no run under {RUNS}/; wanted one: python train.py")
     print(f"{'run':26s} bits_per_byte context  minutes     FLOPs  parameters")
-    for *_, line in sorted(lines): print(line)
-
+    for row in sorted(rows, key=lambda row: (row["text"], row["bits_per_byte"])):
+        print("{run:26s}{bits_per_byte:14.4f}{context:8d}{minutes:9.2f}{flops:10.2e}"
+              "{parameters:12,d}  {dataset} {text:.8}, {hardware}".format(**row))
 def plot(run):
     """Draws runs/NAME/loss.png from the log if matplotlib is installed."""
     try: from matplotlib.figure import Figure
     except ImportError: return print("no picture: matplotlib is not installed")
-    picture = Figure(figsize=(7, 4))
-    axes, rows = picture.subplots(), read_log(run)
-    for label, key in (("training", "flops"), ("validation", "valid")):
-        points = [(r["minutes"], r.get("valid", r)["loss"]) for r in rows if key in r]
-        axes.plot(*zip(*points), ".-", label=label)
-    axes.set(xlabel="minutes", ylabel="loss (nats per token)")
-    axes.legend()
+    axes = (picture := Figure(figsize=(7, 4))).subplots()
+    axes.plot(*zip(*[(r["minutes"], r["loss"]) for r in read_log(run) if "flops" in r]), ".-")
+    axes.set(xlabel="minutes", ylabel="training loss (nats per token)")
     picture.savefig(Path(run) / "loss.png", dpi=120)
     print(f"picture: {run}/loss.png")
-
 def encode_prompt(tokenizer, text, limit):
     """Ids of a prompt, begun by end-of-text as every training document is; None gives just that."""
-    def need(ok, got, wanted):
-        if not ok: raise UserError(f"prompt: got {got}, wanted {wanted}; set --prompt")
-    need(text is None or text, "an empty text", "a character or more, or none for a new document")
-    need(not re.search("[\ud800-\udfff]", text or ""), "bytes that are not UTF-8", "UTF-8")
-    ids = [tokenizer.eot] * (tokenizer.eot is not None) + tokenizer.encode(text or "")
-    need(ids, "none", "a text, as this tokenizer lacks end-of-text")
-    need(len(ids) <= limit, f"{len(ids):,} tokens", f"at most the context, {limit:,}")
-    return ids
+    odd = text == "" or re.search("[\ud800-\udfff]", text or "")  # what is no text, or no UTF-8
+    ids = [] if odd else tokenizer.encode(EOT * (tokenizer.eot is not None) + (text or ""))
+    if 0 < len(ids) <= limit: return ids
+    raise UserError(f"prompt: got {len(ids):,} tokens of {text!r:.40}, wanted a text in UTF-8 of 1 "
+                    f"to {limit:,}, the context, or none for a new document; set --prompt")
 
 # -----------------------------------------------------------------------------
 # The lesson and the command line
 
 def lesson():
-    print(f"cpu ({device_name(torch.device('cpu'))}), {torch.get_num_threads()} threads, float32")
+    print(f"cpu ({device_name(torch.device('cpu'))}), {torch.get_num_threads()} threads, float32\n"
+          "samplers, on tokens of probability 0.4, 0.25, 0.15, 0.1, 0.06 and 0.04:")
     z = torch.tensor([0.40, 0.25, 0.15, 0.10, 0.06, 0.04]).log()
-    print("samplers, on six tokens:")
-    for name, value in (("temperature", 1), ("temperature", 0.5), ("temperature", 2), ("top_k", 3),
-                        ("top_p", 0.7), ("min_p", 0.25)):
-        p = SAMPLERS[name](z, value).softmax(-1).tolist()
-        print(f"  {name:11s} {value:4g}" + "".join(f"{x:7.3f}" for x in p))
+    for name, value in dict(temperature=0.5, top_k=3, top_p=0.7, min_p=0.25).items():
+        print(f"  {name:11s} {value:4g} ", SAMPLERS[name](z, value).softmax(-1).numpy().round(3))
     print("\ndecoding with Llama 2's 13B weights in bf16, 1,024 tokens a text, on an H100 (80 GB):")
     for B, heads in ((1, 40), (64, 40), (256, 40), (64, 8), (256, 8)):
         model = meta_model(ModelConfig(vocab_size=32000, n_layers=40, d_model=5120, n_heads=40,
@@ -624,62 +640,56 @@ def lesson():
     for B, use_cache in ((1, False), (1, True), (8, True), (32, True)):
         start = time.perf_counter()
         generate(model, torch.randint(0, 512, (B, 64)).tolist(), Sampling(128), use_cache)
-        rate = 128 * B / (time.perf_counter() - start)
-        print(f"  batch {B:2d}: {rate:7.0f} tokens/s" + " without a cache" * (not use_cache))
+        print(f"  batch {B:2d}: {128 * B / (time.perf_counter() - start):7.0f} tokens/s"
+              + " without a cache" * (not use_cache))
     w = 4 * sum(p.numel() for p in model.parameters())
     many, one = (sum(model.flops(T, 64).values()) / w for T in (64, 1))
     print(f"FLOPs a byte: prefill {many:.1f}, decoding {one:.1f}: a batch shares the reading")
-
 def main(args):
-    if args.run is None:
-        if args.prompt or args.eval: raise UserError("run: got none, wanted one; set --run NAME")
-        return lesson()
+    if not (args.run or args.prompt or args.eval or args.what): return lesson()
+    if not args.run: raise UserError("run: got none, wanted one to read; set --run NAME")
     given = {f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)}
-    how = Sampling(**{"temperature": 0.0 if args.greedy else 0.8, **given})
+    how = Sampling(**{"temperature": 0.8, **given})
     run, device = find_run(args.run), pick_device(args.device)
     model, tokenizer = load_model(run, device), load_tokenizer(run)
-    limit, show = model.cfg.seq_len, partial(print, end="", flush=True)
     if model.cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"{run}: got a tokenizer of {tokenizer.vocab_size} ids and a model of "
                         f"{model.cfg.vocab_size}, wanted the same; use an unchanged run directory")
     if args.int8: quantize(model)
-    if args.eval:
-        try: text = Path(args.eval).read_text(encoding="utf-8")
-        except (OSError, ValueError) as e: raise UserError(f"eval: got {e}, wanted a text's path")
-        batches = sliding(encode_prompt(tokenizer, text, math.inf), limit, -(-limit // 2))
-        return print(evaluate(model, batches, len(text.encode()), device))
+    if args.eval: return print(measure(model, tokenizer, args.eval, args.shots, args.letter))
     if how.stop is None: how = replace(how, stop=tokenizer.eot if model.eos is None else model.eos)
-    prompts = [encode_prompt(tokenizer, text, limit) for text in args.prompt or [None]]
-    guess = args.guess and look_up(model.cfg.vocab_size)
-    if args.guess not in (None, "look_up"):
+    guess = look_up if args.guess == "look_up" else None
+    if args.guess and not guess:
         guess = draft_of(draft := load_model(find_run(args.guess), device))
         if draft.cfg.vocab_size != model.cfg.vocab_size: raise UserError(
             f"guess: got a model of {draft.cfg.vocab_size} tokens, wanted {model.cfg.vocab_size}")
+    engine = Engine(model, guess=guess, use_cache=not args.no_cache)
     print(f"{run}: {model.cfg}\n{device} ({device_name(device)}), float32, "
           f"{torch.get_num_threads()} threads, {how}", file=sys.stderr)
-    engine = Engine(model, len(prompts) * (limit // 16 + 1) + 1, guess=guess,
-                    use_cache=not args.no_cache)
-    start, said = time.perf_counter(), [[text] for text in args.prompt or [""]]
-    show("" if len(said) > 1 else said[0][0])
-    streams = [TextStream(tokenizer, show if len(said) == 1 else parts.append) for parts in said]
-    texts = [engine.add(prompt, replace(how, seed=how.seed + i), stream.put)
-             for i, (prompt, stream) in enumerate(zip(prompts, streams))]
+    if args.what: return chat(engine, tokenizer, how)
+    start, prompts = time.perf_counter(), args.prompt or [None]
+    stream, many = TextStream(tokenizer, show), len(prompts) > 1
+    texts = [engine.add(encode_prompt(tokenizer, a, engine.limit), replace(how, seed=how.seed + i),
+                        None if many else stream.put) for i, a in enumerate(prompts)]
+    show("" if many else prompts[0] or "")
     while engine.step(): pass
-    for stream in streams: stream.flush()
-    print("\n---\n".join(map("".join, said)) if len(said) > 1 else "")
+    stream.flush()
+    whole = [(a or "") + tokenizer.decode(text.new) for a, text in zip(prompts, texts)]
+    print(*whole * many, sep="\n---\n")
     made, took = sum(text.n_new for text in texts), time.perf_counter() - start
     print(f"{made} tokens, {made / took:.0f} tokens/s, {engine.passes} passes, of {engine.guessed} "
           f"guesses {engine.accepted} accepted", file=sys.stderr)
-
 def build_parser():
     parser = argparse.ArgumentParser(description="A lesson on decoding; with --run text of a model")
     add = parser.add_argument
+    add("what", nargs="?", choices=["chat"], help="talk with a run (default: it goes on alone)")
     add("--run", help="run directory, or its name under runs/ (default: none, the lesson)")
     add("--prompt", action="append", help="text to continue, or several (default: a new document)")
-    add("--greedy", action="store_true", help="always the likeliest token (default: off)")
     add("--guess", help="look_up, or a run of the same tokenizer, guesses ahead (default: none)")
-    add("--int8", action="store_true", help="weights of eight bits (default: off)")
-    add("--eval", help="a text to measure the run on, instead (default: none)")
+    add("--int8", action="store_true", help="eight bits: less memory, no more speed (default: off)")
+    add("--eval", help="a text, or questions (jsonl, csv), to measure the run on (default: none)")
+    add("--shots", type=int, default=0, help="questions that are answered before (default: 0)")
+    add("--letter", action="store_true", help="choices by letter (default: by their texts)")
     add("--no_cache", action="store_true", help="recompute all for each token (default: off)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add_fields(parser, Sampling, {"sample.py": {"temperature": 0.8}})

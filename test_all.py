@@ -1016,42 +1016,25 @@ def test_sampling_by_top_p_top_k_and_min_p_keeps_the_tokens_worked_by_hand():
     assert crossing == [[1], [1, 3], [1, 2, 3], [0, 1, 2, 3]]
     assert kept(sample.top_k(z, 2)) == kept(sample.min_p(z, 0.4)) == [1, 3]
     assert kept(sample.top_k(torch.zeros(5), 2)) == [0, 1]
-    assert sample.draw(z, sample.Sampling(temperature=0.0), None) == 1  # greedy
-
-def test_sampling_draws_with_the_models_frequencies_after_the_samplers():
-    p, how = torch.tensor([0.5, 0.3, 0.2]) ** 0.5, sample.Sampling(temperature=0.5, top_k=2)
-    g = torch.Generator().manual_seed(0)
-    drawn = torch.tensor([sample.draw(p.log(), how, g) for _ in range(4000)]).bincount(minlength=3)
-    chi2 = ((drawn[:2] - torch.tensor([2500, 1500])) ** 2 / torch.tensor([2500, 1500])).sum()
-    assert drawn[2] == 0 and chi2 < 10.8  # one degree of freedom: by chance once in a thousand
 
 def test_generate_is_the_same_with_and_without_cache_alone_and_in_a_batch(cfg):
-    m = make(cfg)  # float64; 40 tokens outgrow the context of 24 twice
-    prompts = [[1, 2, 3, 4, 5, 6, 7], [8], list(range(20))]
-    how = partial(sample.Sampling, 40, top_k=30)
-    cached = sample.generate(m, prompts, how())
-    assert cached == sample.generate(m, prompts, how(), use_cache=False)
+    m, told = make(cfg), []  # float64; 40 tokens outgrow the context of 24 twice
+    prompts, how = [[1, 2, 3, 4, 5, 6, 7], [8], list(range(20))], partial(sample.Sampling, 40)
+    cached = sample.generate(m, prompts, how(), on_token=lambda *it: told.append(it))
     assert [len(text) for text in cached] == [40, 40, 40]
-    for i, prompt in enumerate(prompts):
-        assert sample.generate(m, [prompt], how(seed=i)) == [cached[i]]
+    assert cached == [[token for row, token in told if row == i] for i in range(3)]
+    m.embed_tokens.register_forward_hook(lambda _, x, y: told.append((x[0] > 0).sum().item()))
+    assert cached == sample.generate(m, prompts, how(), use_cache=False)
+    assert sum(told[120:]) > 3 * 40 * 12 - 200   # all of a text for each token (0 is padding, too)
+    assert sample.generate(m, prompts[1:2], how(seed=1)) == cached[1:2]
 
-def test_generate_stops_at_the_stop_token_and_streams_what_it_returns():
-    generate, told = partial(sample.generate, make(tiny()), [[1], [2]]), []
-    full = generate(sample.Sampling(30))
-    stops = full[0][3], full[0][1]
-    for stop in [*stops], stops[0]:  # several, or one
-        told.clear()
-        cut = generate(sample.Sampling(30, stop=stop), on_token=lambda *it: told.append(it))
-        ends = stop if isinstance(stop, list) else [stop]
-        assert cut == [[*itertools.takewhile(lambda t: t not in ends, text)] for text in full]
-        assert [[t for i, t in told if i == row] for row in (0, 1)] == cut
-
-def test_text_stream_waits_for_whole_characters():
+def test_text_stream_waits_for_whole_characters_and_for_what_may_be_a_stop():
     tokenizer, out = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT]), []
-    stream = sample.TextStream(tokenizer, out.append)
-    for b in "né🌍".encode() + b"\xe4": stream.put(b)
-    stream.flush()
-    assert [text for text in out if text] == ["n", "é", "🌍", "\ufffd"]
+    stream = sample.TextStream(tokenizer, out.append, ["<end>", "\nQ:"])
+    assert not any(map(stream.put, "né🌍<en".encode())) and out == ["n", "é", "🌍"]
+    assert [stream.put(b) for b in b"<end>"] == 4 * [False] + [True] and out[3:] == ["<en"]
+    for b in b"n\xe4": (stream := sample.TextStream(tokenizer, out.append)).put(b)
+    assert stream.flush() is False and out[4:] == ["n", "\ufffd"]
 
 # -----------------------------------------------------------------------------
 # train.py
@@ -1487,9 +1470,9 @@ SERVED = [dict(n_kv_heads=2), dict(mixers="WA", window=5), dict(ffns="x", bigram
 def schedule(seed):   # a random engine, and texts at random times, against one at a time
     rng = random.Random(seed)
     m, size = make(tiny(**SERVED[seed % len(SERVED)])), rng.choice([1, 2, 3, 8])
-    guess = rng.choice([None, sample.look_up(61), sample.draft_of(m)])
-    engine = sample.Engine(m, rng.choice([0, 60, 200]) // size, size, rng.choice([1, 3, 7, 40]),
-                           rng.choice([1, 2, 9]), guess, rng.choice([1, 3]))
+    guess = rng.choice([None, sample.look_up, sample.draft_of(m)])
+    engine = sample.Engine(m, rng.choice([None, 0, 60 // size]), size, rng.choice([1, 3, 7, 40]),
+                           rng.choice([1, 2, 9]), guess, rng.choice([1, 3, 6]))
     some, jobs, todo = partial(rng.choices, range(61)), {}, rng.randrange(1, 4)
     start = some(k=12)
     while todo or engine.texts:
@@ -1548,11 +1531,15 @@ def test_a_draft_model_changes_the_speed_and_not_the_frequencies():
     got = torch.tensor([3 * a + b for a, b, _ in texts]).bincount(minlength=9)
     assert ((got - want) ** 2 / want).sum() < 26.1   # of 8 degrees of freedom: once in a thousand
 
-def test_eight_bits_are_rounded_by_half_a_step_at_most():
+def test_eight_bits_are_rounded_by_half_a_step_and_any_mixer_hardly_changes():
     linear, x = kernels.Linear(7, 5, bias=True).double(), torch.randn(2, 3, 7).double()
     w = (q := sample.Int8(linear)).weight * q.scale[:, None]
     assert ((w - linear.weight).abs() <= 0.501 * q.scale[:, None]).all()
     assert torch.allclose(q(x), x @ w.mT + linear.bias)
+    for mixers in "AMSDH":
+        m, tokens = make(tiny(mixers=mixers)), torch.arange(20)[None]
+        whole = m(tokens)[0]
+        assert 0 < (sample.quantize(m)(tokens)[0] - whole).norm() < 0.1 * whole.norm()
 
 def test_sliding_windows_count_each_token_once_behind_enough_others():
     batches = list(sample.sliding(np.arange(83), 24, 10))
@@ -1560,15 +1547,23 @@ def test_sliding_windows_count_each_token_once_behind_enough_others():
     for x, y in batches: assert x.shape[1] <= 24 and (x[0, 0] == 0 or (y[:, :14] < 0).all())
     assert all(((y < 0) | (y == x + 1)).all() for x, y in batches)
 
-def test_a_stop_string_ends_a_text_wherever_tokens_cut_it():
-    tokenizer, out = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT]), []
-    stream = sample.TextStream(tokenizer, out.append, ["<end>", "\nQ:"])
-    assert [stream.put(b) for b in b"a<en<end>"] == 8 * [False] + [True]
-    assert out[0] == "a" and "".join(out) == "a<en"
+def test_multiple_choice_takes_what_the_model_finds_likeliest(tmp_path):
+    tok, path = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT]), tmp_path / "q.jsonl"
+    m = make(tiny(vocab_size=257, seq_len=99))   # but its loss is 1 nat for a b, else 2
+    m.forward = lambda x, y: (torch.where(y == ord("b"), 1.0, 2.0) * (y >= 0), {})
+    path.write_text('{"ctx": "1", "endings": ["bb", "aaa"], "label": "0"}\n'
+                    '{"question": "2", "choices": ["bbbb", "a"], "answer": 0}\n')
+    shares, errors = sample.multiple_choice(m, tok, sample.read_questions(path))
+    assert shares.tolist() == [0.5, 1.0] and errors[0] == pytest.approx(0.5 / 2 ** 0.5)
+    (path := tmp_path / "q.csv").write_text("one,bb,aaa,A\n\"two, three\",a,b,B\n")
+    assert sample.read_questions(path) == [("one", ["bb", "aaa"], 0), ("two, three", ["a", "b"], 1)]
 
-def test_the_lesson_computes_the_table_of_a_13b_model(monkeypatch, capsys):
-    monkeypatch.setattr(sample, "generate", lambda *_: None)
-    sample.lesson()
-    rows = " ".join(re.findall(r"[.\d]+ GB +[.\d]+ ms", capsys.readouterr().out))
-    assert rows == ("26.87 GB   8.02 ms 79.72 GB  23.80 ms 240.78 GB  71.87 ms 33.41 GB   9.97 ms "
-                    "65.63 GB  19.59 ms")   # CS336, lecture 10
+def test_a_chat_keeps_its_turns_and_no_user_can_speak_as_another(monkeypatch):
+    tok = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT, "<|im_start|>", "<|im_end|>"])
+    lines, asked = iter(["<|im_end|>", "you"]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or exec("raise EOFError"))
+    engine = sample.Engine(make(tiny(vocab_size=259, seq_len=128)))
+    add, engine.add = engine.add, lambda *it: asked.append(it[0]) or add(*it)
+    sample.chat(engine, tok, sample.Sampling(3, 0.0))
+    assert asked[0].count(tok.special_tokens["<|im_end|>"]) == 1   # that of his turn
+    assert asked[1][:len(asked[0])] == asked[0] and len(asked) == 2 and not sum(engine.ref)
