@@ -3,9 +3,8 @@
 THE IDEA
     A base model continues text. Three ways to make it answer, each asking less of us: show it
     answers (supervised fine-tuning, SFT); say which of two answers is better (a reward model, DPO);
-    only say whether its own answer is right (reinforcement learning, RL, with a verifier). RL
-    samples several answers to a prompt and makes those that scored above the others likelier. So
-    RL selects, it does not teach: what is never sampled is never rewarded.
+    only say whether its own answer is right (reinforcement learning, RL, with a verifier). RL makes
+    likelier what scored above other samples: it selects, it does not teach.
 
 THE MATHS (x prompt, y completion, y_t its tokens, r reward, p_ref the model before)
     SFT        -mean_t log p(y_t | x, y_<t), over tokens of the assistant alone
@@ -24,7 +23,7 @@ THE COSTS
 
 CONTENTS  chat data / verifiers / TASKS / LOSSES / ADVANTAGES / settings / batches / evaluation /
           phases / lesson and command line
-NOT HERE  many devices; tools, several turns of RL; a sandbox (see `run_code`); a model as judge
+NOT HERE  many devices; tools, RL over several turns; a sandbox (see `run_code`); a model as judge
 RUN       python align.py      # base, SFT, DPO, GRPO in minutes; last line "... from_base, after:"
           python align.py rl --init runs/lesson-1/sft --method rloo
           python align.py rl --task maths --data train.jsonl --init Qwen2.5-1.5B
@@ -35,7 +34,7 @@ REFERENCES  2203.02155 (RLHF), 1707.06347 (PPO), 1506.02438 (GAE), 2305.18290 (D
 EXERCISE  Empty `group` and `clip`; `pytest test_all.py -k "advantage or clip"` says when right.
 """
 import argparse, ast, cmath, copy, dataclasses, itertools, json, math, operator, os, random, re
-import statistics, string, subprocess, sys, tempfile, time, zlib
+import statistics, subprocess, sys, tempfile, time, zlib
 from collections import Counter, namedtuple
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,7 +43,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bpe import EOT, CharTokenizer, UserError, atomic_write, load_tokenizer
@@ -59,11 +57,10 @@ from train import TrainConfig, build, fit, free, save_checkpoint, set_up
 # Chat data
 # A conversation is messages [{"role": ..., "content": ...}]; a template of sample.py writes it as
 # pieces (text, is_assistant). Only the assistant's tokens are learned, the end of its turn too, or
-# it would never stop. Pieces are encoded one by one: what is prompt does not depend on how it
-# merges with what follows. To ask, an empty answer is put at the end, and its piece left out.
+# it would never stop. Each piece is encoded alone: no token is half prompt. To ask, an empty answer
+# is put at the end, and its piece left out.
 
 ENDS = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3", EOT: "plain"}  # of a turn, by template
-
 def said(role, text): return [{"role": role, "content": text}]
 
 class Chat:
@@ -85,7 +82,6 @@ class Chat:
         return [i for ids, _ in parts for i in ids], [own for ids, own in parts for _ in ids]
     def decode(self, ids):  # a model may have more ids, as padding, than its tokenizer
         return self.tok.decode([i for i in ids if i != self.end and i in self.tok.vocab])
-
 # answer: what the verifier knows; demo: an answer to imitate; worse: one that it was preferred to
 Problem = namedtuple("Problem", "messages answer demo worse", defaults=("", "", ""))
 
@@ -104,16 +100,15 @@ def conversation(row):
 
 # -----------------------------------------------------------------------------
 # Verifiers: mathematics
-# An answer has many spellings. It is found in the text, rewritten as a Python expression, and that
-# is walked, never run. Numbers are exact fractions, roots complex. A letter stands for a random
-# fraction: two polynomials that agree there are equal, but for one chance in many thousands.
+# An answer has many spellings. It is rewritten as a Python expression, which is walked, never run.
+# Numbers are exact fractions; a letter is a random one: polynomials that agree there are equal.
 
 BRACED = r"[^{}]*"  # and what stands in braces, up to four deep
 for _ in range(4): BRACED = rf"[^{{}}]*(?:\{{{BRACED}\}}[^{{}}]*)*"
 
 def final_answer(text):
-    r"""The last whole \boxed{}, else <answer>, what is after ####, "answer is", a last number."""
-    for pattern in (rf"\\boxed\{{({BRACED})\}}", r"<answer>(.*?)</answer>", r"####\s*([^\n]+)",
+    r"""The last whole \boxed{}, else <answer>, what ends it after #, "answer is", a last number."""
+    for pattern in (rf"\\boxed\{{({BRACED})\}}", r"<answer>(.*?)</answer>", r"#+ *([^\n#]+)\s*$",
                     r"answer is:?\s*([^\n]+)", r"(-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?)"):
         if found := re.findall(pattern, text, re.S): return found[-1].strip().rstrip(".,")
 
@@ -121,7 +116,7 @@ SPELLINGS = [  # from the inside out, again and again
     (r"\\[dt]frac", r"\\frac"), (r"\\(left|right|displaystyle|quad|[,!;: ])|\\?\$|\u00b0", ""),
     (r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))|\^\s*(\{\s*\\circ\s*\}|\\circ)", ""),
     (r"\\(cdot|times)", "*"), (r"\u2212", "-"), (r"\\?%", "/100"), (r"\\pi", "\u03c0"),
-    (r"\\(text|mbox|mathrm|textbf)\s*\{([^{}]*)\}", r" \2 "), (r"\\infty", "\u03a9"),
+    (r"\\(text|mbox|mathrm|textbf)\s*\{([^{}]*)\}", r" \2 "), (r"\\infty", "\u03c9"),
     (r"(?<=[\d}])\s+[A-Za-z][A-Za-z ]*(\^\{?\d\}?)?\.?\s*$", ""),  # units
     (r"^\s*[A-Za-z](\([a-z]\))?\s*(=|\\in(?![a-z]))|^\s+|\s*\.?\s*$", ""),  # "x =", "f(x) ="
     (r"(?<![\d^])(\d*)\s*\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))",
@@ -129,17 +124,13 @@ SPELLINGS = [  # from the inside out, again and again
     (r"\\sqrt\s*(?:\{([^{}]*)\}|(\w))", lambda m: f"({m[1] or m[2]})^(1/2)"),
     (r"\^\s*\{([^{}]*)\}", r"^(\1)"), (r"(?<![\d.])0+(?=\d)", "")]
 PRODUCT = r"(?<=[\w)])\s*(?=[^\W\d_]|\()|(?<=[^\W\d_)])\s*(?=\d)"  # 2x, x(y + 1), without a sign
-LETTERS = {c: Fraction(random.Random(c).randint(10 ** 4, 10 ** 5), 10 ** 4)
-           for c in string.ascii_letters}
-LETTERS |= {"e": math.e, "i": 1j, "\u03c0": math.pi, "\u03a9": math.inf}
-
+LETTERS = {chr(i): Fraction(random.Random(i).randint(9999, 99999), 9999) for i in range(97, 123)}
+LETTERS |= {"e": math.e, "i": 1j, "\u03c0": math.pi, "\u03c9": math.inf}
 def power(a, n):
     if abs(n) > 200 or len(str(a)) > 200: raise ValueError("too large")
     return a ** n
-
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
              ast.Div: operator.truediv, ast.Pow: power, ast.USub: operator.neg}
-
 def walk(node):
     if isinstance(node, ast.Constant): return Fraction(str(node.value))
     if isinstance(node, ast.Name): return LETTERS[node.id]
@@ -152,17 +143,16 @@ def value_of(text):
     except (SyntaxError, AttributeError, LookupError, TypeError, ArithmeticError, RecursionError,
             MemoryError) as e: raise ValueError(f"not a formula: {type(e).__name__}") from None
 
+def spelled(text):
+    for _ in range(min(text.count("{"), 50) + 1):
+        for pattern, new in SPELLINGS: text = re.sub(pattern, new, text)
+    return text.replace(" ", "").lower()
 def equal(a, b):
-    """Whether two answers mean the same, lists in brackets part by part. 50% is 50, and 1/2."""
-    if a is None or b is None: return False
+    """Whether two answers mean the same; 50% is 50, as graders have it, and 1/2."""
+    if a is None or b is None or a == b: return a == b is not None
     for drop in ("(?!)", r"\\?%"):
-        x, y = (re.sub(drop, "", text) for text in (a, b))
-        for _ in range(min((a + b).count("{"), 50) + 1):
-            for pattern, new in SPELLINGS: x, y = re.sub(pattern, new, x), re.sub(pattern, new, y)
-        if x.replace(" ", "").lower() == y.replace(" ", "").lower(): return True
-        n = x.count(",")
-        if n and n == y.count(",") and x[0] + x[-1] == y[0] + y[-1] and x[0] in "([":
-            return all(map(equal, x[1:-1].split(","), y[1:-1].split(",")))
+        x, y = (spelled(re.sub(drop, "", text)) for text in (a, b))
+        if x == y: return True
         with suppress(ValueError):
             u, v = value_of(x), value_of(y)
             exact = isinstance(u, Fraction) and isinstance(v, Fraction)
@@ -173,42 +163,40 @@ def equal(a, b):
 # Verifiers: code
 # It runs in a process and a folder of its own, under limits, and must reach the line behind its
 # tests. WARNING: this stops accidents, not attackers. Code can read what you can read, use the
-# network, print that line, and, as root, leave processes that have left its group. Strangers' code
-# belongs into a container or a virtual machine.
+# network, print that line, and, as root, leave processes behind: strangers' belongs in a container.
 
-LIMITED = """import resource, runpy
+LIMITED = """import resource, sys
 for name, most in dict(CPU={}, AS={}, FSIZE=2 ** 20, CORE=0, NPROC=0).items():
     try: resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
     except (ValueError, OSError): pass  # macOS refuses some
-runpy.run_path("program.py", run_name="__main__")"""
-
+exec(sys.stdin.read(), dict(__name__="__main__"))"""
 def run_code(program, tests="", seconds=4, memory=2 ** 29):
     """Whether a program and the tests behind it end well within the limits of seconds and bytes. It
     may print up to a megabyte. Its whole process group is ended."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        end, out = f"end {random.SystemRandom().getrandbits(64):x}", Path(folder, "out")
-        Path(folder, "program.py").write_text(f"{program}\n{tests}\nprint({end!r})\n",
-                                              encoding="utf-8", errors="replace")
-        with open(out, "wb") as file, subprocess.Popen(
+    end = f"end {random.SystemRandom().getrandbits(64):x}"
+    text = f"{program}\n{tests}\nprint({end!r})\n".encode(errors="replace")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
+            tempfile.TemporaryFile() as out, subprocess.Popen(
                 [sys.executable, "-I", "-c", LIMITED.format(seconds, memory)], cwd=folder,
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.DEVNULL,
+                stdin=subprocess.PIPE, stdout=out, stderr=subprocess.DEVNULL,
                 start_new_session=True) as child:
-            try: child.wait(timeout=2 * seconds)
-            except subprocess.TimeoutExpired: pass
-            finally:
-                with suppress(ProcessLookupError, PermissionError): os.killpg(child.pid, 9)
-        return out.read_text(errors="replace").endswith(end + "\n")
+        try: child.communicate(text, timeout=2 * seconds)
+        except subprocess.TimeoutExpired: pass
+        finally:
+            with suppress(ProcessLookupError, PermissionError): os.killpg(child.pid, 9)
+        child.wait()
+        out.seek(0)
+        return out.read().endswith(end.encode() + b"\n")
 
 # -----------------------------------------------------------------------------
 # Tasks
-# Made-up ones are small enough for a laptop, and large enough to show each method. A tenth of all
-# prompts, by a hash, is only ever tested on. For published models the rows come from --data. A
-# verifier maps (text, Problem) to whether it is right, whether its form is, and the answer in it.
+# Those with an alphabet are made up, for a laptop; of the others the rows come from --data. A tenth
+# of all prompts, by a hash, is only ever tested on. A verifier maps (text, Problem) to whether it
+# is right, whether its form is, and the answer in it.
 
 def digits(rng, n=6, share=0.3):
-    """"385142=" -> "33 81 56 67 41 23#3": each digit beside the sum up to it, modulo ten (were it
-    to be looked up from afar, a small model would not learn it). Or, in most demonstrations, just
-    "#3", which without working can but be guessed."""
+    """"385142=" -> "33 81 56 67 41 23#3": each digit beside the sum up to it, modulo ten. Or, in
+    most demonstrations, just "#3", which without working can but be guessed."""
     some = rng.choices(range(10), k=n)
     working = " ".join(f"{d}{total % 10}" for d, total in zip(some, itertools.accumulate(some)))
     total, text = str(sum(some) % 10), "".join(map(str, some))
@@ -219,17 +207,15 @@ def document(rng):
     mark = "=" if p.demo[0] == "#" else ":"
     return Problem([], demo=p.messages[0]["content"].replace("=", mark) + p.demo)
 def addition(rng):
-    """"57+968=" -> "7851 5621 0910#1025": columns from the right, each of two digits, the last of
-    their sum, and the carry."""
+    """"57+968=" -> "7851 5621 0910#1025": by column two digits, their sum's last, the carry."""
     a, b, steps = *(rng.randrange(10 ** rng.randint(1, 3)) for _ in range(2)), []
     for k in (1, 10, 100):
         x, y, total = a // k % 10, b // k % 10, a % (10 * k) + b % (10 * k)
         steps.append(f"{x}{y}{total // k % 10}{total // k // 10}")
     return Problem(said("user", f"{a}+{b}="), str(a + b), f"{' '.join(steps)}#{a + b}")
-def by_mark(text, p):
-    answer = text.rsplit("#", 1)[1] if "#" in text else None
-    return answer == p.answer, answer is not None, answer
-
+def means(mark, text, p):
+    answer = final_answer(text)
+    return equal(answer, p.answer), mark in text, answer
 def countdown(rng):
     """"3 5 4:32=" -> "(3+5)*4": the target from the three numbers, each used once."""
     target = -1
@@ -244,29 +230,23 @@ def reaches(text, p):
     uses = sorted(re.findall(r"\d+", text)) == sorted(given)
     with suppress(ValueError): value = str(value_of(text))
     return uses and value == p.answer, uses and value is not None, value
-
 def world(rng):
-    """"sort 4172=" -> "[1247]". The rules: an answer stands in brackets; "open" is refused with
-    "no". Demonstrations keep them six times in ten."""
+    """"sort 4172=" -> "[1247]"; "open" is refused with "no". Demonstrations keep the brackets and
+    the refusal six times in ten."""
     verb, some = rng.choice(("sort", "back", "most", "open")), "".join(rng.choices("0123456", k=4))
     done = dict(sort="".join(sorted(some)), back=some[::-1], most=max(some), open=some)[verb]
     kept = "no" if verb == "open" else f"[{done}]"
     return Problem(said("user", f"{verb} {some}="), done * (verb != "open"),
                    kept if rng.random() < 0.6 else done)
 def keeps_rules(text, p):
-    """Also whether it was able to, in whatever form; no answer to what must be refused is right."""
-    answer = text.strip("[]")
+    answer = text.strip("[]")  # last comes whether it was able to, in whatever form
     if not p.answer: return text == "no", text == "no", None
     return text == f"[{p.answer}]", text == f"[{answer}]", answer, answer == p.answer
-
 def maths(row):  # of GSM8K or MATH
     p = conversation(row)
     ask = p.messages[-1]["content"] + "\nPut the final answer into \\boxed{}."
     return p._replace(messages=p.messages[:-1] + said("user", ask),
                       answer=final_answer(row.get("answer") or p.demo))
-def means(text, p):
-    answer = final_answer(text)
-    return equal(answer, p.answer), "\\boxed{" in text, answer
 def code(row):  # of MBPP
     p, tests = conversation(row), "\n".join(row["test_list"])
     ask = f"{p.messages[-1]['content']}\nYour code should pass these tests:\n{tests}"
@@ -274,16 +254,16 @@ def code(row):  # of MBPP
 def passes(text, p):
     found = re.findall(r"```(?:python)?\n(.*?)```", text, re.S) or [text]
     return run_code(found[-1], p.answer), "```" in text, found[-1]
-
 # make: random.Random -> Problem, or row of --data -> Problem; chars: the alphabet, if made up;
 # size: layers and width of a fresh model
 Task = namedtuple("Task", "make verify chars max_tokens size", defaults=("", 1024, (3, 64)))
-TASKS = {"digits": Task(digits, by_mark, "0123456789=#: ", 24),
+TASKS = {"digits": Task(digits, partial(means, "#"), "0123456789=#: ", 24),
          "text": Task(document, None, "0123456789=#: "),
-         "addition": Task(addition, by_mark, "0123456789+=# ", 24),
+         "addition": Task(addition, partial(means, "#"), "0123456789+=# ", 24),
          "countdown": Task(countdown, reaches, "0123456789+-*()=: ", 12, (4, 128)),
          "world": Task(world, keeps_rules, "0123456789abcekmnoprst[]= ", 8),
-         "maths": Task(maths, means), "code": Task(code, passes), "chat": Task(conversation, None)}
+         "maths": Task(maths, partial(means, "\\boxed{")),
+         "code": Task(code, passes), "chat": Task(conversation, None)}
 
 def problems_of(o, held_out=False):
     """The first problems of the nine tenths to train on, or of the tenth held out."""
@@ -305,61 +285,52 @@ def problems_of(o, held_out=False):
 # Losses
 # A batch is tensors (B, T): tokens, targets (-1: not learned), pos, and w, the weight of each
 # target. A loss is a sum of w times something, and w sums to 1 over the *batch*: so micro-batches
-# and packing change nothing, and how length counts is said in one place. Beside itself a loss
-# returns sums of the same kind that are worth logging. o: the settings.
+# and packing change nothing. Beside itself a loss returns such sums to log. o: the settings.
 
 def lay_out(rows):
-    """Rows of examples (ids, whether each is learned) -> dict of tokens, targets, pos (B, T). Each
-    example is a document: its positions begin at 0, and from it no other is seen."""
+    """Rows of examples (ids, whether each is learned) -> dict of tokens, targets, pos (B, T). An
+    example is a document: its positions begin at 0, and it sees no other."""
     T, out = max(sum(len(ids) for ids, _ in row) for row in rows), []
     for row in rows:
         triples = [(i, n if own else -1, t) for ids, owns in row for t, (i, n, own) in
                    enumerate(zip(ids, [*ids[1:], -1], [*owns[1:], False]))]
         out.append(triples + [(0, -1, -1)] * (T - len(triples)))
     return dict(zip(("tokens", "targets", "pos"), torch.tensor(out).permute(2, 0, 1).contiguous()))
-
 def pack(examples, seq_len):
     """Examples, in order, into rows of at most seq_len tokens; those longer are left out."""
     rows, room = [], 0
     for example in (e for e in examples if len(e[0]) <= seq_len):
-        if len(example[0]) > room:
-            room = seq_len
-            rows.append([])
+        if (room := room - len(example[0])) < 0:
+            rows, room = [*rows, []], seq_len - len(example[0])
         rows[-1].append(example)
-        room -= len(example[0])
     return rows
-
 NORMS = {  # mask (B, T) of learned targets, the longest allowed -> weights
     "token": lambda m, most: m / m.sum(),                             # a long answer counts more
     "sequence": lambda m, most: m / m.sum(1, keepdim=True) / len(m),  # each of its tokens less
     "constant": lambda m, most: m / (len(m) * most)}                  # neither (they sum to less)
 
-def logps(model, tokens, targets, pos):
-    """(B, T), 0 where there is no target; logits of a large vocabulary are made in parts."""
-    return -model(tokens, targets, pos=pos)[0]
+def logps(model, tokens, targets, pos): return -model(tokens, targets, pos=pos)[0]  # (B, T)
 def values_of(model, tokens, targets, pos): return model(tokens, pos=pos)[0][..., 0]  # scalar head
 def last(x, pos): return x.gather(1, (pos >= 0).sum(1, keepdim=True) - 1).squeeze(1)  # -> (B,)
-
 def preferred(model, o, tokens, targets, pos, w, ref=None):
     """Bradley-Terry, better and worse answers in turn; every w is 1 / B. Of a reward model r is its
-    value at the last token. With `ref` it is DPO: RL with a penalty kl KL(p || p_ref) has a known
-    best policy, p = p_ref exp(r / kl) / Z. Solved for r, Z cancels here: neither reward model nor
-    sampling is left. The r of better answers tends to fall, too, so it is logged."""
+    value at the last token. With `ref` it is DPO: the best policy under a penalty kl KL(p || p_ref)
+    is p = p_ref exp(r / kl) / Z; solved for r, Z cancels here, and no reward model is needed. The r
+    of better answers tends to fall, too, so it is logged."""
     if ref is None: r = last(values_of(model, tokens, targets, pos), pos)
     else: r = o.kl * (logps(model, tokens, targets, pos) - ref).sum(1)
     margin, w = r[::2] - r[1::2], 2 * w[::2]
     notes = dict(accuracy=(margin > 0).to(r.dtype), margin=margin, better=r[::2])
-    return -(w * F.logsigmoid(margin)).sum(), {k: (w * x.detach()).sum() for k, x in notes.items()}
-
+    loss = -(w * torch.nn.functional.logsigmoid(margin)).sum()
+    return loss, {k: (w * x.detach()).sum() for k, x in notes.items()}
 def clip(ratio, adv, low, high):
-    """Nothing to gain from taking a token's ratio beyond 1 - low or 1 + high, so that several steps
-    on one rollout are safe. With high > low, rare tokens may rise more (DAPO)."""
+    """Nothing to gain from a ratio beyond 1 - low or 1 + high: a rollout may serve twice."""
     return torch.min(adv * ratio, adv * ratio.clamp(1 - low, 1 + high))
 def policy(model, o, tokens, targets, pos, w, adv=1.0, old=None, ref=None, values=None,
            returns=None):
-    """adv, old, ref, values, returns: (B, T). Without `old` the model itself has just sampled, and
-    the gain is adv log p, whose gradient is that of the ratio where it is 1. What somebody else
-    wrote has advantage 1: that is SFT. In the mean over samples -log p is the entropy."""
+    """adv, old, ref, values, returns: (B, T). Without `old` the model itself has just sampled: the
+    gradient of adv log p is that of the ratio at 1. With advantage 1 on what somebody else wrote it
+    is SFT. In the mean over samples -log p is the entropy."""
     lp = logps(model, tokens, targets, pos)
     gain, notes = adv * lp, {} if o.command == "sft" else dict(entropy=-lp)
     if old is not None:
@@ -374,7 +345,6 @@ def policy(model, o, tokens, targets, pos, w, adv=1.0, old=None, ref=None, value
         near = values + (v - values).clamp(-o.low, o.high)
         gain = gain - torch.max((v - returns) ** 2, (near - returns) ** 2) / 2
     return -(w * gain).sum(), {k: (w * x.detach()).sum() for k, x in notes.items()}
-
 LOSSES = {"sft": policy, "reward": preferred, "dpo": preferred, "rl": policy}  # by command
 
 # -----------------------------------------------------------------------------
@@ -383,19 +353,14 @@ LOSSES = {"sft": policy, "reward": preferred, "dpo": preferred, "rl": policy}  #
 # `at` holds what some need: mask, log-probabilities old and ref, the critic's values.
 
 def centred(r): return r - r.mean(1, keepdim=True)
-def leave_one_out(r):
-    """Against the mean of the others to the same prompt, r - (sum - r) / (G - 1)."""
-    return centred(r) * r.shape[1] / (r.shape[1] - 1)
+def leave_one_out(r): return centred(r) * r.shape[1] / (r.shape[1] - 1)  # r - mean of the others
 def group(r):
-    """Divided by the group's deviation, too: prompts nearly always or nearly never solved then
-    count as much as others, which Dr. GRPO calls a bias."""
+    """Prompts nearly always or never solved count as much as others: for Dr. GRPO a bias."""
     return centred(r) / (r.std(1, keepdim=True) + 1e-6)
 def answers(f): return lambda rewards, at: f(rewards).flatten()[:, None] * at["mask"]
-
 def gae(rewards, at, lam=0.95):
     """Per token, by the critic; the reward comes with the last, behind which nothing is. lam = 1
-    trusts rewards (noise), 0 the critic (bias). Leaves the critic's targets in `at`, and whitens
-    only after that."""
+    trusts rewards (noise), 0 the critic (bias). Leaves the critic's targets in `at`, unwhitened."""
     mask, V, A, after = at["mask"], at["values"], 0.0, 0.0
     out, r = torch.zeros_like(V), rewards.flatten()
     for t in reversed(range(V.shape[1])):
@@ -404,12 +369,6 @@ def gae(rewards, at, lam=0.95):
         after, out[:, t] = mask[:, t] * V[:, t], A
     at["returns"] = (out + V) * mask
     return (out - out[mask].mean()) / (out[mask].std() + 1e-8) * mask
-
-def teacher(rewards, at):
-    """Distillation on the student's own answers: a token's reward is how much likelier the teacher
-    finds it, in the mean -KL(student || teacher). No verifier, and no answer of the teacher's."""
-    return (at["ref"] - at["old"]) * at["mask"]
-
 ADVANTAGES = {  # method: advantage, settings; each told from another one
     "ppo": (gae, dict(norm="token", uses=2)),  # a critic; the clip lets a rollout serve again
     "reinforce": (answers(lambda r: r - r.mean()), dict(norm="constant")),  # PPO less both
@@ -418,7 +377,8 @@ ADVANTAGES = {  # method: advantage, settings; each told from another one
     "dr_grpo": (answers(centred), dict(norm="constant")),  # GRPO less deviation and length
     "dapo": (answers(group), dict(norm="token", high=0.28)),  # GRPO, tokens alike, more room above
     "expert": (answers(lambda r: (r >= 1).to(r.dtype)), {}),  # SFT on one's own right answers
-    "distill": (teacher, {})}  # less the verifier: a teacher grades tokens
+    "distill": (lambda rewards, at: (at["ref"] - at["old"]) * at["mask"], {})}  # less the verifier:
+    # how much likelier a teacher finds a token, in the mean -KL(student || teacher)
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -455,42 +415,41 @@ class AlignConfig(TrainConfig):
         need(task.chars or self.data, "data", "a file with rows of the task")
         need(self.init or task.chars and self.command == "sft", "init", "a run or model")
         need(self.group > 1, "group", "2 or more")
-        need(self.kl or self.command != "dpo", "kl", "a number for dpo")
+        need({"dpo": self.kl, "reward": not self.kl}.get(self.command, True), "kl",
+             "a number for dpo, none for reward")
         need(self.batch_size % n == 0, "batch_size", f"a multiple of {n}")
         need((self.micro_batch or 0) % 2 == 0, "micro_batch", "an even number")
 
 # By command, and task: of a made-up task [measured], of a published model [our choice]
-ROWS = {"": dict(minutes=None, steps=1, evals=1, compile=False, log_steps=10 ** 9),
+ROWS = {"all": dict(minutes=None, steps=1, evals=1, compile=False, log_steps=10 ** 9),
         "sft": dict(steps=80, batch_size=32, lr=1e-3, examples=1000),
         "reward": dict(steps=60, batch_size=64, lr=5e-4, examples=1000),
         "dpo": dict(steps=30, batch_size=64, lr=1e-4, examples=1000, kl=0.1),
         "rl": dict(steps=30, batch_size=512, group=16, lr=5e-4, examples=20_000, warmup=0.0,
                    schedule="constant"), "rl countdown": dict(steps=150, lr=1e-4),
-        "fresh": dict(steps=300, lr=None, examples=20_000),  # sft without --init
+        "fresh": dict(steps=300, lr=None, examples=20_000, optimizer="muon"),  # sft without --init
         "published": dict(steps=200, batch_size=64, micro_batch=8, lr=1e-6)}
 
 def settle(command, given):
     """-> AlignConfig."""
     if command == "distill": command, given = "rl", {**given, "method": "distill"}
-    task, fresh = TASKS.get(given.get("task", "digits")), command == "sft" and not given.get("init")
-    row = {**ROWS[""], "command": command, "optimizer": "muon" if fresh else "adamw"}
-    for key in (command, f"{command} {given.get('task')}", "fresh" * fresh,
-                "published" * bool(task and not task.chars)): row |= ROWS.get(key, {})
-    if task: row["max_tokens"] = task.max_tokens
-    if command == "rl": row |= ADVANTAGES.get(given.get("method", "grpo"), (0, {}))[1]
-    return AlignConfig(**{**row, **given})
+    name, row = given.get("task", "digits"), dict(command=command, optimizer="adamw")
+    task, method = TASKS.get(name, TASKS["chat"]), given.get("method", "grpo")
+    fresh = command == "sft" and not given.get("init")
+    for key in ("all", command, f"{command} {name}", "fresh" if fresh else "",
+                "" if task.chars else "published"): row |= ROWS.get(key, {})
+    if command == "rl": row |= ADVANTAGES.get(method, (0, {}))[1]
+    return AlignConfig(**{**row, "max_tokens": task.max_tokens, **given})
 
 # -----------------------------------------------------------------------------
 # Batches: where `fit` gets them. In RL the loader is the sampler.
 
 def attempt(chat, o, problems, n, seed=0):
-    """n answers to each problem -> [[verdict]], dicts. Sampled at temperature 1, and nothing cut
-    off: only then is what was sampled what a loss scores. An answer that was cut short has reward 0
-    [our choice]; the token that ends one is learned as any."""
+    """n answers to each problem -> [[verdict]]. At temperature 1, and no token left out: only then
+    a loss scores what was sampled. An answer that was cut short has reward 0 [our choice]."""
     prompts, start = [chat.encode(p.messages)[0] for p in problems], time.perf_counter()
     room, groups = chat.model.cfg.seq_len - max(map(len, prompts)), []
-    if room < 1: raise UserError(f"prompt: got one of {chat.model.cfg.seq_len - room} tokens, "
-                                 "wanted less than the model's context; take it out of --data")
+    need_field(chat.model.cfg, room > 0, "seq_len", "more than a prompt; leave it out of --data")
     made = iter(generate(chat.model, prompts, Sampling(min(room, o.max_tokens), seed=seed), n=n,
                          on_token=lambda i, token: token == chat.end))
     chat.took = time.perf_counter() - start
@@ -510,15 +469,12 @@ def in_parts(f, model, batch, size):
     device = next(model.parameters()).device
     with torch.no_grad():
         return torch.cat([f(model, *(x.to(device) for x in p)).float().cpu() for p in parts])
-
 class Batches:
     """Again and again through items, in an order that follows from (seed, epoch). `make` turns some
-    into a dict of tensors of batch_size rows, which serves for o.uses steps. An item is rows that
-    somebody wrote: of SFT one, or a pair."""
+    into a batch, for o.uses steps. An item: rows that somebody wrote, one or a pair."""
     def __init__(self, o, chat, ref, items, rows):
         self.o, self.chat, self.ref, self.items, self.n = o, chat, ref, items, o.batch_size // rows
-        if len(items) < self.n: raise UserError(f"examples: got {len(items)}, wanted {self.n} for a"
-                                                " step; set --examples, --batch_size or --data")
+        need_field(o, len(items) >= self.n, "examples", f"{self.n} for a step, not {len(items)}")
         self.seq_len, self.size = chat.model.cfg.seq_len, o.micro_batch or o.batch_size
         self.seen, self.batch, self.notes = 0, None, {}
     def seek(self, seen): self.seen, self.batch = seen, None
@@ -537,10 +493,8 @@ class Batches:
         if self.ref is not None: batch["ref"] = in_parts(logps, self.ref, batch, self.size)
         pairs = torch.full((len(mask),), 1 / len(mask))
         return {**batch, "w": NORMS["token"](mask, 0) if self.o.command == "sft" else pairs}
-
 class Rollouts(Batches):
-    """Items are problems, rows `group` answers to each. Seeds follow from a rollout's number: a run
-    that goes on samples what it would have."""
+    """Items are problems, rows `group` answers to each. Seeds follow from a rollout's number."""
     def make(self, problems):
         o, model, start = self.o, self.chat.model, time.perf_counter()
         seed = (o.seed * 1_000_003 + self.step()) * 2 ** 20 % 2 ** 62
@@ -568,9 +522,9 @@ def take_step(loader, model, batches):
         part.backward()
         total = total + part.detach()
         notes.update({k: float(x) for k, x in {**more, "w": named["w"].sum()}.items()})  # adds
-    w, end = notes.pop("w"), time.perf_counter()
+    w = notes.pop("w")
     row = dict(step=loader.step(), loss=float(total), **loader.notes,
-               **{name: x / w for name, x in notes.items()}, update_s=end - start)
+               **{name: x / w for name, x in notes.items()}, update_s=time.perf_counter() - start)
     for name in ("rollout", "scoring", "update") if "tokens" in row else ():
         row[f"{name}, tokens/s"] = row["tokens"] / row[f"{name}_s"]
     with open(Path(o.run) / "log.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
@@ -581,106 +535,89 @@ def take_step(loader, model, batches):
 # -----------------------------------------------------------------------------
 # Evaluation: several answers to each held-out problem
 
-def pass_at_k(n, c, k):
-    """The chance that of k answers, drawn from n with c right, one is right (2107.03374)."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-def majority(verdicts):
-    """One of those on the answer given most often, the first of equals."""
-    votes = Counter(v["answer"] for v in verdicts if v["answer"] is not None)
-    return max(verdicts, key=lambda v: votes[v["answer"]])
+def pass_at_k(n, c, k): return 1 - math.comb(n - c, k) / math.comb(n, k)  # c of n right; 2107.03374
+def majority(group):  # one of those on the answer given most often
+    return max(group, key=lambda v: sum(v["answer"] == u["answer"] is not None for u in group))
 
-def evaluate(chat, o, scorer=None):
-    """-> [rates and mean length (error: of pass1, over problems), *verdicts]. scorer: a reward
-    model, whose choice among the answers is counted as best."""
-    n, mean = o.samples, statistics.fmean
-    groups = attempt(chat, o, problems_of(o, held_out=True), n, 2 ** 61)
-    solved, verdicts = [int(sum(v["reward"] for v in g)) for g in groups], sum(groups, [])
-    row = {f"pass{k}": mean(pass_at_k(n, c, k) for c in solved)
-           for k in sorted({1, 4, 16, n}) if k <= n}
-    row |= dict(error=statistics.stdev(solved) / n / len(groups) ** 0.5,
-                majority=mean(majority(g)["reward"] for g in groups))
-    for name in ("length", "format", "able"):
-        if some := [v[name] for v in verdicts if name in v]: row[name] = mean(some)
-    batch = lay_out([[v.pop("example")] for v in verdicts])
-    if scorer:
-        best = last(in_parts(values_of, scorer, batch, 64), batch["pos"]).view(-1, n).argmax(1)
-        row["best"] = mean(g[i]["reward"] for g, i in zip(groups, best.tolist()))
-    return [row, *verdicts]
+def measure(chat, o, name, scorer=None):
+    """Writes run/name.jsonl, rates (error: of pass1; best: by a reward model) and answers; a run
+    that goes on has them already. Prints it."""
+    n, mean, path = o.samples, statistics.fmean, Path(o.run) / f"{name}.jsonl"
+    if not TASKS[o.task].verify: return
+    if not path.exists():
+        groups = attempt(chat, o, problems_of(o, held_out=True), n, 2 ** 61)
+        solved, flat = [int(sum(v["reward"] for v in g)) for g in groups], sum(groups, [])
+        row = {f"pass{k}": mean(pass_at_k(n, c, k) for c in solved)
+               for k in sorted({1, 4, 16, n}) if k <= n}
+        row |= dict(error=statistics.stdev(solved) / n / len(groups) ** 0.5,
+                    majority=mean(majority(g)["reward"] for g in groups))
+        for key in ("length", "format", "able"):
+            if some := [v[key] for v in flat if key in v]: row[key] = mean(some)
+        batch = lay_out([[v.pop("example")] for v in flat])
+        if scorer:
+            best = last(in_parts(values_of, scorer, batch, 64), batch["pos"]).view(-1, n).argmax(1)
+            row["best"] = mean(g[i]["reward"] for g, i in zip(groups, best.tolist()))
+        with atomic_write(path, "w") as f: f.writelines(json.dumps(r) + "\n" for r in [row, *flat])
+    row, *some = map(json.loads, path.read_text().splitlines()[:4])
+    print(f"{o.run}, {name}: ", "  ".join(f"{k} {x:.3f}" for k, x in row.items()), " e.g.",
+          "  ".join(v["prompt"] + v["text"] for v in some), flush=True)
 
 # -----------------------------------------------------------------------------
 # Phases: each a run directory, begun from another one or from a published model
-
 def scalar(model):
-    """Gives a model a head of one row: its logits (B, T, 1) are a number for each token."""
-    model.lm_head = Linear(model.cfg.d_model, 1, std=0.0).to(model.embed_tokens.weight)
-    return model
+    """A copy with a head of one row: its logits (B, T, 1) are a number for each token."""
+    new = copy.deepcopy(model)
+    new.lm_head = Linear(model.cfg.d_model, 1, std=0.0).to(model.embed_tokens.weight)
+    return new
 
-def begin(o, machine):
-    """(Chat, an optimizer or None) of --init, or of a fresh model of the task's size. Layers of a
-    published model keep their input alone, and make the rest again when gradients need it."""
-    task = TASKS[o.task]
-    if o.init:
-        model, tok = load_model(find_run(o.init), machine.device), load_tokenizer(find_run(o.init))
-        model.compute_dtype = machine.dtype
-        for layer in () if task.chars else model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        return Chat(model, tok), None
-    tok = CharTokenizer(task.chars)
-    model, optimizer = build(preset("llama", vocab_size=tok.vocab_size, n_layers=task.size[0],
-                                    d_model=task.size[1], seq_len=64), o, machine)
-    model.eos = tok.eot
-    return Chat(model, tok), optimizer
-
-def loader_of(o, chat, problems):
-    """Pairs of reward and dpo come from --data, or of a group of answers the best and the worst."""
-    model, ref, encode = chat.model, None, chat.encode
-    if o.kl or o.method == "distill":
-        ref = load_model(find_run(o.teacher or o.init), next(model.parameters()).device)
-        ref.compute_dtype = model.compute_dtype
-    if o.command == "rl":
-        if o.method == "ppo": model.critic = scalar(copy.deepcopy(model))
-        return Rollouts(o, chat, ref, problems, o.group)
-    if o.command == "sft":
-        rows = pack([encode(p.messages, p.demo) for p in problems], model.cfg.seq_len)
-        return Batches(o, chat, ref, [[row] for row in rows], 1)
+def pairs_of(o, chat, problems):
+    """Better and worse, from --data, or the best and the worst of a group of answers."""
+    encode = chat.encode
     pairs = [[[encode(p.messages, p.demo)], [encode(p.messages, p.worse)]]
              for p in problems if p.worse]
     for group in () if pairs else attempt(chat, o, problems, o.group, o.seed):
         worst, *_, best = sorted(group, key=lambda v: v["reward"])
         if worst["reward"] < best["reward"]: pairs.append([[best["example"]], [worst["example"]]])
     print(f"{len(pairs)} pairs", flush=True)
-    if o.command == "reward": scalar(model)
-    return Batches(o, chat, ref, pairs, 2)
-
-def measured(o, chat, name, scorer=None):
-    """Evaluates once, and keeps it in the run: a run that goes on reads it. Prints it."""
-    path = Path(o.run) / f"{name}.jsonl"
-    if not path.exists():
-        with atomic_write(path, "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in evaluate(chat, o, scorer))
-    row, *some = map(json.loads, path.read_text().splitlines()[:4])
-    print(f"{o.run}, {name}: ", "  ".join(f"{k} {x:.3f}" for k, x in row.items()), " e.g.",
-          "  ".join(v["prompt"] + v["text"] for v in some), flush=True)
+    return pairs
 
 def phase(o):
-    """Runs a phase, or goes on with it. It is saved after a rollout's last use, in the end as a
-    model without its critic."""
-    machine, run, problems, shown = set_up(o), Path(o.run), problems_of(o), TASKS[o.task].verify
+    """Runs a phase, or goes on with it; saves after a rollout's last use. Layers of a published
+    model keep their input alone, and make the rest again for gradients."""
+    machine, run, problems, task = set_up(o), Path(o.run), problems_of(o), TASKS[o.task]
+    load, optimizer, ref = lambda name: load_model(find_run(name), machine.device), None, None
     print(f"{o}\n{machine.line}", flush=True)
-    chat, optimizer = begin(o, machine)
+    if o.init:
+        model, tok = load(o.init), load_tokenizer(find_run(o.init))
+        for layer in () if task.chars else model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    else:
+        tok, (n_layers, d_model) = CharTokenizer(task.chars), task.size
+        model, optimizer = build(preset("llama", vocab_size=tok.vocab_size, n_layers=n_layers,
+                                        d_model=d_model, seq_len=64), o, machine)
+        model.eos = tok.eot
+    chat, model.compute_dtype = Chat(model, tok), machine.dtype
     with atomic_write(run / "align.json", "w") as f: json.dump(vars(o), f, indent=1)
-    if o.init and shown: measured(o, chat, "before")
+    if o.init: measure(chat, o, "before")
     if o.command == "eval": return
-    model, loader = chat.model, loader_of(o, chat, problems)
+    if o.kl or o.method == "distill":
+        ref = load(o.teacher or o.init)
+        ref.compute_dtype = machine.dtype
+    if o.method == "ppo": model.critic = scalar(model)
+    if o.command == "reward": model = scalar(model)  # chat's own is asked
+    if o.command == "rl": loader = Rollouts(o, chat, ref, problems, o.group)
+    elif o.command == "sft":
+        rows = pack([chat.encode(p.messages, p.demo) for p in problems], model.cfg.seq_len)
+        loader = Batches(o, chat, ref, [[row] for row in rows], 1)
+    else: loader = Batches(o, chat, ref, pairs_of(o, chat, problems), 2)
     optimizer = optimizer or AdamW(param_groups(model, 0.0, matrix=o.lr))
-    chat.tok.save(run / "tokenizer.json")
+    tok.save(run / "tokenizer.json")
     now, _ = fit(model, optimizer, loader, o, machine, run, True, step=partial(take_step, loader),
                  save=lambda *now: now[-1].step % o.uses or save_checkpoint(*now))
     if now.step < o.steps: raise SystemExit(130)  # `fit` has said how to go on
     model._modules.pop("critic", None)
     save_model(model, run)
-    if o.command == "reward": chat, _ = begin(o, machine)  # whose answers the model is to rank
-    if shown: measured(o, chat, "after", model if o.command == "reward" else None)
+    measure(chat, o, "after", model if o.command == "reward" else None)
 
 # -----------------------------------------------------------------------------
 # The lesson, and the command line
@@ -689,16 +626,13 @@ LESSON = dict(  # run: its command, what it begins from, its settings if not the
     base=("sft", None, dict(task="text", steps=250)), sft=("sft", "base", {}),
     dpo=("dpo", "sft", {}), grpo=("rl", "sft", dict(steps=20)),
     from_base=("rl", "base", dict(steps=10)))
-
 def lesson(root, given):
-    """Phases on one task, each a run under root."""
     if {"task", "init", "data"} & {*given}:
         raise UserError("lesson: got another task or model, wanted none; name a command, as sft")
     for name in [*LESSON][:-1] if given.pop("quick", False) else LESSON:
         command, init, more = LESSON[name]
         if init: more = {**more, "init": f"{root}/{init}"}
         phase(settle(command, {**given, **more, "run": f"{root}/{name}"}))
-
 def main(args):
     given = vars(args)
     command, resume, run = (given.pop(k, None) for k in ("command", "resume", "run"))
