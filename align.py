@@ -17,27 +17,25 @@ THE MATHS (x prompt, y completion, y_t its tokens, r reward, p_ref the model bef
     KL(p||q)   E_p[q/p - 1 - log(q/p)], "k3": unbiased, and never negative
 
 THE COSTS
-    A step of RL is rollout (decoding: bound by memory, so in a batch), scoring (verifiers; a
-    forward pass each for what is needed of old, reference, critic), update (three forward passes);
-    the split is printed. AdamW takes 16 bytes a parameter in float32, and a critic as much again.
+    A step of RL is rollout (decoding: bound by memory, so in a batch), scoring (verifiers; a pass
+    each of old, reference, critic, if needed), update (three passes): the split is printed. AdamW
+    takes 16 bytes a parameter in float32, and a critic as much again.
 
-CONTENTS  chat data / verifiers / TASKS / LOSSES / ADVANTAGES / settings / batches / evaluation /
-          phases / lesson and command line
+CONTENTS  chat data / verifiers / TASKS / LOSSES / ADVANTAGES / settings / batches / phases / lesson
 NOT HERE  many devices; tools, RL over several turns; a sandbox (see `run_code`); a model as judge
 RUN       python align.py      # base, SFT, DPO, GRPO in minutes; last line "... from_base, after:"
           python align.py rl --init runs/lesson-1/sft --method rloo
           python align.py rl --task maths --data train.jsonl --init Qwen2.5-1.5B
           python align.py eval --task maths --data test.jsonl --init runs/rl-maths-1 --samples 16
 REFERENCES  2203.02155 (RLHF), 1707.06347 (PPO), 1506.02438 (GAE), 2305.18290 (DPO), 2402.14740
-    (RLOO), 2402.03300 (GRPO), 2503.20783 (Dr. GRPO), 2503.14476 (DAPO), 2203.14465 (STaR),
-    2306.13649 (distillation), 2305.11206 (a thousand examples); Schulman 2020 (k3)
+    (RLOO), 2402.03300 (GRPO), 2503.20783 (Dr. GRPO), 2503.14476 (DAPO), 2203.14465 (expert
+    iteration), 2306.13649 (distillation), 2305.11206 (a thousand examples); Schulman 2020 (k3)
 EXERCISE  Empty `group` and `clip`; `pytest test_all.py -k "advantage or clip"` says when right.
 """
 import argparse, ast, cmath, copy, dataclasses, itertools, json, math, operator, os, random, re
 import statistics, subprocess, sys, tempfile, time, zlib
 from collections import Counter, namedtuple
 from contextlib import suppress
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -62,13 +60,12 @@ from train import TrainConfig, build, fit, free, save_checkpoint, set_up
 
 ENDS = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3", EOT: "plain"}  # of a turn, by template
 def said(role, text): return [{"role": role, "content": text}]
-
 class Chat:
     """A model to talk to: its tokenizer, a template, the id that ends a turn."""
     def __init__(self, model, tok):
         mark = next((mark for mark in ENDS if mark in tok.special_tokens), None)
-        if mark is None: raise UserError("init: got a tokenizer without a token that ends a turn, "
-                                         f"wanted one of {[*ENDS]}; use another model")
+        if mark is None: raise UserError(f"init: got a tokenizer without {' or '.join(ENDS)}, "
+                                         "wanted one of them, to end a turn; use another model")
         self.model, self.tok, self.template = model, tok, TEMPLATES[ENDS[mark]]
         self.end = tok.special_tokens[mark]
     def encode(self, messages, answer=None):
@@ -82,9 +79,8 @@ class Chat:
         return [i for ids, _ in parts for i in ids], [own for ids, own in parts for _ in ids]
     def decode(self, ids):  # a model may have more ids, as padding, than its tokenizer
         return self.tok.decode([i for i in ids if i != self.end and i in self.tok.vocab])
-# answer: what the verifier knows; demo: an answer to imitate; worse: one that it was preferred to
+# answer: what a verifier knows; demo: an answer to imitate; worse: one that it was preferred to
 Problem = namedtuple("Problem", "messages answer demo worse", defaults=("", "", ""))
-
 def conversation(row):
     """A row of a file in one of the common layouts -> Problem, without an answer."""
     good = next((row[k] for k in ("chosen", "completion", "output", "solution", "answer", "code")
@@ -105,13 +101,11 @@ def conversation(row):
 
 BRACED = r"[^{}]*"  # and what stands in braces, up to four deep
 for _ in range(4): BRACED = rf"[^{{}}]*(?:\{{{BRACED}\}}[^{{}}]*)*"
-
 def final_answer(text):
     r"""The last whole \boxed{}, else <answer>, what ends it after #, "answer is", a last number."""
     for pattern in (rf"\\boxed\{{({BRACED})\}}", r"<answer>(.*?)</answer>", r"#+ *([^\n#]+)\s*$",
                     r"answer is:?\s*([^\n]+)", r"(-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?)"):
         if found := re.findall(pattern, text, re.S): return found[-1].strip().rstrip(".,")
-
 SPELLINGS = [  # from the inside out, again and again
     (r"\\[dt]frac", r"\\frac"), (r"\\(left|right|displaystyle|quad|[,!;: ])|\\?\$|\u00b0", ""),
     (r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))|\^\s*(\{\s*\\circ\s*\}|\\circ)", ""),
@@ -121,8 +115,8 @@ SPELLINGS = [  # from the inside out, again and again
     (r"^\s*[A-Za-z](\([a-z]\))?\s*(=|\\in(?![a-z]))|^\s+|\s*\.?\s*$", ""),  # "x =", "f(x) ="
     (r"(?<![\d^])(\d*)\s*\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))",
      lambda m: f"({m[1] or 0}+({m[2] or m[3]})/({m[4] or m[5]}))"),  # 3\frac12: three and a half
-    (r"\\sqrt\s*(?:\{([^{}]*)\}|(\w))", lambda m: f"({m[1] or m[2]})^(1/2)"),
-    (r"\^\s*\{([^{}]*)\}", r"^(\1)"), (r"(?<![\d.])0+(?=\d)", "")]
+    (r"\\sqrt\s*(?:\{([^{}]*)\}|(\w))", r"(\1\2)^(1/2)"), (r"\^\s*\{([^{}]*)\}", r"^(\1)"),
+    (r"(?<![\d.])0+(?=\d)", "")]
 PRODUCT = r"(?<=[\w)])\s*(?=[^\W\d_]|\()|(?<=[^\W\d_)])\s*(?=\d)"  # 2x, x(y + 1), without a sign
 LETTERS = {chr(i): Fraction(random.Random(i).randint(9999, 99999), 9999) for i in range(97, 123)}
 LETTERS |= {"e": math.e, "i": 1j, "\u03c0": math.pi, "\u03c9": math.inf}
@@ -142,7 +136,6 @@ def value_of(text):
     try: return walk(ast.parse(text if len(text) < 1000 else "", mode="eval").body)
     except (SyntaxError, AttributeError, LookupError, TypeError, ArithmeticError, RecursionError,
             MemoryError) as e: raise ValueError(f"not a formula: {type(e).__name__}") from None
-
 def spelled(text):
     for _ in range(min(text.count("{"), 50) + 1):
         for pattern, new in SPELLINGS: text = re.sub(pattern, new, text)
@@ -173,20 +166,20 @@ exec(sys.stdin.read(), dict(__name__="__main__"))"""
 def run_code(program, tests="", seconds=4, memory=2 ** 29):
     """Whether a program and the tests behind it end well within the limits of seconds and bytes. It
     may print up to a megabyte. Its whole process group is ended."""
-    end = f"end {random.SystemRandom().getrandbits(64):x}"
-    text = f"{program}\n{tests}\nprint({end!r})\n".encode(errors="replace")
+    end = f"end {random.SystemRandom().getrandbits(64):x}\n"
+    text = f"{program}\n{tests}\nprint({end!r}, end='')\n".encode(errors="replace")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
             tempfile.TemporaryFile() as out, subprocess.Popen(
                 [sys.executable, "-I", "-c", LIMITED.format(seconds, memory)], cwd=folder,
                 stdin=subprocess.PIPE, stdout=out, stderr=subprocess.DEVNULL,
                 start_new_session=True) as child:
-        try: child.communicate(text, timeout=2 * seconds)
-        except subprocess.TimeoutExpired: pass
+        try:
+            with suppress(subprocess.TimeoutExpired): child.communicate(text, timeout=2 * seconds)
         finally:
             with suppress(ProcessLookupError, PermissionError): os.killpg(child.pid, 9)
         child.wait()
         out.seek(0)
-        return out.read().endswith(end.encode() + b"\n")
+        return out.read().endswith(end.encode())
 
 # -----------------------------------------------------------------------------
 # Tasks
@@ -199,13 +192,12 @@ def digits(rng, n=6, share=0.3):
     most demonstrations, just "#3", which without working can but be guessed."""
     some = rng.choices(range(10), k=n)
     working = " ".join(f"{d}{total % 10}" for d, total in zip(some, itertools.accumulate(some)))
-    total, text = str(sum(some) % 10), "".join(map(str, some))
-    return Problem(said("user", text + "="), total, working * (rng.random() < share) + "#" + total)
+    total, ask = str(sum(some) % 10), "".join(map(str, some)) + "="
+    return Problem(said("user", ask), total, working * (rng.random() < share) + "#" + total)
 def document(rng):
     """What a base model reads, an answer to nothing: sums with working behind ":", else "="."""
     p = digits(rng, rng.randint(4, 8), 0.8)
-    mark = "=" if p.demo[0] == "#" else ":"
-    return Problem([], demo=p.messages[0]["content"].replace("=", mark) + p.demo)
+    return Problem([], demo=p.messages[0]["content"][:-1] + "=:"[p.demo[0] != "#"] + p.demo)
 def addition(rng):
     """"57+968=" -> "7851 5621 0910#1025": by column two digits, their sum's last, the carry."""
     a, b, steps = *(rng.randrange(10 ** rng.randint(1, 3)) for _ in range(2)), []
@@ -223,8 +215,8 @@ def countdown(rng):
         a, b, c, p, q = *(rng.randint(1, 10) for _ in range(3)), *rng.choices("+-*", k=2)
         text = rng.choice((f"{a}{p}{b}{q}{c}", f"({a}{p}{b}){q}{c}", f"{a}{p}({b}{q}{c})"))
         target = int(value_of(text))
-    some = " ".join(map(str, rng.sample((a, b, c), 3)))
-    return Problem(said("user", f"{some}:{target}="), str(target), text)
+    ask = f"{' '.join(map(str, rng.sample((a, b, c), 3)))}:{target}="
+    return Problem(said("user", ask), str(target), text)
 def reaches(text, p):
     given, value = p.messages[0]["content"].split(":")[0].split(), None
     uses = sorted(re.findall(r"\d+", text)) == sorted(given)
@@ -236,8 +228,8 @@ def world(rng):
     verb, some = rng.choice(("sort", "back", "most", "open")), "".join(rng.choices("0123456", k=4))
     done = dict(sort="".join(sorted(some)), back=some[::-1], most=max(some), open=some)[verb]
     kept = "no" if verb == "open" else f"[{done}]"
-    return Problem(said("user", f"{verb} {some}="), done * (verb != "open"),
-                   kept if rng.random() < 0.6 else done)
+    demo = kept if rng.random() < 0.6 else done
+    return Problem(said("user", f"{verb} {some}="), done * (verb != "open"), demo)
 def keeps_rules(text, p):
     answer = text.strip("[]")  # last comes whether it was able to, in whatever form
     if not p.answer: return text == "no", text == "no", None
@@ -254,8 +246,7 @@ def code(row):  # of MBPP
 def passes(text, p):
     found = re.findall(r"```(?:python)?\n(.*?)```", text, re.S) or [text]
     return run_code(found[-1], p.answer), "```" in text, found[-1]
-# make: random.Random -> Problem, or row of --data -> Problem; chars: the alphabet, if made up;
-# size: layers and width of a fresh model
+# make: random.Random, or row of --data -> Problem; size: layers and width of a fresh model
 Task = namedtuple("Task", "make verify chars max_tokens size", defaults=("", 1024, (3, 64)))
 TASKS = {"digits": Task(digits, partial(means, "#"), "0123456789=#: ", 24),
          "text": Task(document, None, "0123456789=#: "),
@@ -264,17 +255,16 @@ TASKS = {"digits": Task(digits, partial(means, "#"), "0123456789=#: ", 24),
          "world": Task(world, keeps_rules, "0123456789abcekmnoprst[]= ", 8),
          "maths": Task(maths, partial(means, "\\boxed{")),
          "code": Task(code, passes), "chat": Task(conversation, None)}
-
 def problems_of(o, held_out=False):
     """The first problems of the nine tenths to train on, or of the tenth held out."""
     task, n, some, row = TASKS[o.task], o.problems if held_out else o.examples, [], 0
     rng = random.Random("held out" if held_out else o.seed)
     try:
-        for x in itertools.repeat(rng) if task.chars else open(o.data, encoding="utf-8"):
-            row += 1
+        rows = itertools.repeat(rng) if task.chars else open(o.data, encoding="utf-8")
+        for row, x in enumerate(rows, 1):
             p = task.make(x if task.chars else json.loads(x))
-            if (zlib.crc32(json.dumps(p.messages or p.demo).encode()) % 10 == 0) == held_out:
-                some.append(p)
+            hashed = zlib.crc32(json.dumps(p.messages or p.demo).encode())
+            if (hashed % 10 == 0) == held_out: some.append(p)
             if len(some) == n: break
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e: raise UserError(
         f"data: got {type(e).__name__}: {e} in row {row} of {o.data}; wanted what --task reads, as "
@@ -308,29 +298,27 @@ NORMS = {  # mask (B, T) of learned targets, the longest allowed -> weights
     "token": lambda m, most: m / m.sum(),                             # a long answer counts more
     "sequence": lambda m, most: m / m.sum(1, keepdim=True) / len(m),  # each of its tokens less
     "constant": lambda m, most: m / (len(m) * most)}                  # neither (they sum to less)
-
 def logps(model, tokens, targets, pos): return -model(tokens, targets, pos=pos)[0]  # (B, T)
 def values_of(model, tokens, targets, pos): return model(tokens, pos=pos)[0][..., 0]  # scalar head
 def last(x, pos): return x.gather(1, (pos >= 0).sum(1, keepdim=True) - 1).squeeze(1)  # -> (B,)
 def preferred(model, o, tokens, targets, pos, w, ref=None):
     """Bradley-Terry, better and worse answers in turn; every w is 1 / B. Of a reward model r is its
     value at the last token. With `ref` it is DPO: the best policy under a penalty kl KL(p || p_ref)
-    is p = p_ref exp(r / kl) / Z; solved for r, Z cancels here, and no reward model is needed. The r
-    of better answers tends to fall, too, so it is logged."""
+    is p = p_ref exp(r / kl) / Z; solved for r, Z cancels. `better` tends to fall, too."""
     if ref is None: r = last(values_of(model, tokens, targets, pos), pos)
     else: r = o.kl * (logps(model, tokens, targets, pos) - ref).sum(1)
     margin, w = r[::2] - r[1::2], 2 * w[::2]
     notes = dict(accuracy=(margin > 0).to(r.dtype), margin=margin, better=r[::2])
     loss = -(w * torch.nn.functional.logsigmoid(margin)).sum()
     return loss, {k: (w * x.detach()).sum() for k, x in notes.items()}
+
 def clip(ratio, adv, low, high):
     """Nothing to gain from a ratio beyond 1 - low or 1 + high: a rollout may serve twice."""
     return torch.min(adv * ratio, adv * ratio.clamp(1 - low, 1 + high))
 def policy(model, o, tokens, targets, pos, w, adv=1.0, old=None, ref=None, values=None,
            returns=None):
-    """adv, old, ref, values, returns: (B, T). Without `old` the model itself has just sampled: the
-    gradient of adv log p is that of the ratio at 1. With advantage 1 on what somebody else wrote it
-    is SFT. In the mean over samples -log p is the entropy."""
+    """Without `old` the model itself has just sampled: the gradient of adv log p is that of the
+    ratio at 1. With advantage 1 it is SFT. Over samples -log p is the entropy in the mean."""
     lp = logps(model, tokens, targets, pos)
     gain, notes = adv * lp, {} if o.command == "sft" else dict(entropy=-lp)
     if old is not None:
@@ -383,7 +371,7 @@ ADVANTAGES = {  # method: advantage, settings; each told from another one
 # -----------------------------------------------------------------------------
 # Settings
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class AlignConfig(TrainConfig):
     """Those that train.py does not have. Flags override the rows below, which override these."""
     command: str = ""
@@ -404,7 +392,6 @@ class AlignConfig(TrainConfig):
     samples: int = flag(4, "answers to a problem in evaluation")
     problems: int = flag(250, "held-out problems in evaluation")
     quick: bool = flag(False, "a shorter lesson")
-
     def __post_init__(self):
         super().__post_init__()
         need, task = partial(need_field, self), TASKS.get(self.task)
@@ -415,8 +402,7 @@ class AlignConfig(TrainConfig):
         need(task.chars or self.data, "data", "a file with rows of the task")
         need(self.init or task.chars and self.command == "sft", "init", "a run or model")
         need(self.group > 1, "group", "2 or more")
-        need({"dpo": self.kl, "reward": not self.kl}.get(self.command, True), "kl",
-             "a number for dpo, none for reward")
+        need(self.kl or self.command != "dpo", "kl", "a number for dpo")
         need(self.batch_size % n == 0, "batch_size", f"a multiple of {n}")
         need((self.micro_batch or 0) % 2 == 0, "micro_batch", "an even number")
 
@@ -429,7 +415,6 @@ ROWS = {"all": dict(minutes=None, steps=1, evals=1, compile=False, log_steps=10 
                    schedule="constant"), "rl countdown": dict(steps=150, lr=1e-4),
         "fresh": dict(steps=300, lr=None, examples=20_000, optimizer="muon"),  # sft without --init
         "published": dict(steps=200, batch_size=64, micro_batch=8, lr=1e-6)}
-
 def settle(command, given):
     """-> AlignConfig."""
     if command == "distill": command, given = "rl", {**given, "method": "distill"}
@@ -462,13 +447,11 @@ def attempt(chat, o, problems, n, seed=0):
             groups[-1].append(v | dict(prompt=p.messages[-1]["content"], text=text, length=len(ids),
                                        wanted=p.answer, example=(prompt + ids, own)))
     return groups
-
 def in_parts(f, model, batch, size):
     """f(model, tokens, targets, pos) of a batch, `size` rows at a time, without gradients."""
     parts = zip(*(batch[k].split(size) for k in ("tokens", "targets", "pos")))
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        return torch.cat([f(model, *(x.to(device) for x in p)).float().cpu() for p in parts])
+    move = lambda x: x.to(next(model.parameters()).device)
+    with torch.no_grad(): return torch.cat([f(model, *map(move, p)).float().cpu() for p in parts])
 class Batches:
     """Again and again through items, in an order that follows from (seed, epoch). `make` turns some
     into a batch, for o.uses steps. An item: rows that somebody wrote, one or a pair."""
@@ -512,7 +495,6 @@ class Rollouts(Batches):
             tokens=tokens, length=tokens / len(mask), rollout_s=self.chat.took,
             scoring_s=time.perf_counter() - start - self.chat.took)
         return batch | at
-
 def take_step(loader, model, batches):
     """The `step` of `fit`: gradients of a loss over micro-batches, and a row for the log."""
     start, total, notes, o = time.perf_counter(), 0.0, Counter(), loader.o
@@ -522,9 +504,8 @@ def take_step(loader, model, batches):
         part.backward()
         total = total + part.detach()
         notes.update({k: float(x) for k, x in {**more, "w": named["w"].sum()}.items()})  # adds
-    w = notes.pop("w")
-    row = dict(step=loader.step(), loss=float(total), **loader.notes,
-               **{name: x / w for name, x in notes.items()}, update_s=time.perf_counter() - start)
+    row = dict(step=loader.step(), loss=float(total), **loader.notes, update_s=time.perf_counter()
+               - start, **{k: x / notes["w"] for k, x in notes.items() if k != "w"})
     for name in ("rollout", "scoring", "update") if "tokens" in row else ():
         row[f"{name}, tokens/s"] = row["tokens"] / row[f"{name}_s"]
     with open(Path(o.run) / "log.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
@@ -538,10 +519,8 @@ def take_step(loader, model, batches):
 def pass_at_k(n, c, k): return 1 - math.comb(n - c, k) / math.comb(n, k)  # c of n right; 2107.03374
 def majority(group):  # one of those on the answer given most often
     return max(group, key=lambda v: sum(v["answer"] == u["answer"] is not None for u in group))
-
 def measure(chat, o, name, scorer=None):
-    """Writes run/name.jsonl, rates (error: of pass1; best: by a reward model) and answers; a run
-    that goes on has them already. Prints it."""
+    """Writes run/name.jsonl once: rates (error: of pass1; best: by a reward model), answers."""
     n, mean, path = o.samples, statistics.fmean, Path(o.run) / f"{name}.jsonl"
     if not TASKS[o.task].verify: return
     if not path.exists():
@@ -564,23 +543,19 @@ def measure(chat, o, name, scorer=None):
 
 # -----------------------------------------------------------------------------
 # Phases: each a run directory, begun from another one or from a published model
-def scalar(model):
-    """A copy with a head of one row: its logits (B, T, 1) are a number for each token."""
+def scalar(model):  # a copy with a head of one row: its logits are a number for each token
     new = copy.deepcopy(model)
     new.lm_head = Linear(model.cfg.d_model, 1, std=0.0).to(model.embed_tokens.weight)
     return new
-
 def pairs_of(o, chat, problems):
     """Better and worse, from --data, or the best and the worst of a group of answers."""
-    encode = chat.encode
-    pairs = [[[encode(p.messages, p.demo)], [encode(p.messages, p.worse)]]
+    pairs = [[[chat.encode(p.messages, text)] for text in (p.demo, p.worse)]
              for p in problems if p.worse]
     for group in () if pairs else attempt(chat, o, problems, o.group, o.seed):
         worst, *_, best = sorted(group, key=lambda v: v["reward"])
         if worst["reward"] < best["reward"]: pairs.append([[best["example"]], [worst["example"]]])
     print(f"{len(pairs)} pairs", flush=True)
     return pairs
-
 def phase(o):
     """Runs a phase, or goes on with it; saves after a rollout's last use. Layers of a published
     model keep their input alone, and make the rest again for gradients."""
@@ -600,7 +575,7 @@ def phase(o):
     with atomic_write(run / "align.json", "w") as f: json.dump(vars(o), f, indent=1)
     if o.init: measure(chat, o, "before")
     if o.command == "eval": return
-    if o.kl or o.method == "distill":
+    if o.kl and o.command != "reward" or o.method == "distill":
         ref = load(o.teacher or o.init)
         ref.compute_dtype = machine.dtype
     if o.method == "ppo": model.critic = scalar(model)
@@ -631,15 +606,15 @@ def lesson(root, given):
         raise UserError("lesson: got another task or model, wanted none; name a command, as sft")
     for name in [*LESSON][:-1] if given.pop("quick", False) else LESSON:
         command, init, more = LESSON[name]
-        if init: more = {**more, "init": f"{root}/{init}"}
-        phase(settle(command, {**given, **more, "run": f"{root}/{name}"}))
+        more = {**given, **more, "init": init and f"{root}/{init}", "run": f"{root}/{name}"}
+        phase(settle(command, more))
 def main(args):
     given = vars(args)
     command, resume, run = (given.pop(k, None) for k in ("command", "resume", "run"))
     if resume:
-        try: given = {**json.loads((Path(run or "") / "align.json").read_text()), **given}
-        except (OSError, ValueError):
-            raise UserError(f"resume: got {run}, wanted a run that align.py began; set --run")
+        try: given = json.loads((Path(run or "") / "align.json").read_text()) | given
+        except (OSError, ValueError): raise UserError(
+            f"resume: got {run}, wanted a run that align.py began; set --run")
         command = given.pop("command")
     elif run and Path(run).exists():
         raise UserError(f"run: got {run}, which exists; wanted a new name; or add --resume")
@@ -647,7 +622,6 @@ def main(args):
     if command: return phase(settle(command, {**given, "run": run}))
     with atomic_write(f"{run}/align.json", "w") as f: json.dump({**given, "command": None}, f)
     lesson(run, given)
-
 def build_parser():
     parser = argparse.ArgumentParser(description="Without a command: the lesson.",
                                      argument_default=argparse.SUPPRESS)
