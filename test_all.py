@@ -1590,7 +1590,8 @@ def test_packing_and_micro_batches_change_neither_loss_nor_gradient():
     for rows, size in (align.pack(some, 18), 1), ([[e] for e in some], 3):
         batch, lm = align.lay_out(rows), aligned("sft")[0]
         batch["w"] = align.NORMS["token"]((batch["targets"] >= 0).double(), None)
-        for x in zip(*(x.split(size) for x in batch.values())): align.policy(lm, o, *x)[0].backward()
+        for x in zip(*(x.split(size) for x in batch.values())):
+            align.policy(lm, o, *x)[0].backward()
         runs.append([p.grad for p in lm.parameters()])
     assert all(all(map(torch.allclose, run, runs[0])) for run in runs)
 
@@ -1603,7 +1604,8 @@ def test_only_the_assistant_is_learned_and_the_engine_scores_as_the_trainer_does
     text = (engine := sample.Engine(chat.model)).add([1, 2, 3], sample.Sampling(9, seed=1))
     while engine.step(): pass
     batch = align.lay_out([[(text.tokens, [False] * 3 + [True] * 9)]])
-    assert text.logps == pytest.approx(align.logps(chat.model, **batch)[0, 2:11].tolist(), abs=1e-12)
+    want = align.logps(chat.model, **batch)[0, 2:11].tolist()
+    assert text.logps == pytest.approx(want, abs=1e-12)
 
 def test_answers_are_equal_if_they_mean_the_same_and_pass_at_k_is_counted():
     same = r"\frac12;0.5 1,000;1{,}000.0 50\%;1/2 $50%$;50 x=5;5 3\frac{1}{2};7/2 90^\circ;90 " \
