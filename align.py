@@ -256,7 +256,7 @@ TASKS = {"digits": Task(digits, partial(means, "#"), "0123456789=#: ", 24),
          "maths": Task(maths, partial(means, "\\boxed{")),
          "code": Task(code, passes), "chat": Task(conversation, None)}
 def problems_of(o, held_out=False):
-    """The first problems of the nine tenths to train on, or of the tenth held out."""
+    """The first problems of the nine tenths to train on, or of the tenth held out (eval: all)."""
     task, n, some, row = TASKS[o.task], o.problems if held_out else o.examples, [], 0
     rng = random.Random("held out" if held_out else o.seed)
     try:
@@ -264,7 +264,7 @@ def problems_of(o, held_out=False):
         for row, x in enumerate(rows, 1):
             p = task.make(x if task.chars else json.loads(x))
             hashed = zlib.crc32(json.dumps(p.messages or p.demo).encode())
-            if (hashed % 10 == 0) == held_out: some.append(p)
+            if (hashed % 10 == 0) == held_out or o.data and o.command == "eval": some.append(p)
             if len(some) == n: break
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e: raise UserError(
         f"data: got {type(e).__name__}: {e} in row {row} of {o.data}; wanted what --task reads, as "
@@ -315,8 +315,7 @@ def preferred(model, o, tokens, targets, pos, w, ref=None):
 def clip(ratio, adv, low, high):
     """Nothing to gain from a ratio beyond 1 - low or 1 + high: a rollout may serve twice."""
     return torch.min(adv * ratio, adv * ratio.clamp(1 - low, 1 + high))
-def policy(model, o, tokens, targets, pos, w, adv=1.0, old=None, ref=None, values=None,
-           returns=None):
+def policy(model, o, tokens, targets, pos, w, adv=1, old=None, ref=None, values=None, returns=None):
     """Without `old` the model itself has just sampled: the gradient of adv log p is that of the
     ratio at 1. With advantage 1 it is SFT. Over samples -log p is the entropy in the mean."""
     lp = logps(model, tokens, targets, pos)
@@ -514,11 +513,10 @@ def take_step(loader, model, batches):
     return total
 
 # -----------------------------------------------------------------------------
-# Evaluation: several answers to each held-out problem
+# Evaluation: several answers to each held-out problem; the majority's is the one most often given
 
 def pass_at_k(n, c, k): return 1 - math.comb(n - c, k) / math.comb(n, k)  # c of n right; 2107.03374
-def majority(group):  # one of those on the answer given most often
-    return max(group, key=lambda v: sum(v["answer"] == u["answer"] is not None for u in group))
+def majority(g): return max(g, key=lambda v: sum(v["answer"] == u["answer"] is not None for u in g))
 def measure(chat, o, name, scorer=None):
     """Writes run/name.jsonl once: rates (error: of pass1; best: by a reward model), answers."""
     n, mean, path = o.samples, statistics.fmean, Path(o.run) / f"{name}.jsonl"
@@ -532,8 +530,9 @@ def measure(chat, o, name, scorer=None):
                     majority=mean(majority(g)["reward"] for g in groups))
         for key in ("length", "format", "able"):
             if some := [v[key] for v in flat if key in v]: row[key] = mean(some)
-        batch = lay_out([[v.pop("example")] for v in flat])
+        rows = [[v.pop("example")] for v in flat]
         if scorer:
+            batch = lay_out(rows)
             best = last(in_parts(values_of, scorer, batch, 64), batch["pos"]).view(-1, n).argmax(1)
             row["best"] = mean(g[i]["reward"] for g, i in zip(groups, best.tolist()))
         with atomic_write(path, "w") as f: f.writelines(json.dumps(r) + "\n" for r in [row, *flat])
@@ -543,6 +542,7 @@ def measure(chat, o, name, scorer=None):
 
 # -----------------------------------------------------------------------------
 # Phases: each a run directory, begun from another one or from a published model
+
 def scalar(model):  # a copy with a head of one row: its logits are a number for each token
     new = copy.deepcopy(model)
     new.lm_head = Linear(model.cfg.d_model, 1, std=0.0).to(model.embed_tokens.weight)
@@ -559,7 +559,8 @@ def pairs_of(o, chat, problems):
 def phase(o):
     """Runs a phase, or goes on with it; saves after a rollout's last use. Layers of a published
     model keep their input alone, and make the rest again for gradients."""
-    machine, run, problems, task = set_up(o), Path(o.run), problems_of(o), TASKS[o.task]
+    machine, run, task = set_up(o), Path(o.run), TASKS[o.task]
+    problems = problems_of(o) if o.command != "eval" else None
     load, optimizer, ref = lambda name: load_model(find_run(name), machine.device), None, None
     print(f"{o}\n{machine.line}", flush=True)
     if o.init:
@@ -575,9 +576,8 @@ def phase(o):
     with atomic_write(run / "align.json", "w") as f: json.dump(vars(o), f, indent=1)
     if o.init: measure(chat, o, "before")
     if o.command == "eval": return
-    if o.kl and o.command != "reward" or o.method == "distill":
-        ref = load(o.teacher or o.init)
-        ref.compute_dtype = machine.dtype
+    if o.kl and o.command != "reward" or o.method == "distill": ref = load(o.teacher or o.init)
+    if ref is not None: ref.compute_dtype = machine.dtype
     if o.method == "ppo": model.critic = scalar(model)
     if o.command == "reward": model = scalar(model)  # chat's own is asked
     if o.command == "rl": loader = Rollouts(o, chat, ref, problems, o.group)
@@ -599,13 +599,12 @@ def phase(o):
 
 LESSON = dict(  # run: its command, what it begins from, its settings if not the usual
     base=("sft", None, dict(task="text", steps=250)), sft=("sft", "base", {}),
-    dpo=("dpo", "sft", {}), grpo=("rl", "sft", dict(steps=20)),
-    from_base=("rl", "base", dict(steps=10)))
+    dpo=("dpo", "sft", {}), grpo=("rl", "sft", {}), from_base=("rl", "base", dict(steps=10)))
 def lesson(root, given):
     if {"task", "init", "data"} & {*given}:
         raise UserError("lesson: got another task or model, wanted none; name a command, as sft")
-    for name in [*LESSON][:-1] if given.pop("quick", False) else LESSON:
-        command, init, more = LESSON[name]
+    phases = [*LESSON.items()][:-1] if given.pop("quick", False) else LESSON.items()
+    for name, (command, init, more) in phases:
         more = {**given, **more, "init": init and f"{root}/{init}", "run": f"{root}/{name}"}
         phase(settle(command, more))
 def main(args):
