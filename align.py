@@ -409,7 +409,7 @@ class AlignConfig(TrainConfig):
 ROWS = {"all": dict(minutes=None, steps=1, evals=1, compile=False, log_steps=10 ** 9),
         "sft": dict(steps=80, batch_size=32, lr=1e-3, examples=1000),
         "reward": dict(steps=60, batch_size=64, lr=5e-4, examples=1000),
-        "dpo": dict(steps=30, batch_size=64, lr=1e-4, examples=1000, kl=0.1),
+        "dpo": dict(steps=60, batch_size=64, lr=1e-4, examples=1000, kl=0.1),
         "rl": dict(steps=30, batch_size=512, group=16, lr=5e-4, examples=20_000, warmup=0.0,
                    schedule="constant"), "rl countdown": dict(steps=150, lr=1e-4),
         "fresh": dict(steps=300, lr=None, examples=20_000, optimizer="muon"),  # sft without --init
