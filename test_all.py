@@ -1547,8 +1547,8 @@ def aligned(command):  # a model in float64, settings, rows of six tokens, their
     return lm, o, rows, align.lay_out(rows)
 
 def test_losses_and_gradients_equal_their_definitions_clipped_or_not():
-    (lm, o, _, batch), hidden = aligned("rl"), []
-    lm.critic, mask = align.scalar(lm), batch["targets"] >= 0
+    (lm, o, rows, batch), hidden = aligned("rl"), []
+    lm.critic, mask = align.scalar(lm), torch.tensor([own[1:] + [False] for [(_, own)] in rows])
     lm.norm.register_forward_hook(lambda module, _, y: hidden.append(y))
     w, adv, noise, ref, V = torch.randn(5, 4, 6).double()
     w, z, at = w * mask, lm(batch["tokens"])[0], batch["targets"].clamp(min=0)[..., None]
@@ -1618,7 +1618,7 @@ def test_answers_are_equal_if_they_mean_the_same_and_pass_at_k_is_counted():
 
 def test_code_counts_if_it_ends_its_tests_within_limits():
     assert align.run_code("def f(): return 1", "assert f() == 1", 1)
-    for program in ("os._exit(0)", "while True: pass", "'a' * 10 ** 10", "os.killpg(0, 9)", "1 / 0",
+    for program in ("os._exit(0)", "while True: pass", "'a' * 10 ** 9", "os.killpg(0, 9)", "1 / 0",
                     "while True: os.write(1, b'x' * 10 ** 6)", "[os.fork() for _ in 'ab']; 1 / 0"):
         assert not align.run_code("import os\n" + program, seconds=1), program
 
