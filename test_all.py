@@ -1618,7 +1618,7 @@ def test_answers_are_equal_if_they_mean_the_same_and_pass_at_k_is_counted():
 
 def test_code_counts_if_it_ends_its_tests_within_limits():
     assert align.run_code("def f(): return 1", "assert f() == 1", 1)
-    for program in ("os._exit(0)", "while True: pass", "'a' * 10 ** 9", "os.killpg(0, 9)", "1 / 0",
+    for program in ("os._exit(0)", "while True: pass", "bytes(10 ** 9)", "os.killpg(0, 9)", "1 / 0",
                     "while True: os.write(1, b'x' * 10 ** 6)", "[os.fork() for _ in 'ab']; 1 / 0"):
         assert not align.run_code("import os\n" + program, seconds=1), program
 
