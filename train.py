@@ -389,8 +389,8 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
             if look or machine.device.type == "cpu": log.read(now)
             now.seconds = agree(now.seconds + time.perf_counter() - start)
     if asked and is_main:
-        print(f"{asked}: stopped after step {now.step}" + (
-            f", saved; go on with: python train.py --resume --run {run}" if run else ""))
+        print(f"{asked}: stopped after step {now.step}" + (run and ", saved; go on with: python "
+              f"{Path(sys.argv[0]).name} --resume --run {run}" or ""))
     return now, {} if asked else result
 
 def take(loader, micro, device, seed=0):
