@@ -365,23 +365,22 @@ def test_tokens_of_a_folder_give_its_texts_back_and_counts_are_exact(tmp_path, c
         os.utime(tmp_path / "bad")              # stale, so that the second round looks again
 
 def test_a_killed_run_leaves_parts_and_the_next_run_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", 4000)
-    text, read_chunk, chunks = tmp_path / "a.txt", data.read_chunk, []
+    monkeypatch.setattr(bpe, "BLOCK", 4000)
+    text, encode, seen = tmp_path / "a.txt", bpe.Tokenizer.encode, []
     text.write_text("".join(f"word{i % 77} and {i}\n" for i in range(20000)))
     prepare = partial(data.prepare, text, "bpe", 300)
     whole = prepare(tmp_path / "whole", workers=2).train.read_bytes()
-    def watched(*chunk):
-        chunks.append(chunk)
-        if len(chunks) == 3: raise KeyboardInterrupt        # before the third is encoded
-        return read_chunk(*chunk)
-    monkeypatch.setattr(data, "read_chunk", watched)
+    def watched(tok, block):
+        if seen.append(block) or len(seen) == 3: raise KeyboardInterrupt    # before the third
+        return encode(tok, block)
+    monkeypatch.setattr(bpe.Tokenizer, "encode", watched)
     with pytest.raises(KeyboardInterrupt): prepare(tmp_path / "killed", workers=1)
     (folder,) = tmp_path.glob("killed/*")
     assert not [*folder.glob("*.bin")]
     gone, alive = (folder / f".x.{pid}.tmp" for pid in (1 << 23, os.getpid()))  # no pid is so large
     gone.touch(), alive.touch()                 # what kill -9 leaves; and of another run
     assert prepare(tmp_path / "killed", workers=1).train.read_bytes() == whole
-    assert len(chunks) == len({*chunks}) + 1 > 9            # only the third a second time
+    assert len(seen) == len({*seen}) + 1 > 9    # only the third a second time
     assert alive.exists() and not gone.exists() and not [*folder.glob("*-parts-*")]
 
 @pytest.mark.parametrize("command, says", [("bpe train NO", "No such file"),   # capitals: files
