@@ -15,146 +15,115 @@ THE MATHS
     them in the order permutation(seed, e): (seed, windows read) is the whole state of a loader.
     bits_per_byte = (sum of -ln p of targets) / (ln 2 * bytes of text), whatever the tokenizer
 THE COSTS
-    extraction takes most of the funnel's time, duplicates its memory, about 1.5 kB a document; a
-    corpus takes its text and twice 2 or 4 bytes an id on disk
-CONTENTS  SOURCES / downloads / crawl / HTML / rules / classifier / duplicates / funnel / mixing /
-          text / tokens / Loader / the lesson
-NOT HERE  JavaScript, PDF, blocklists of URLs, decontamination, fastText's own files, object storage
+    extraction takes most of the funnel's time, dedup its memory, 4 bytes a hash and a shingle; on
+    disk, a text for each leg of the funnel, and a corpus, its text and twice 2 or 4 bytes an id
+CONTENTS  SOURCES / downloads / crawl / HTML / rules / classifier / duplicates / funnel / text /
+          tokens / Loader / the lesson
+NOT HERE  JavaScript, PDF, lists of bad URLs, decontamination, fastText's files, packing
 RUN       python data.py                    # last line: every target exactly once an epoch: True
           python data.py get tinystories    # 2.3 GB; stop it, repeat it, it goes on
-          python data.py get commoncrawl --records 200     # then look FILE, and
+          python data.py get commoncrawl --records 200   # FILE. Then `look FILE`, and
           python data.py funnel FILE --out clean --stages extract,lang=en,gopher,lines,dedup,mask
 REFERENCES
     Rae 2021, Raffel 2019, Penedo 2024: rules; Broder 1997: MinHash; Joulin 2016: fastText; nanoGPT:
     one file of ids; Eldan 2023 (2305.07759): TinyStories; RFC 9110: byte ranges; Stanford CS336
 EXERCISE  Empty Loader.__next__ and write it again until `pytest test_all.py -k loader` is green.
 """
-import argparse, ast, codecs, gzip, hashlib, heapq, html, http.client, io, itertools, json, math, os
-import re, shutil, sys, sysconfig, time, unicodedata, urllib.request, zipfile, zlib
+import argparse, ast, codecs, gzip, hashlib, heapq, html, http.client, inspect, io, itertools, json
+import math, os, re, shutil, sys, sysconfig, time, unicodedata, urllib.request, zipfile, zlib
 from collections import Counter, namedtuple
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-
 import numpy as np
 import torch, torch.nn.functional as F
 from tqdm import tqdm
-
 import bpe
 from bpe import EOT, UserError, atomic_write
-
 BPE_BYTES, VALID_BYTES, MIN_BYTES = 10**9, 10**7, 40    # for BPE, for valid, of a text [our choice]
 TRIES, WAIT_S, TIMEOUT_S = 4, 0.5, 30       # connections in a row that bring nothing [our choice]
-STEP = 1 << 20                              # bytes of a crawl asked for at a time [our choice]
-# bytes/s, rough, for the announcement of large sources alone [our choice]; the last two a process
-DOWNLOAD_RATE, TEXT_RATE, TRAIN_RATE, ENCODE_RATE = 20e6, 140e6, 3.5e6, 5.5e6
 # -----------------------------------------------------------------------------
 # Sources, and a path is one too. Look at the licence before you publish a model. download, text:
-# bytes, about; files: train and valid, or one that we cut, in the folder `url` of their server.
-Source = namedtuple("Source", "about homepage licence download text url files", defaults=("", ()))
-HF = "https://huggingface.co/datasets/"
+# bytes, about; files: train and valid, or one that we cut, in `folder` of the homepage.
+Source, HF = namedtuple("Source", "about homepage licence download text folder files",
+                        defaults=("", ())), "https://huggingface.co/datasets/"
 SOURCES = {
     "stdlib": Source("code and documentation of the Python that runs this",
         "https://docs.python.org/3/license.html", "PSF-2.0", 0, 12_300_000),
-    "shakespeare": Source("plays; the classic of character models",
-        "https://github.com/karpathy/char-rnn", "public domain", 1_115_394, 1_115_394,
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare",
-        ("input.txt",)),
+    "shakespeare": Source("plays", "https://github.com/karpathy/char-rnn", "public domain",
+        1_115_394, 1_115_394, "/raw/master/data/tinyshakespeare", ("input.txt",)),
     "tinystories": Source("stories in the words of a small child, by GPT-4",
         HF + "roneneldan/TinyStories", "CDLA-Sharing-1.0", 2_250_000_000, 2_250_000_000,
-        HF + "roneneldan/TinyStories/resolve/main",
-        ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")),
-    "owt": Source("OpenWebText: pages that Reddit linked to (CS336's sample)",
-        HF + "stanford-cs336/owt-sample", "CC0, pages: their authors'",
-        4_700_000_000, 12_200_000_000, HF + "stanford-cs336/owt-sample/resolve/main",
-        ("owt_train.txt.gz", "owt_valid.txt.gz")),
-}
-CRAWL = Source("one file of May 2024's crawl, raw", "https://commoncrawl.org/terms-of-use",
-    "Common Crawl's terms; pages: their authors'", 10**9, 0, "https://data.commoncrawl.org/crawl-data"
-    "/CC-MAIN-2024-22/segments/1715971057216.39/warc",
-    ("CC-MAIN-20240517233122-20240518023122-00000.warc.gz",))
-
+        "/resolve/main", ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")),
+    "owt": Source("OpenWebText: pages that Reddit linked to", HF + "stanford-cs336/owt-sample",
+        "CC0, pages: their authors'", 4_700_000_000, 12_200_000_000,
+        "/resolve/main", ("owt_train.txt.gz", "owt_valid.txt.gz"))}
+CRAWL = Source("one raw file of May 2024", "https://data.commoncrawl.org", "its terms of use, and "
+    "pages: their authors'", 10**9, 0, "/crawl-data/CC-MAIN-2024-22/segments/1715971057216.39/warc",
+    "CC-MAIN-20240517233122-20240518023122-00000.warc.gz")
 def digest(what) -> str: return hashlib.sha256(repr(what).encode()).hexdigest()
 def size_of(path: Path) -> int: return path.stat().st_size if path.exists() else 0
 def part_of(path: Path) -> Path: return path.with_name(path.name + ".part")
-def read_note(path: Path) -> dict:
-    """NAME.json beside a file says what it was made from; damaged or none: the file is stale."""
+def read_note(path: Path) -> dict:      # NAME.json beside a file; damaged: the file counts as stale
     try: note = json.loads(path.with_suffix(".json").read_text())
     except (OSError, ValueError): return {}
     return note if isinstance(note, dict) else {}
 def write_note(path: Path, note: dict) -> dict:
     with atomic_write(path.with_suffix(".json"), "w") as out: json.dump(note, out, indent=1)
     return note
-def remove_leftovers(folder: Path) -> None:
-    """Deletes the temporary files of atomic_write, .NAME.PID.tmp, whose processes were killed."""
+def remove_leftovers(folder: Path) -> None:     # .NAME.PID.tmp of atomic_write, if PID was killed
     for temp in folder.rglob(".*.*.tmp"):
         try: os.kill(int(temp.suffixes[-2][1:]), 0)         # signal 0 asks whether it lives
         except ProcessLookupError: temp.unlink(missing_ok=True)
         except (PermissionError, ValueError): pass          # another user's; not of atomic_write
 def progress(**how): return tqdm(unit="B", unit_scale=True, disable=None, **how)
 # -----------------------------------------------------------------------------
-# Downloads. Gigabytes mean connections that drop. What has arrived stays in NAME.part, and the next
-# connection asks for the bytes after it. The note of a download holds its URL, size and version, so
-# that the bytes of two files never end in one.
-def receive(url: str, path: Path, want=None) -> None:
-    """One connection: adds what it brings to the part, to `want` bytes or to the file's end."""
-    part, note = part_of(path), read_note(path)
+# Downloads: what has come stays in NAME.part for the next connection; by its note no files mix.
+def receive(url: str, path: Path, part: Path, want) -> None:     # one connection; it may drop
     path.parent.mkdir(parents=True, exist_ok=True)
-    if note.get("url") != url: part.unlink(missing_ok=True)     # of another file, for all we know
-    if not (have := size_of(part)) or have != note["size"] or want:
-        span = {"Range": f"bytes={have}-{want - 1 if want else ''}"} if have or want else {}
-        request = urllib.request.Request(url, headers=span)
+    if (note := read_note(path)).get("url") != url: part.unlink(missing_ok=True)    # another's
+    request, have = urllib.request.Request(url), size_of(part)
+    if want or not have or have != note["size"]:
+        if have or want: request.add_header("Range", f"bytes={have}-{want - 1 if want else ''}")
         if have and note["version"]: request.add_header("If-Range", note["version"])    # else all
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply, open(part, "ab") as out:
+        with urllib.request.urlopen(request, None, TIMEOUT_S) as reply, open(part, "ab", 0) as out:
             length, etag = reply.headers["Content-Length"], reply.headers["ETag"] or ""
-            if reply.status != 206 and want: raise OSError("the server sends no byte ranges")
-            if reply.status != 206 or not have: # the file from its start: it is new, or has changed
+            if want and reply.status != 206: raise OSError("the server sends no byte ranges")
+            if not have or reply.status != 206:     # from the start: it is new, or has changed
                 out.truncate(have := 0)
                 note = {"url": url, "size": None, "version":    # no weak ETag, W/"..."
                         etag if etag.startswith('"') else reply.headers["Last-Modified"]}
-            if length: note["size"] = have + int(length)
+            note["size"] = have + int(length) if length else note["size"]
             write_note(path, note)
             with progress(desc=path.name, total=note["size"], initial=have) as bar:
-                while block := reply.read1(1 << 20): bar.update(out.write(block))   # what is there
-            out.flush()
+                while block := reply.read1(1 << 20): bar.update(out.write(block))
             os.fsync(out.fileno())
-    if (size := size_of(part)) != (total := note["size"]) is not None:
-        if size > total: part.unlink()          # it cannot become right: start afresh
-        raise OSError(f"got {size:,} bytes, wanted {total:,}")
-def fetch(url: str, path: Path, want=None) -> None:
-    """Downloads url to path, whole or not at all. Connections that bring something may drop as
-    often as they like; it gives up after TRIES connections in a row without a new byte."""
+    if (size := size_of(part)) != note["size"] is not None:
+        raise OSError(f"got {size:,} bytes, wanted {note['size']:,}")
+def fetch(url: str, path: Path, want=None) -> None:     # whole, or its first `want` bytes; or none
     part, failures = part_of(path), 0
     while failures < TRIES:
         time.sleep(WAIT_S * (2 ** failures - 1))
         have = size_of(part)
         try:
-            receive(url, path, want)
+            receive(url, path, part, want)
             return os.replace(part, path)
-        except (OSError, http.client.HTTPException) as e:
-            if getattr(e, "errno", None) in bpe.DISK_ERRORS:
-                raise UserError(f"cannot write {part}: {e.strerror}; wanted a place with room in "
-                                "it; give another folder or free some space") from e
-            error, status = e, getattr(e, "code", 500)
-            if status == 416 and not want: part.unlink(missing_ok=True) # theirs is shorter
-            if status < 500 and status != 429: failures = TRIES     # to ask again is no use
+        except (OSError, http.client.HTTPException) as e: error, status = e, getattr(e, "code", 500)
+        if getattr(error, "errno", None) in bpe.DISK_ERRORS: raise UserError(
+            f"cannot write {part}: {error.strerror}; wanted a place with room; give another folder")
+        if status == 416 and not want: part.unlink()            # theirs is shorter: begin anew
+        if status < 500 and status != 429: failures = TRIES     # to ask again is no use
         failures = 0 if size_of(part) > have else failures + 1
     raise UserError(f"cannot download {url}: {error}; run the same command again to go on, name "
                     f"another server with --mirror, or put the file by hand at {path.resolve()}")
-def fetch_crawl(records: int, data_dir="data", mirror=None) -> Path:
-    """The first `records` responses of CRAWL: ranges of STEP bytes until they are whole."""
-    path = Path(data_dir, "commoncrawl", f"{records}-{CRAWL.files[0]}")
-    def count():
-        with open(path, "rb") as file:
-            return sum(row.get("warc-type") == "response" for row, _ in read_warc(file, Counter()))
-    while (size := size_of(path)) == 0 or count() < records:
+def fetch_crawl(records: int, data_dir: str, mirror) -> None:   # by ranges, until it has so many
+    path = Path(data_dir, "commoncrawl", f"{records}-{CRAWL.files}")
+    while not (size := size_of(path)) or sum(1 for _ in read_docs(path, Counter())) < records:
         if size: os.replace(path, part_of(path))
-        want = size_of(part_of(path)) + STEP
-        fetch(f"{(mirror or CRAWL.url).rstrip('/')}/{CRAWL.files[0]}", path, want)
+        want = size_of(part_of(path)) + (1 << 20)
+        fetch(f"{(mirror or CRAWL.homepage + CRAWL.folder).rstrip('/')}/{CRAWL.files}", path, want)
         if size_of(path) < want: break          # their file ends here
-    print(f"{path}: {count():,} pages, {size_of(path):,} bytes; {CRAWL.licence}, {CRAWL.homepage}\n"
-          f"next: python data.py look {path}; python data.py funnel {path}")
-    return path
+    print(f"{path} of {CRAWL.homepage}, {CRAWL.licence}\nnext: python data.py look {path}")
 # -----------------------------------------------------------------------------
 # The crawl: WARC files hold what servers sent, WET files its text. What is broken is left out.
 BLOCK, MAX_BODY, MAGIC = 1 << 16, 10**7, b"\x1f\x8b\x08"        # bytes [our choice]; of gzip
@@ -306,30 +275,27 @@ def extract(page: str) -> str:
     text = re.sub(r"\n+\x05\s*", "\n  \u2022 ", text)
     return text.replace("\3", " ").replace("\4", "|").replace("\5", "").strip("\n ")
 # -----------------------------------------------------------------------------
-# Rules: what is measured, its value, the lowest and the highest that stay; and whose rule it is. They
-# were chosen by looking at what they drop, and by training on the rest: so look, too (--show).
+# Rules: what is measured, its value, the lowest and the highest that stay; and whose rule it is.
 STOP_WORDS, DOTS = set("the be to of and that have with".split()), ("...", "\u2026")
 ENDS, OCTET = (".", "?", "!", '"', "\u201d"), r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
 C4_NOT = re.compile("javascript|terms of use|privacy policy|cookie policy|uses? (of )?cookie", re.I)
 MASKS = {"EMAIL_ADDRESS": r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}\b",
          "PHONE_NUMBER": r"(?<![\w.])(?:\+?1[-. ]?)?\(?[2-9]\d\d\)?[-. ]{,2}\d{3}[-. ]?\d{4}(?!\w)",
          "IP_ADDRESS": rf"(?<![\w.])(?:{OCTET}\.){{3}}{OCTET}(?!\w|\.\w)"}
-NGRAMS = {2: .2, 3: .18, 4: .16, 5: .15, 6: .14, 7: .13, 8: .12, 9: .11, 10: .1}    # of characters
+NGRAMS = .2, .18, .16, .15, .14, .13, .12, .11, .1     # of the characters, for n = 2 to 10
 def share(test, of) -> float: return sum(map(test, of)) / max(1, len(of))
-def repeated(pieces: list, size=len) -> float:
-    """The share of characters (size=len) or of pieces in pieces that came before."""
+def repeated(pieces: list, size=len) -> float:      # the share that came before, by size
     return 1 - sum(map(size, {*pieces})) / max(1, sum(map(size, pieces)))
 def repetition(text: str, words: list, lines: list):
-    """Of n-grams, the characters of the commonest (n < 5) or of all that occur again, each once."""
+    """Of n-grams, the characters in the commonest (n < 5) or in all that occur again, each once."""
     for what, some in ("lines", lines), ("paragraphs", re.split(r"\n{2,}", text.strip())):
         yield f"repeated {what}", repeated(some, lambda _: 1), 0, .3
         yield f"characters of repeated {what}", repeated(some), 0, .2
     number, sizes = {}, np.fromiter(map(len, words), int)
     key = ids = np.array([number.setdefault(word, len(number)) for word in words])
-    for n, most in NGRAMS.items():
-        if len(words) < n + 1: break
+    for n, most in zip(range(2, min(11, len(words))), NGRAMS):
         key, counts = np.unique(key[:-1] * len(number) + ids[n - 1:], return_inverse=True,
-                                return_counts=True)[1:]     # renumbered, so that none is too large
+                                return_counts=True)[1:]     # renumbered: no product is too large
         again = (key == counts.argmax()) & (counts.max() > 1) if n < 5 else counts[key] > 1
         held = np.convolve(again, np.ones(n, int)) > 0      # the words in such an n-gram
         yield f"characters of repeated {n}-grams", sizes[held].sum() / sizes.sum(), 0, most
@@ -351,17 +317,14 @@ RULES = {
         ("characters of repeated lines", repeated(lines), 0, .1),
         ("lines of 30 characters", share(lambda line: len(line) <= 30, lines), 0, .67),
         ("lines a word", text.count("\n") / len(words), 0, .3))}
-def outside(name: str, text: str) -> list:
-    """What a rule has against a text: each measure that is outside its range, as words."""
+def outside(name: str, text: str) -> str:       # all thresholds that are passed, in words
     lines = list(filter(None, map(str.strip, text.split("\n"))))
-    return [f"{what} {value:.3g}, wanted {low:g} to {high:g}" for what, value, low, high in
-            RULES[name](text, text.split() or [""], lines) if not low <= value <= high]
-def c4_lines(text: str) -> str:
-    """The lines that end a sentence, are five words or more, and not about cookies."""
+    return "; ".join(f"{what} {value:.3g}, wanted {low:g} to {high:g}" for what, value, low, high in
+                     RULES[name](text, text.split() or [""], lines) if not low <= value <= high)
+def c4_lines(text: str) -> str:                 # those that end a sentence, and not about cookies
     return "\n".join(line for line in text.split("\n") if line.rstrip().endswith(ENDS) and not
                      C4_NOT.search(line) and not line.endswith("...") and len(line.split()) > 4)
-def mask(text: str, counts: Counter) -> str:
-    """Personal data becomes |||KIND|||, as in CS336."""
+def mask(text: str, counts: Counter) -> str:    # CS336: personal data becomes |||KIND|||
     for kind, pattern in MASKS.items():
         text, n = re.subn(pattern, f"|||{kind}|||", text)
         counts[f"masked {kind}"] += n
@@ -433,16 +396,24 @@ def near_pairs(signatures, sets: list, jaccard: float):     # -> (pairs, 2), the
         both = len(np.intersect1d(sets[i], sets[j], assume_unique=True))
         return both >= jaccard * (len(sets[i]) + len(sets[j]) - both)
     return pairs[np.array([alike(*pair) for pair in pairs], bool)]
+def train_classifier(file: Path, out: Path = Path("model.npz")) -> None:
+    """Learns labels from lines LABEL<tab>TEXT, for lang=LABEL:MODEL and quality=MODEL."""
+    try: pairs = [line.partition("\t")[::2] for line in file.read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error: raise UserError(f"{file}: got {error}") from None
+    if not all(map(all, pairs or [""])): raise UserError(f"{file}: wanted lines LABEL<tab>TEXT")
+    np.random.default_rng(0).shuffle(pairs)
+    model = Classifier(list(dict(pairs))).train(pairs[(n := len(pairs) // 10):])
+    with atomic_write(out) as a: np.savez_compressed(a, labels=model.labels, weights=model.weights)
+    right = sum(max(p := model.predict(text), key=p.get) == label for label, text in pairs[:n])
+    print(f"{out}: {right} of {n} right that it was not trained on")
 # -----------------------------------------------------------------------------
-# The funnel. A FILTER sees one document; a GLOBAL stage all of them, so that there the work has to
-# pause: `gather` takes numbers from each, `decide` says which numbers are out, `apply` drops what
-# they name. So the stages are cut into legs, and a leg makes one part of each input, document by
-# document, in any process of any machine. A part that is there is done: a kill loses those begun.
+# The funnel. A FILTER sees one document, a GLOBAL stage all of them: `gather` takes numbers of each,
+# `decide` says which are out, `apply` drops those. So stages are cut into legs; a leg makes a part
+# of each input, in any process of any machine. A part that exists is done: a kill loses the others.
 COMMON = {"en": "the of and to in is that it for", "de": "der die und das ist nicht ein zu mit",
           "fr": "le la les et des est une dans", "es": "el los las y que una por con"}
-def labelled(doc: dict, arg: str, counts: Counter) -> str:
-    """lang=LABEL:MODEL, or by function words, a heuristic; quality=MODEL, its first label. @P is
-    the least probability; @pareto keeps by chance, the likelier the better (GPT-3, 2005.14165)."""
+def labelled(doc: dict, arg: str, _) -> str:
+    """lang=LABEL:MODEL, or by function words, a heuristic; quality=MODEL, its first label; @P."""
     (arg, _, least), words = arg.partition("@"), doc["text"].lower().split()
     label, _, path = arg.rpartition(":") if arg.endswith(".npz") else (arg, "", "")
     shares = {lang: sum(map(words.count, own.split())) for lang, own in COMMON.items()}
@@ -450,217 +421,145 @@ def labelled(doc: dict, arg: str, counts: Counter) -> str:
     if (label := label or next(iter(shares))) not in shares: raise UserError(
         f"label: got {label!r}; wanted one of {', '.join(shares)}, or LABEL:MODEL.npz")
     p = shares[label] / max(1e-9, sum(shares.values()))
-    if least == "pareto": least = 1 - np.random.default_rng(doc["at"]).pareto(9)
     return "" if p >= float(least or .5) else f"{label} {p:.2f}" + " by function words" * (not path)
 def change(doc: dict, text: str) -> str:
     doc["text"] = text
     return "" if text.strip() else "nothing left"
-def by_rule(name: str):
-    return lambda doc, *_: "; ".join(outside(name, doc["text"]))
-FILTERS = {     # (document, what follows "=", counts) -> why it is dropped, or ""
+FILTERS = {     # a document, what follows "=", counts -> why it is dropped, or ""
     "extract": lambda doc, *_: change(doc, extract(doc["text"]) if doc["html"] else doc["text"]),
-    "lang": labelled, "quality": labelled, **{name: by_rule(name) for name in RULES},
-    "c4": lambda doc, *_: change(doc, c4_lines(doc["text"])) or by_rule("c4")(doc),
+    "lang": labelled, "quality": labelled,
+    **{name: lambda doc, *_, name=name: outside(name, doc["text"]) for name in RULES},
+    "c4": lambda doc, *_: change(doc, c4_lines(doc["text"])) or outside("c4", doc["text"]),
     "mask": lambda doc, _, counts: change(doc, mask(doc["text"], counts))}
-def number_of(text: str) -> int:                # a hash of 63 bits, the same on every machine
+def number_of(text: str) -> int:            # 63 bits, the same on every machine
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-def numbers_of(pieces): return np.fromiter(map(number_of, pieces), np.int64)
-def not_first(at, rows, _) -> np.ndarray:       # exact documents: one number of each
-    first = np.unique(np.concatenate(rows), return_index=True)[1]
-    return np.delete(at, first)
-def twice(at, rows, _) -> np.ndarray:           # the hashes of lines: CS336 drops all copies
-    hashes, counts = np.unique(np.concatenate(rows), return_counts=True)
-    return hashes[counts > 1]
-def copies(at, rows, arg: str) -> np.ndarray:
-    """All of a cluster of near-duplicates but the first. Clusters: the least index spreads."""
-    marks = np.array([row[:N_HASHES] for row in rows], np.uint32).reshape(-1, N_HASHES)
-    pairs = near_pairs(marks, [row[N_HASHES:] for row in rows], float(arg or .8))
-    least, before = np.arange(len(rows)), None
-    while not np.array_equal(least, before):
+def twice(at, rows, _):                     # lines, by number: CS336 drops all copies
+    numbers, counts = np.unique(np.concatenate(rows), return_counts=True)
+    return numbers[counts > 1]
+def copies(at, rows, jaccard: str):         # documents: all of a cluster but its first
+    marks, least, before = np.array([row[:N_HASHES] for row in rows]), np.arange(len(rows)), None
+    pairs = near_pairs(marks, [row[N_HASHES:] for row in rows], float(jaccard or .8))
+    while not np.array_equal(least, before):        # the least index spreads through a cluster
         before = least.copy()
         for a, b in (0, 1), (1, 0): np.minimum.at(least, pairs[:, a], least[pairs[:, b]])
     return at[least < np.arange(len(rows))]
-def is_out(doc: dict, out: set) -> str: return "a copy" if doc["at"] in out else ""
-def drop_lines(doc: dict, out: set) -> str:
-    return change(doc, "\n".join(line for line in doc["text"].split("\n")
-                                 if not line or number_of(line) not in out))
-GLOBAL = {      # gather: document -> numbers; decide: those that are out; apply: as a filter
-    "exact": (lambda doc: numbers_of([doc["text"]]), not_first, is_out),
-    "lines": (lambda doc: numbers_of(doc["text"].split("\n")), twice, drop_lines),
-    "dedup": (lambda doc: np.r_[signature(x := shingles(doc["text"])), x], copies, is_out)}
-def documents(path: Path):
-    """Yields the documents of a text, which end in EOT."""
-    held = ""
-    for text in bpe.read_blocks(path, (EOT,)):
-        *whole, held = (held + text).split(EOT)
-        yield from whole
-    if held.strip(): yield held
-def read_docs(path: Path, counts: Counter):
-    """Documents of a .txt, of JSON lines with "html" or "text", or of a WARC or WET file."""
-    def json_lines(file):
-        for line in unpacked(file, counts):
-            row = {}
-            with suppress(ValueError): row = json.loads(line)
-            row = row if isinstance(row, dict) else {}
-            text = row["html"] if isinstance(row.get("html"), str) else row.get("text")
-            if isinstance(text, str): yield {**row, "text": text, "html": bool(row.get("html"))}
-            else: counts["no JSON with text"] += 1
+GLOBAL = {      # gather, decide, apply
+    "lines": (lambda doc: np.array([*map(number_of, doc["text"].split("\n"))]), twice,
+              lambda doc, out: change(doc, "\n".join(line for line in doc["text"].split("\n")
+                                                     if not line or number_of(line) not in out))),
+    "dedup": (lambda doc: np.r_[signature(x := shingles(doc["text"])), x], copies,
+              lambda doc, out: "a copy" * (doc["at"] in out))}
+def row_of(line: bytes, counts: Counter):   # of JSON -> a document
+    with suppress(ValueError, AttributeError):
+        text = (row := json.loads(line)).get("text", row.get("html"))
+        if isinstance(text, str): return {"html": "html" in row, **row, "text": text}
+    counts["no JSON with a text"] += 1
+def read_docs(path: Path, counts: Counter):     # of a WARC or WET file, or of JSON lines
     with open(path, "rb") as file:
-        for doc in (({"text": text, "html": False} for text in documents(path))
-                    if path.suffix == ".txt" else json_lines(file) if ".jsonl" in path.name else
-                    filter(None, (page_of(*row, counts) for row in read_warc(file, counts)))):
-            text = doc["text"].replace(EOT, " ").replace("\0", " ")     # these mean something here
-            yield {**doc, "text": text.encode("utf-8", "replace").decode()}
-@lru_cache(maxsize=1)
-def load_out(path: Path) -> set: return set(np.load(path).tolist())
-def name_of(stage: str) -> tuple:
-    return stage.split(" ", 1)[1].partition("=")[::2]           # "3 lang=en" -> "lang", "en"
-def run_part(leg: list, after: str, out: Path, number: int, source: Path, part: Path) -> None:
-    """One leg of one input; `out` is what its first stage leaves out, `after` what follows it."""
+        for doc in ((row_of(line, counts) for line in unpacked(file, counts)) if ".jsonl" in
+                    path.name else (page_of(*row, counts) for row in read_warc(file, counts))):
+            if doc:     # EOT and NUL mean something to us
+                text = doc["text"].replace(EOT, " ").replace("\0", " ")
+                yield {**doc, "text": text.encode(errors="replace").decode()}
+def run_part(leg: list, after: str, verdict: Path, number: int, source: Path, part: Path) -> None:
+    """One leg of one input: its first stage applies the verdict, `after` gathers for the next."""
     if part.exists(): return
-    table, shown, counts, rows, at = {}, {}, Counter(), [], []
-    def add(stage, *more): table[stage] = [a + b for a, b in zip(table.get(stage, [0] * 4), more)]
+    table, shown, counts, rows, at, clock = {}, {}, Counter(), [], [], time.perf_counter()
+    out = set(np.load(verdict).tolist()) if leg[0] != "read" else ()
+    def add(stage, *more):
+        nonlocal clock
+        more, clock = (*more, time.perf_counter() - clock), time.perf_counter()
+        table[stage] = [a + b for a, b in zip(table.get(stage, [0] * 4), more)]
     with atomic_write(part, "w") as file:
-        clock = time.perf_counter()
         for i, doc in enumerate(read_docs(source, counts)):
-            doc["at"] = number << 32 | i if leg[0] == READ else doc["at"]
+            if leg[0] == "read": doc["at"] = number << 32 | i
             for stage in leg:
-                (name, arg), size, why = name_of(stage), len(doc["text"].encode()), ""
-                if name in GLOBAL: why = GLOBAL[name][2](doc, load_out(out))
-                elif stage != READ: why = FILTERS[name](doc, arg, counts)
-                s, clock = time.perf_counter() - clock, time.perf_counter()
-                add(stage, 1, not why, size / 1e6, s)
-                some = shown.setdefault(stage, {"kept": [], "dropped": []})[
-                    "dropped" if why else "kept"]
+                (name, _, arg), size, why = stage.partition("="), len(doc["text"].encode()), ""
+                if name in GLOBAL: why = GLOBAL[name][2](doc, out)
+                elif name in FILTERS: why = FILTERS[name](doc, arg, counts)
+                add(stage, 1, not why, size / 1e6)
+                some = shown.setdefault(f"{stage} {'drops' if why else 'keeps'}", [])
                 if len(some) < 9: some.append((why, doc["text"][:200]))
                 if why: break
             else:
                 file.write(json.dumps(doc) + "\n")
-                if after:
-                    rows.append(GLOBAL[name_of(after)[0]][0](doc))
-                    at.append(doc["at"])
-                    s, clock = time.perf_counter() - clock, time.perf_counter()
-                    add(after, 0, 0, 0, s)
-        if after:
-            with atomic_write(part.with_suffix(".npz")) as array: np.savez(
-                array, flat=np.concatenate(rows or [[]]), sizes=list(map(len, rows)), at=at)
+                rows.append(GLOBAL[after.partition("=")[0]][0](doc) if after else [])
+                at.append(doc["at"])
+                add(after or leg[-1], 0, 0, 0)
+        with atomic_write(part.with_suffix(".npz")) as array: np.savez(
+            array, flat=np.concatenate(rows or [[]]), sizes=[*map(len, rows)], at=at)
         write_note(part, {"counts": counts, "table": table, "shown": shown})
-def decide(stage: str, parts: list, out: Path) -> None:
-    """What a global stage leaves out, from the numbers of all parts."""
-    clock, (name, arg) = time.perf_counter(), name_of(stage)
+def decide(stage: str, parts: list, verdict: Path) -> None:
+    (name, _, arg), clock = stage.partition("="), time.perf_counter()
     arrays = [np.load(part.with_suffix(".npz")) for part in parts]
     rows = [row for a in arrays for row in np.split(a["flat"], a["sizes"].cumsum(dtype=int))[:-1]]
     at = np.concatenate([a["at"] for a in arrays]).astype(int)
     numbers = GLOBAL[name][1](at, rows, arg) if rows else at
-    write_note(out, {"table": {stage: (0, 0, 0, time.perf_counter() - clock)}})
-    with atomic_write(out) as file: np.save(file, numbers)
-def wait_for(paths: list) -> None:              # which other ranks make
+    write_note(verdict, {"table": {stage: [0, 0, 0, time.perf_counter() - clock]}})
+    with atomic_write(verdict) as file: np.save(file, numbers)
+def files_of(places: list) -> list:
+    found = [file for place in map(Path, places) for file in (
+        sorted(filter(Path.is_file, place.rglob("[!.]*"))) if place.is_dir() else [place])]
+    if missing := [file for file in found if not file.is_file()]: raise UserError(
+        f"inputs: got {missing[0]}, which is not there; wanted WARC, WET or .jsonl files")
+    return found
+def wait_for(paths: list) -> None:          # other ranks make them
     while not all(path.exists() for path in paths): time.sleep(.1)
-def funnel(inputs: list, out: Path, stages: str, workers=None, show: int = 0) -> None:
-    """Inputs to out/00000.txt ..., a dataset. Ranks of torchrun or Slurm share the parts."""
-    legs = [[READ]]
-    for i, stage in enumerate(stages.split(","), 1):
-        if stage.partition("=")[0] not in {**FILTERS, **GLOBAL}: raise UserError(
-            f"stages: got {stage}; wanted some of {', '.join([*FILTERS, *GLOBAL])}; try {STAGES}")
-        legs += [[]] * (stage.partition("=")[0] in GLOBAL)
-        legs[-1] = [*legs[-1], f"{i} {stage}"]
-    sources = inputs_of(inputs)
+def funnel(inputs: Path, out: Path = Path("clean"), stages: str = "extract,gopher,dedup,mask",
+           workers: int = None, show: int = 0) -> None:
+    """Inputs to out/text.txt, a dataset. Ranks of torchrun or Slurm share the work."""
+    names, places = ["read", *stages.split(","), "write"], files_of(inputs)
+    if unknown := {s.partition("=")[0] for s in names[1:-1]} - {*FILTERS, *GLOBAL}: raise UserError(
+        f"stages: got {', '.join(unknown)}; wanted some of {', '.join([*FILTERS, *GLOBAL])}")
+    cuts = [i for i, stage in enumerate(names) if stage.partition("=")[0] in GLOBAL]
+    legs = [names[a:b] for a, b in zip([0, *cuts], [*cuts, len(names)])]
     rank, world = (int(os.environ.get(a, os.environ.get(b, c))) for a, b, c in (
         ("RANK", "SLURM_PROCID", 0), ("WORLD_SIZE", "SLURM_NTASKS", 1)))
-    models = list(map(Path, re.findall(r"[^=:,@]+\.npz", stages)))
-    made_from = [fingerprint([f for f in some if f.exists()], out) for some in (sources, models)]
-    folder, made = out / f".funnel-{digest((made_from, stages))[:8]}", []
-    for old in set(out.glob(".funnel-*")) - {folder} if not rank else (): shutil.rmtree(old)
+    models = filter(Path.is_file, map(Path, re.findall(r"[^=:,@]+\.npz", stages)))
+    folder = out / f".funnel-{digest((fingerprint([*places, *models], out), stages))[:8]}"
     remove_leftovers(out)
-    for k, leg in enumerate(legs):      # the parts of all legs stay: a text each, until out is gone
-        verdict, after = folder / f"{k}.npy", (legs[k + 1:] or [[""]])[0][0]
+    parts, made = places, []
+    for k, (leg, after) in enumerate(zip(legs, [*(leg[0] for leg in legs[1:]), ""])):
+        verdict, sources = folder / f"{k}.npy", parts
         if k and not rank and not verdict.exists(): decide(leg[0], sources, verdict)
-        wait_for([verdict] * bool(k))
+        wait_for([verdict] * (k > 0))
         parts = [folder / f"{k}-{i:05}.jsonl" for i in range(len(sources))]
         jobs = list(zip(itertools.count(), sources, parts))[rank::world]
         work = bpe.parallel_map(run_part, jobs, workers, (leg, after, verdict))
         for _ in tqdm(work, f"leg {k + 1} of {len(legs)}", len(jobs), disable=None): pass
         if not rank: wait_for(parts)
-        sources, made = parts, [*made, verdict, *parts]
+        made += [verdict, *parts]
     if rank: return
-    for old in {*out.glob("0????.txt")} - {out / f"{i:05}.txt" for i in range(len(parts))}:
-        old.unlink()
-    for i, part in enumerate(parts):
-        with atomic_write(out / f"{i:05}.txt", "w") as file, open(part) as docs:
-            file.writelines(json.loads(doc)["text"] + EOT for doc in docs)
-    report(sum(legs, []), list(map(read_note, made)), show)
-def report(stages: list, notes: list, show: int) -> None:
+    with atomic_write(out / "text.txt", "w") as file:
+        for part in parts:
+            with open(part) as docs: file.writelines(json.loads(doc)["text"] + EOT for doc in docs)
+    notes = list(filter(None, map(read_note, made)))
     print(f"{'stage':20s}{'documents':>10s}{'kept':>10s}{'MB':>9s}{'s':>8s}{'MB/s':>8s}")
-    for stage in stages:
-        docs, kept, mb, s = np.sum([note.get("table", {}).get(stage, [0] * 4) for note in notes], 0)
+    for stage in names:
+        docs, kept, mb, s = np.sum([note["table"].get(stage, [0] * 4) for note in notes], 0)
         print(f"{stage:20s}{docs:10,.0f}{kept:10,.0f}{mb:9,.2f}{s:8.2f}{mb / max(s, 1e-9):8.2f}")
-        for which in ("kept", "dropped") if show else ():
-            some = [row for note in notes for row in note.get("shown", {}).get(stage, {which: []})[which]]
-            for why, text in some[:show]: print(f"    {which} {why}: {text!r}")
-    print("counted:", dict(sum((Counter(note.get("counts", {})) for note in notes), Counter())))
-def inputs_of(places: list) -> list:
-    files = [file for place in map(Path, places) for file in (
-        sorted(filter(Path.is_file, place.rglob("[!.]*"))) if place.is_dir() else [place])]
-    if missing := [file for file in files if not file.is_file()] or not files and places:
-        raise UserError(f"inputs: got {missing[0]}, which is no file; wanted WARC, WET, .jsonl or "
-                        ".txt files, or folders of them")
-    return files
-def look(files: list, n: int = 10) -> None:
-    """n documents at random: raw, extracted, and what each rule says."""
-    rng, counts = np.random.default_rng(), Counter()
-    docs = (doc for file in inputs_of(files) for doc in read_docs(file, counts))
-    for doc in heapq.nlargest(n, docs, lambda _: rng.random()):
+        for does in ("keeps", "drops") if show else ():
+            some = [n["shown"].get(f"{stage} {does}", []) for n in notes if "shown" in n]
+            for why, text in sum(some, [])[:show]: print(f"    {does} {why}: {text!r}")
+    print("counted:", dict(sum((Counter(note.get("counts")) for note in notes), Counter())))
+def look(files: Path, n: int = 10) -> None:
+    """Shows n documents at random: raw, extracted, and what each rule says."""
+    docs = (doc for file in files_of(files) for doc in read_docs(file, Counter()))
+    for doc in heapq.nlargest(n, docs, lambda _, rng=np.random.default_rng(): rng.random()):
         text = extract(doc["text"]) if doc["html"] else doc["text"]
         for what, some in ("raw", doc["text"]), ("extracted", text):
-            print(f"{what:10s}| {doc.get('url', '')}, {len(some):,} characters")
-            for line in list(filter(str.strip, some[:2000].split("\n")))[:12]: print(f"    {line[:90]}")
-        for rule in RULES: print(f"{rule:10s}| {'; '.join(outside(rule, text)) or 'keeps it'}")
-        print("-" * 79)
-    print("counted:", dict(counts))
+            print(f"{what}, {len(some):,} characters, {doc.get('url', '')}")
+            for line in [*filter(str.strip, some.split("\n"))][:12]: print(f"    | {line[:90]}")
+        for rule in RULES: print(f"    {rule}: {outside(rule, text) or 'keeps it'}")
 # -----------------------------------------------------------------------------
-# Mixing. Weights say how much of each source is read, not how much there is; but a small source
-# that is read often is learned by heart (four times costs little: Muennighoff 2023, 2305.16264).
-def budgets(sizes, weights, total: float, epochs: float) -> np.ndarray:
-    """Bytes to take of each source: as the weights say, of each at most so many epochs; what one
-    lacks, the others share (UniMax, 2304.09151)."""
-    caps, takes, free = epochs * np.array(sizes, float), np.zeros(len(sizes)), np.array(weights) > 0
-    while free.any():
-        each = (total - takes.sum()) * weights * free / np.sum(weights * free)
-        over = free & (each >= caps)
-        takes, free = takes + np.where(over if over.any() else free, np.minimum(each, caps), 0), (
-            free & ~over if over.any() else free & False)
-    return takes
-def mix(inputs: list, out: Path, valid: Path, mb: float, epochs: float) -> None:
-    """PLACE=WEIGHT ... -> out/train.txt, out/valid.txt. Whose share lags most comes next."""
-    places, weights = zip(*(place.rpartition("=")[::2] for place in inputs))
-    try: weights = np.array(weights, float)
-    except ValueError: raise UserError(f"mix: got {inputs}; wanted PLACE=WEIGHT ...") from None
-    files = [inputs_of([place]) for place in places]
-    sizes = [sum(map(size_of, some)) for some in files]
-    takes, written = budgets(sizes, weights, mb * 1e6, epochs), np.zeros(len(places))
-    texts = [(text for _ in itertools.count() for file in some for text in documents(file))
-             for some in files]
-    inputs_of([valid])
-    with atomic_write(out / "train.txt") as file:
-        while (lag := np.divide(written, takes, where=takes > 0, out=np.ones(len(takes)))).min() < 1:
-            text = (next(texts[lag.argmin()]) + EOT).encode()
-            written[lag.argmin()] += file.write(text)
-    with atomic_write(out / "valid.txt") as file, open(valid, "rb") as text:
-        shutil.copyfileobj(text, file)
-    for place, size, n in zip(places, sizes, written):
-        print(f"{place}: {n / 1e6:,.2f} MB of {written.sum() / 1e6:,.2f}, {n / size:.2f} epochs")
-# -----------------------------------------------------------------------------
-# Stage 1, text. Validation text must be new to the model, so files are never divided, unless there
-# is only one; a folder of train.txt and valid.txt is divided already.
+# Stage 1, text. Validation text must be new to the model: a file is cut only if it is alone; and a
+# folder of train.txt and valid.txt is divided already.
 SIDES, WHOLE = ("train", "valid"), (0, sys.maxsize)
 HIDDEN, TESTS = r"\..*|__pycache__", r"tests?|idle_test|(site|dist)-packages|config-.*|_sysconfig.*"
-def is_text(file: Path) -> bool:
-    """A readable file (not a pipe, which would block), not empty, no NUL in its first 64 KiB."""
+def is_text(file: Path) -> bool:    # readable, no pipe (which would block), not empty, without NUL
     if not (file.is_file() and os.access(file, os.R_OK)): return False
     with open(file, "rb") as f: return bool(start := f.read(1 << 16)) and b"\0" not in start
-def find_files(dataset: str, folder: Path) -> tuple:
-    """-> (root, files, how many others are no text). The files of a download may not exist yet. Of
-    a folder all count but hidden ones and our own, of the standard library its texts."""
+def find_files(dataset: str, folder: Path) -> tuple:    # (root, files, how many others are no text)
     source, root, left_out = SOURCES.get(dataset), Path(dataset), HIDDEN
     if source and source.files: return folder, [folder / name for name in source.files], 0
     if source: root, left_out = Path(sysconfig.get_path("stdlib")), f"{HIDDEN}|{TESTS}"
@@ -669,89 +568,74 @@ def find_files(dataset: str, folder: Path) -> tuple:
         names = [] if "train.json" in names else names      # a run of ours
         folders[:] = [name for name in folders if not re.fullmatch(left_out, name)
                       and Path(here, name).resolve() not in ours]
-        found += [Path(here, name) for name in names if not re.fullmatch(left_out, name)
-                  and (not source or name.endswith((".py", ".rst", ".txt")))]
+        found += [Path(here, name) for name in names if not re.fullmatch(left_out, name) and (
+            not source or name.endswith((".py", ".rst", ".txt")))]
     files = list(filter(is_text, found))
     return root, files, len(found) - len(files)
-def fingerprint(files: list, root: Path) -> str:
-    """Changes when a file or the list of files does; independent of the folder's location."""
+def fingerprint(files: list, root: Path) -> str:    # independent of the folder's location
     return digest([(os.path.relpath(file, root), file.stat().st_size, file.stat().st_mtime_ns)
                    for file in sorted(files)])
 def divide(files: list, root: Path) -> list:
-    """-> for train and for valid, a list of (file, from byte, to byte). Many files go by a hash of
-    their names, the same on every machine, about one in 20 to valid. One file is cut where nanoGPT
-    cuts it, text[:int(0.9 * n)], but n counts bytes, valid has a limit, and no character is cut."""
+    """-> train's and valid's [(file, from byte, to byte)]: one in 20 by name; one is cut at 0.9."""
     if len(files) == 1:
         cut = max(int(0.9 * (size := size_of(files[0]))), size - VALID_BYTES)
-        near = next(read_blocks(files[0], cut, cut + 4))
+        with open(files[0], "rb") as file: near = os.pread(file.fileno(), 4, cut)
         cut += len(near) - len(near.lstrip(bytes(range(0x80, 0xC0))))   # UTF-8 continuation bytes
         return [[(files[0], 0, cut)], [(files[0], cut, size)]]
     number = {file: int(digest(file.relative_to(root).as_posix()), 16) for file in files}
     valid = {file for file in files if number[file] % 20 == 0}
     if len(valid) in (0, len(files)): valid = {min(files, key=number.get)}
-    if {file.name for file in files} == {"train.txt", "valid.txt"}:
-        valid = {file for file in files if file.name == "valid.txt"}
+    if [*map(Path.name.fget, sorted(files))] == ["train.txt", "valid.txt"]: valid = {max(files)}
     return [[(file, *WHOLE) for file in sorted(files, key=number.get) if (file in valid) == new]
             for new in (False, True)]
-def read_blocks(path: Path, start: int, end: int):
-    """Yields the bytes of a range, unpacked if the name ends in .gz; last an empty block."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            f.seek(start)
-            while block := f.read(min(1 << 20, end - f.tell())): yield block
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: got a broken gzip file ({error}), wanted a whole one; delete it "
-                        "and run the same command again") from error
-    yield b""
 def write_text(target: Path, ranges: list) -> tuple:
-    """Joins ranges as UTF-8, each ended by EOT. -> (sha256 of the text, how many invalid sequences
-    became a U+FFFD: the difference in length between replacing and ignoring them)."""
+    """Joins ranges, each ended by EOT -> (sha256, how many invalid sequences became a U+FFFD: the
+    difference in length between replacing and ignoring them)."""
     sha, invalid = hashlib.sha256(), 0
     with atomic_write(target) as out, progress(desc=target.name, delay=1) as bar:
-        for piece in ranges:
+        for path, start, end in ranges:
             keep, drop = (codecs.getincrementaldecoder("utf-8")(e) for e in ("replace", "ignore"))
-            tail = ""
-            for block in read_blocks(*piece):
-                text = keep.decode(block, final=not block)
-                invalid += len(text) - len(drop.decode(block, final=not block))
-                tail = (tail + text)[-64:]
-                if not block and not tail.rstrip().endswith(EOT): text += EOT   # the last block
-                sha.update(raw := text.encode())
-                bar.update(out.write(raw))
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                block, tail, _ = b"-", "", file.seek(start)
+                while block:
+                    try: block = file.read(min(1 << 20, end - file.tell()))
+                    except (EOFError, zlib.error, gzip.BadGzipFile) as error: raise UserError(
+                        f"{path}: got a broken gzip file ({error}), wanted a whole one; delete it "
+                        "and run the same command again") from error
+                    text = keep.decode(block, final=not block)
+                    invalid += len(text) - len(drop.decode(block, final=not block))
+                    tail = (tail + text)[-64:]
+                    if not block and not tail.rstrip().endswith(EOT): text += EOT   # at its end
+                    sha.update(raw := text.encode())
+                    bar.update(out.write(raw))
     return sha.hexdigest(), invalid
-def plan(dataset: str, folder: Path, files: list, note: dict, label: str, mirror, workers: int):
-    """Says what a large source still takes, and refuses what the disk cannot hold. What a mirror
-    has is known only when it has come; until then nothing is refused."""
-    source, known = SOURCES.get(dataset), all(file.exists() for file in files)
-    have = sum(size_of(file) + size_of(part_of(file)) for file in files)
-    download, text = (0, 0) if note or known else (max(0, source.download - have), source.text)
-    if known and not note:      # a packed source grows by the ratio of its row
-        text = have * source.text // source.download if source and source.files else have
-    encode = text if not note else sum(size for side, size in zip(SIDES, note["bytes"])
-        if read_note(folder / f"{side}-{label}.bin").get("text") != note[side])
-    tokens = encode * (4 if label in ("byte", "char") else 1)   # 2 bytes an id, twice; bpe: / 4
-    tokens -= sum(map(size_of, folder.glob(f"*-{label}-parts-*/*")))    # from a run that was killed
-    need, learn = download + text + max(0, tokens), encode if label.startswith("bpe") else 0
+def plan(dataset: str, files: list, texts: list, note: dict, bins: list, mirror) -> None:
+    """Says what a large source still takes, and refuses what the disk cannot hold; but what a
+    mirror has is known only when it has come."""
+    if [read_note(file).get("text") for file in bins] == [note.get(side, 0) for side in SIDES]: return
+    source, known, folder = SOURCES.get(dataset), all(map(Path.exists, files)), texts[0].parent
+    have, mb = sum(size_of(file) + size_of(part_of(file)) for file in files), 1e-6
+    download = 0 if note or known else max(0, source.download - have)
+    text = sum(map(size_of, texts)) if note else source.text if not known else (
+        have * source.text // source.download if source and source.files else have)     # if packed
+    need = download + text * (not note) + text * (1 if "-bpe" in bins[0].stem else 4)   # bytes an id
+    need -= sum(map(size_of, folder.glob(f"*{bins[0].stem[5:]}-parts-*/*")))    # of a killed run
     free = shutil.disk_usage(next(p for p in folder.resolve().parents if p.exists())).free
-    guess = " if the mirror has the original" if mirror and not known else ""
-    line = (f"{dataset}: {download / 1e6:,.0f} MB to download, {need / 1e6:,.0f} MB of disk needed"
-            f"{guess}, {free / 1e6:,.0f} MB free at {folder.resolve()}")
-    if need > free and not guess:
+    line = (f"{dataset}: {download * mb:,.0f} MB to download, {need * mb:,.0f} MB of disk needed, "
+            f"{free * mb:,.0f} MB free at {folder.resolve()}")
+    if need > free and (known or not mirror):
         raise UserError(f"too little disk for {line}; free some or give another --data_dir")
-    seconds = download / DOWNLOAD_RATE + text / TEXT_RATE + (
-        min(learn, BPE_BYTES) / TRAIN_RATE + encode / ENCODE_RATE) / workers
-    if need > 1e8: print(f"{line}; about {seconds / 60:.0f} minutes")
-def make_text(dataset: str, folder: Path, label: str, mirror, workers: int) -> dict:
-    """Makes train.txt and valid.txt if they are missing or stale -> their note."""
+    if need > 1e8: print(line, "(if the mirror has the original)" * bool(mirror))
+def make_text(dataset: str, folder: Path, bins: list, mirror) -> dict:     # the texts -> their note
     source, texts = SOURCES.get(dataset), [folder / f"{side}.txt" for side in SIDES]
     root, files, n_others = find_files(dataset, folder)
     note, to_come = read_note(folder / "text"), [file for file in files if not file.exists()]
     if note.get("bytes") != list(map(size_of, texts)) or (
             not to_come and note.get("files") != fingerprint(files, root)):
         note = {}               # a download that was deleted after it became text is not missed
-    plan(dataset, folder, files, note, label, mirror, workers)
+    plan(dataset, files, texts, note, bins, mirror)
     for file in files if source and source.files else ():
-        url = f"{(mirror or source.url).rstrip('/')}/{file.name}"
+        url = f"{(mirror or source.homepage + source.folder).rstrip('/')}/{file.name}"
         if file in to_come and not note: fetch(url, file)
         if (origin := read_note(file).get("url", url)) != url:
             print(f"{file} came from {origin}; for that of {url} delete {folder}")
@@ -759,18 +643,17 @@ def make_text(dataset: str, folder: Path, label: str, mirror, workers: int) -> d
     if (size := sum(map(size_of, files))) < MIN_BYTES: raise UserError(
         f"{dataset}: got {size} bytes of text; {n_others} files are empty, binary or unreadable; "
         f"wanted {MIN_BYTES} bytes of UTF-8; give another file or folder")
-    pair = source and len(source.files) == 2
-    ranges = [[(file, *WHOLE)] for file in files] if pair else divide(files, root)
     write_note(folder / "text", {})         # a kill from here on leaves texts that count as stale
-    shas, invalid = zip(*map(write_text, texts, ranges))
+    shas, invalid = zip(*map(write_text, texts, [[(file, *WHOLE)] for file in files] if source and
+                             len(source.files) == 2 else divide(files, root)))
     print(f"{folder}: text of {len(files)} files, {n_others} empty or binary ones left out, "
           f"{sum(invalid)} invalid UTF-8 sequences replaced; sha256 of train.txt {shas[0][:16]}")
     return write_note(folder / "text", {"files": fingerprint(files, root), **dict(zip(SIDES, shas)),
                                         "bytes": list(map(size_of, texts))})
 # -----------------------------------------------------------------------------
 # Stages 2 and 3: a tokenizer, learned from train.txt or brought; then blocks of the text, cut where
-# no id changes, become files of tokens in whichever process is free, and these are joined.
-def learn_bpe(path: Path, vocab_size: int, workers: int):
+# no id changes, become files of tokens, and these are joined.
+def learn_bpe(path: Path, vocab_size: int, workers):
     print(f"BPE learns from {min(size_of(path), BPE_BYTES):,} of {size_of(path):,} bytes of {path}")
     return bpe.Tokenizer(*bpe.train(path, vocab_size, (EOT,), workers=workers, max_bytes=BPE_BYTES),
                          (EOT,))
@@ -779,16 +662,12 @@ def learn_chars(path: Path, *_):
     return bpe.CharTokenizer(sorted(chars), (EOT,))
 def use_bytes(*_): return bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], (EOT,))
 TOKENIZERS = {"bpe": learn_bpe, "byte": use_bytes, "char": learn_chars}
-def label_of(tokenizer: str, vocab_size: int) -> str:
-    """The part of a token file's name that tells tokenizers apart. A mistake shows here, early."""
-    lowest = len(bpe.BYTES) + 1
-    if tokenizer == "bpe" and not lowest <= vocab_size <= sys.maxunicode: raise UserError(
-        f"vocab_size: got {vocab_size}; wanted {lowest} (bytes and {EOT}) to {sys.maxunicode}; try "
-        "4096")
+def label_of(tokenizer: str, vocab_size: int) -> str:   # its part of a token file's name
+    if tokenizer == "bpe" and not 257 <= vocab_size <= sys.maxunicode: raise UserError(
+        f"vocab_size: got {vocab_size}; wanted 257 to {sys.maxunicode}; try 4096")
     if tokenizer in TOKENIZERS: return f"bpe-{vocab_size}" if tokenizer == "bpe" else tokenizer
     if not Path(tokenizer).exists(): raise UserError(
-        f"tokenizer: got {tokenizer!r}; wanted {', '.join(TOKENIZERS)} or the path of a "
-        "tokenizer.json or of its folder; nothing is at that path")
+        f"tokenizer: got {tokenizer!r}; wanted {', '.join(TOKENIZERS)} or the path of a file")
     if (tok := bpe.load_tokenizer(tokenizer)).eot is None:
         raise UserError(f"{tokenizer}: it has no {EOT}, which separates documents; use another")
     return f"own-{tok.hash[:8]}"
@@ -796,8 +675,7 @@ def encode_part(tok, dtype, part: Path, text: str) -> None:
     if not part.exists():       # from a run that was killed
         with atomic_write(part) as out: out.write(np.array(tok.encode(text), dtype).tobytes())
 def make_tokens(text_path: Path, sha: str, out: Path, tok, workers: int) -> dict:
-    """Makes a token file, unless it is there and fresh: [EOT doc EOT doc ... EOT], whose first EOT
-    gives the first token of the text a context too. -> its note."""
+    """[EOT doc EOT ... doc EOT]: the first EOT gives the first token a context. -> its note."""
     dtype = np.dtype(np.uint16 if tok.vocab_size <= 1 << 16 else np.uint32)
     note, old = {"tokenizer": tok.hash, "text": sha, "dtype": dtype.name}, read_note(out)
     if note.items() <= old.items() and size_of(out) == old["tokens"] * dtype.itemsize: note = old
@@ -821,33 +699,31 @@ def make_tokens(text_path: Path, sha: str, out: Path, tok, workers: int) -> dict
     return note
 
 Corpus = namedtuple("Corpus", "name tokenizer train valid info")    # info: train's, valid's note
-def prepare(dataset, tokenizer="bpe", vocab_size=4096, data_dir="data", mirror=None, workers=None):
-    """Runs what is missing or stale of the three stages -> Corpus. dataset: a row of SOURCES or a
-    path; tokenizer: bpe, byte, char or a path; workers: processes, None for one a core."""
+def prepare(dataset: str, tokenizer: str = "bpe", vocab_size: int = 4096, data_dir: str = "data",
+            mirror: str = None, workers: int = None, records: int = 200) -> Corpus:
+    """Prepares a source or path: runs what is missing or stale of the three stages."""
     name, place, tokenizer = str(dataset), Path(dataset).resolve(), str(tokenizer)
-    if name not in SOURCES:
-        if not place.exists(): raise UserError(
-            f"dataset: got {name!r}; wanted one of {', '.join(SOURCES)}, or the path of a text "
-            "file or of a folder of them; nothing is at that path")
-        name = f"{place.stem}-{digest(str(place))[:6]}"     # two folders called text: two names
-    workers = checked(workers, mirror)
-    folder, label = Path(data_dir) / name, label_of(tokenizer, vocab_size)
-    remove_leftovers(folder)
-    shas, path = make_text(str(dataset), folder, label, mirror, workers), Path(tokenizer)
-    if tokenizer in TOKENIZERS:     # named by kind, size and text: of the right name, never stale
-        path = folder / f"tokenizer-{label}-{shas['train'][:8]}.json"
-        if not path.exists():
-            TOKENIZERS[tokenizer](folder / "train.txt", vocab_size, workers).save(path)
-    tok, bins = bpe.load_tokenizer(path), [folder / f"{side}-{label}.bin" for side in SIDES]
-    return Corpus(name, tok, *bins, {
-        side: make_tokens(folder / f"{side}.txt", shas[side], out, tok, workers)
-        for side, out in zip(SIDES, bins)})
-def checked(workers, mirror=None) -> int:
     if workers is not None and workers < 1: raise UserError(
         f"workers: got {workers}; wanted 1 or more; leave it out for one a core")
     if mirror and not mirror.startswith(("http://", "https://")):
         raise UserError(f"mirror: got {mirror!r}; wanted a URL; try http://{mirror}")
-    return workers or os.cpu_count() or 1
+    if name == "commoncrawl": raise SystemExit(fetch_crawl(records, data_dir, mirror))  # raw: no corpus
+    if name not in SOURCES:
+        if not place.exists(): raise UserError(
+            f"dataset: got {name!r}; wanted {', '.join(SOURCES)} or the path of a file or folder")
+        name = f"{place.stem}-{digest(str(place))[:6]}"     # two folders called text: two names
+    folder, label = Path(data_dir) / name, label_of(tokenizer, vocab_size)
+    bins, path = [folder / f"{side}-{label}.bin" for side in SIDES], Path(tokenizer)
+    remove_leftovers(folder)
+    shas = make_text(str(dataset), folder, bins, mirror)
+    if tokenizer in TOKENIZERS:     # named by kind, size and text: of the right name, never stale
+        path = folder / f"tokenizer-{label}-{shas['train'][:8]}.json"
+        if not path.exists():
+            TOKENIZERS[tokenizer](folder / "train.txt", vocab_size, workers).save(path)
+    tok = bpe.load_tokenizer(path)
+    return Corpus(name, tok, *bins, {
+        side: make_tokens(folder / f"{side}.txt", shas[side], out, tok, workers)
+        for side, out in zip(SIDES, bins)})
 # -----------------------------------------------------------------------------
 # The loader. Windows drawn at random miss 1/e of a corpus in as many draws as it has windows; a
 # permutation misses none, and as it follows from (seed, epoch), a resumed run goes on exactly.
@@ -894,7 +770,6 @@ class Loader:
     def seek(self, seen: int) -> None: self.seen = seen
 # -----------------------------------------------------------------------------
 # The lesson, and the command line
-READ, STAGES = "0 read", "extract,lang=en,gopher,repetition,c4,fineweb,lines,dedup,mask"
 def lesson(data_dir: str) -> None:
     for name, row in SOURCES.items(): print(f"{name:12s}{row.download / 1e6:8,.0f} MB to download,"
         f"{row.text / 1e6:7,.0f} MB of text: {row.about} | {row.licence} | {row.homepage}")
@@ -906,7 +781,7 @@ def lesson(data_dir: str) -> None:
             text = [text, about[i - 1], "Das ist der Hund und das. " * 9, "Buy $$$ 12 " * 40][i % 4]
             page = "<li><a href=/>Home</a>" * 20 + "</ul><p>" + text.replace("\n\n", "<p>")
             file.write(json.dumps({"html": f"<ul>{page}<p>Mail me@x.org."}) + "\n")
-    funnel([folder / "crawl.jsonl"], folder / "clean", "extract,lang=en,gopher,dedup,mask", 1, 1)
+    funnel([folder / "crawl.jsonl"], folder / "clean", "extract,lang=en,gopher,dedup,mask", show=1)
     (b, r), shares = bands_for(.8), [.5, .6, .7, .8, .9]
     print(f"dedup compares two texts if one of {b} bands of {r} hashes is the same: "
           + ", ".join(f"J = {J}: {1 - (1 - J**r) ** b:.2f}" for J in shares))
@@ -917,59 +792,33 @@ def lesson(data_dir: str) -> None:
         met[s // loader.n_windows] += (targets := targets[targets >= 0].tolist())
         print(f"    {tokens[0, :len(targets)].tolist()}  ->  {targets}")
     print("every target exactly once an epoch:", all(sorted(x) == [*range(1, 11)] for x in met))
-def train_classifier(file: Path, out: Path) -> None:
-    try: pairs = [line.partition("\t")[::2] for line in file.read_text("utf-8").splitlines()]
-    except (OSError, ValueError) as error: raise UserError(f"{file}: got {error}") from None
-    if not all(map(all, pairs or [""])): raise UserError(f"{file}: wanted lines LABEL<tab>TEXT")
-    np.random.default_rng(0).shuffle(pairs)
-    model = Classifier(list(dict(pairs))).train(pairs[(n := len(pairs) // 10):])
-    with atomic_write(out) as a: np.savez_compressed(a, labels=model.labels, weights=model.weights)
-    right = sum(max(p := model.predict(text), key=p.get) == label for label, text in pairs[:n])
-    print(f"{out}: {right} of {n} right that it was not trained on")
-def get(dataset: str, records: int, data_dir: str, mirror, workers, **options) -> None:
-    if dataset == "commoncrawl" and checked(workers, mirror): fetch_crawl(records, data_dir, mirror)
-    else: prepare(dataset, data_dir=data_dir, mirror=mirror, workers=workers, **options)
-COMMANDS = {    # command -> function, and its flags: kind, default, help
-    "get": (get, {
-        "dataset": (str, None, f"{', '.join(SOURCES)}, commoncrawl, or a text file or a folder"),
-        "--tokenizer": (str, "bpe", "bpe, byte, char, or the path of a tokenizer.json"),
-        "--vocab_size": (int, 4096, "ids of a bpe"), "--records": (int, 200, "of commoncrawl"),
-        "--mirror": (str, None, "URL of another folder with the files"),
-        "--workers": (int, None, "processes, without it one a core")}),
-    "look": (look, {"files": (Path, None, "WARC, WET, .jsonl or .txt files, or folders"),
-                    "--n": (int, 10, "documents")}),
-    "funnel": (funnel, {
-        "inputs": (Path, None, "WARC, WET, .jsonl or .txt files, or folders"),
-        "--out": (Path, Path("clean"), "folder of the text, a dataset"),
-        "--stages": (str, STAGES, f"in order, of {', '.join([*FILTERS, *GLOBAL])}"),
-        "--workers": (int, None, "processes, without it one a core"),
-        "--show": (int, 0, "examples that each stage kept and dropped, 9 of a file at most")}),
-    "mix": (mix, {
-        "inputs": (str, None, "PLACE=WEIGHT, texts (.txt) or folders of them"),
-        "--valid": (Path, Path("valid.txt"), "text to evaluate on, none of the above"),
-        "--out": (Path, Path("mixed"), "folder of train.txt and valid.txt, a dataset"),
-        "--mb": (float, 100., "MB of text"), "--epochs": (float, 4., "of a source, at most")}),
-    "train-classifier": (train_classifier, {
-        "file": (Path, None, "lines LABEL<tab>TEXT, for lang= and quality="),
-        "--out": (Path, Path("model.npz"), "of the model")})}
+COMMANDS = {"get": prepare, "look": look, "funnel": funnel, "train-classifier": train_classifier}
+HELP = {"dataset": f"{', '.join(SOURCES)}, commoncrawl, or a text file or a folder of them",
+        "tokenizer": "bpe, byte, char, or a tokenizer.json", "vocab_size": "ids of a bpe",
+        "records": "pages of commoncrawl", "mirror": "URL of another folder with the files",
+        "workers": "processes; None: one a core", "data_dir": "folder for all files", "out": "result",
+        "files": "WARC, WET or .jsonl files, or folders of them", "inputs": "as the files of look",
+        "n": "documents", "stages": f"in order, of {', '.join([*FILTERS, *GLOBAL])}",
+        "show": "examples kept and dropped by each stage", "file": "lines LABEL<tab>TEXT"}
 def build_parser() -> argparse.ArgumentParser:
+    """A command is a function, its flags are its parameters."""
     parser = argparse.ArgumentParser(description="Without a command: the lesson.")
+    parser.add_argument("--data_dir", default="data", help=HELP["data_dir"] + " (default: data)")
     commands = parser.add_subparsers(dest="command")
-    for p, default in [(parser, "data"), (commands.add_parser("get"), argparse.SUPPRESS)]:
-        p.add_argument("--data_dir", default=default, help="folder for all files (default: data)")
-    for command, (_, flags) in COMMANDS.items():
-        p = commands.choices.get(command) or commands.add_parser(command)
-        for flag, (kind, default, about) in flags.items():
-            how = {"nargs": "+"} if flag in ("inputs", "files") else {}
-            if flag[0] == "-": how, about = {"default": default}, about + f" (default: {default})"
-            p.add_argument(flag, type=kind, help=about, **how)
+    for name, function in COMMANDS.items():
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        for key, p in inspect.signature(function).parameters.items():
+            how, about = {"type": p.annotation}, HELP[key]
+            if key in ("inputs", "files"): how["nargs"] = "+"
+            if (flag := p.default is not p.empty): about += f" (default: {p.default})"
+            if flag: how["default"] = argparse.SUPPRESS     # so that the function's own stands
+            command.add_argument("--" * flag + key, help=about, **how)
     return parser
 def main(args) -> None:
     options = dict(vars(args))
     print("data.py:", options)
-    command = options.pop("command")
-    run = COMMANDS[command][0] if command else lesson
-    if run not in (lesson, get): del options["data_dir"]
+    run = COMMANDS.get(options.pop("command"), lesson)
+    if run not in (lesson, prepare): del options["data_dir"]
     try: run(**options)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here")
