@@ -61,6 +61,8 @@ SOURCES = {
 CRAWL = Source("one raw file of May 2024", "https://data.commoncrawl.org", "its terms of use, and "
     "pages: their authors'", 10**9, 0, "/crawl-data/CC-MAIN-2024-22/segments/1715971057216.39/warc",
     "CC-MAIN-20240517233122-20240518023122-00000.warc.gz")
+def require(fine, what, got, wanted: str) -> None:
+    if not fine: raise UserError(f"{what}: got {got}; wanted {wanted}")
 def digest(what) -> str: return hashlib.sha256(repr(what).encode()).hexdigest()
 def size_of(path: Path) -> int: return path.stat().st_size if path.exists() else 0
 def part_of(path: Path) -> Path: return path.with_name(path.name + ".part")
@@ -79,16 +81,17 @@ def remove_leftovers(folder: Path) -> None:     # .NAME.PID.tmp of atomic_write,
 def progress(**how): return tqdm(unit="B", unit_scale=True, disable=None, **how)
 # -----------------------------------------------------------------------------
 # Downloads: what has come stays in NAME.part for the next connection; by its note no files mix.
-def receive(url: str, path: Path, part: Path, want) -> None:     # one connection; it may drop
+def receive(url: str, path: Path, part: Path, step) -> None:     # one connection; it may drop
     path.parent.mkdir(parents=True, exist_ok=True)
     if (note := read_note(path)).get("url") != url: part.unlink(missing_ok=True)    # another's
     request, have = urllib.request.Request(url), size_of(part)
-    if want or not have or have != note["size"]:
-        if have or want: request.add_header("Range", f"bytes={have}-{want - 1 if want else ''}")
+    if step or not have or have != note["size"]:
+        end = have + step - 1 if step else ""
+        if have or step: request.add_header("Range", f"bytes={have}-{end}")
         if have and note["version"]: request.add_header("If-Range", note["version"])    # else all
         with urllib.request.urlopen(request, None, TIMEOUT_S) as reply, open(part, "ab", 0) as out:
             length, etag = reply.headers["Content-Length"], reply.headers["ETag"] or ""
-            if want and reply.status != 206: raise OSError("the server sends no byte ranges")
+            if step and reply.status != 206: raise OSError("the server sends no byte ranges")
             if not have or reply.status != 206:     # from the start: it is new, or has changed
                 out.truncate(have := 0)
                 note = {"url": url, "size": None, "version":    # no weak ETag, W/"..."
@@ -100,29 +103,27 @@ def receive(url: str, path: Path, part: Path, want) -> None:     # one connectio
             os.fsync(out.fileno())
     if (size := size_of(part)) != note["size"] is not None:
         raise OSError(f"got {size:,} bytes, wanted {note['size']:,}")
-def fetch(url: str, path: Path, want=None) -> None:     # whole, or its first `want` bytes; or none
-    part, failures = part_of(path), 0
+def fetch(url: str, path: Path, enough=None) -> None:   # whole, or in steps until there is enough
+    part, failures, step = part_of(path), 0, enough and 1 << 20
     while failures < TRIES:
         time.sleep(WAIT_S * (2 ** failures - 1))
-        have = size_of(part)
-        try:
-            receive(url, path, part, want)
-            return os.replace(part, path)
+        have, error, status = size_of(part), None, 500
+        try: receive(url, path, part, step)
         except (OSError, http.client.HTTPException) as e: error, status = e, getattr(e, "code", 500)
+        if not error and (not step or enough(part) or size_of(part) < have + step):
+            return os.replace(part, path)
         if getattr(error, "errno", None) in bpe.DISK_ERRORS: raise UserError(
             f"cannot write {part}: {error.strerror}; wanted a place with room; give another folder")
-        if status == 416 and not want: part.unlink()            # theirs is shorter: begin anew
+        if status == 416: part.unlink()         # theirs is shorter: begin anew
         if status < 500 and status != 429: failures = TRIES     # to ask again is no use
         failures = 0 if size_of(part) > have else failures + 1
     raise UserError(f"cannot download {url}: {error}; run the same command again to go on, name "
                     f"another server with --mirror, or put the file by hand at {path.resolve()}")
-def fetch_crawl(records: int, data_dir: str, mirror) -> None:   # by ranges, until it has so many
+def fetch_crawl(records: int, data_dir: str, mirror) -> None:
     path = Path(data_dir, "commoncrawl", f"{records}-{CRAWL.files}")
-    while not (size := size_of(path)) or sum(1 for _ in read_docs(path, Counter())) < records:
-        if size: os.replace(path, part_of(path))
-        want = size_of(part_of(path)) + (1 << 20)
-        fetch(f"{(mirror or CRAWL.homepage + CRAWL.folder).rstrip('/')}/{CRAWL.files}", path, want)
-        if size_of(path) < want: break          # their file ends here
+    url = f"{(mirror or CRAWL.homepage + CRAWL.folder).rstrip('/')}/{CRAWL.files}"
+    if not path.exists(): fetch(url, path, lambda part: sum(
+        1 for _ in read_docs(part, Counter())) >= records)
     print(f"{path} of {CRAWL.homepage}, {CRAWL.licence}\nnext: python data.py look {path}")
 # -----------------------------------------------------------------------------
 # The crawl: WARC files hold what servers sent, WET files its text. What is broken is left out.
@@ -333,218 +334,178 @@ def mask(text: str, counts: Counter) -> str:    # CS336: personal data becomes |
 # One classifier for language, quality, toxicity: each hashed n-gram has a weight for each label, a
 # text has their means (fastText without its hidden layer: Joulin 2016, 1607.01759).
 BUCKETS, START = 1 << 18, 2000  # n-grams share buckets; characters that are looked at [our choice]
-def grams(text: str) -> list:       # 1 to 4 characters, 1 or 2 words
+def grams(text: str):               # 1 to 4 characters, 1 or 2 words
     text, words = f" {text[:START].casefold()} ", text[:START].casefold().split()
     found = [text[i:i + n] for n in (1, 2, 3, 4) for i in range(len(text) - n + 1)]
     found += [f"{a}  {b}" for a, b in zip(["", *words], words)] + words
-    return [zlib.crc32(gram.encode("utf-8", "replace")) % BUCKETS for gram in found]
+    return torch.tensor([zlib.crc32(gram.encode(errors="replace")) % BUCKETS for gram in found])
 class Classifier:
     def __init__(self, labels: list, weights=None):
-        self.labels, self.weights = labels, weights
-        if weights is None: self.weights = torch.zeros(BUCKETS, len(labels))
+        self.labels = labels
+        self.weights = torch.zeros(BUCKETS, len(labels)) if weights is None else weights
+    def logits(self, ids: list):                # n texts' -> (n, labels)
+        starts = torch.tensor([0, *map(len, ids[:-1])]).cumsum(0)
+        return F.embedding_bag(torch.cat(ids), self.weights, starts, mode="mean", sparse=True)
     def predict(self, text: str) -> dict:       # {label: probability}
-        return dict(zip(self.labels, self.weights[grams(text)].mean(0).softmax(0).tolist()))
-    def train(self, pairs: list, epochs: int = 6, lr: float = 0.5, seed: int = 0):  # by Adagrad
-        rng, squares = np.random.default_rng(seed), torch.full_like(self.weights, 1e-10)
-        ids = [torch.tensor(grams(text)) for _, text in pairs]
+        return dict(zip(self.labels, self.logits([grams(text)])[0].softmax(0).tolist()))
+    def train(self, pairs: list, epochs: int = 6, lr: float = 0.5, seed: int = 0) -> None:
+        optimizer = torch.optim.Adagrad([self.weights.requires_grad_()], lr)
+        ids, rng = [grams(text) for _, text in pairs], np.random.default_rng(seed)
+        labels = torch.tensor([self.labels.index(label) for label, _ in pairs])
         for batch in (batch for _ in range(epochs) for batch in np.array_split(
                 rng.permutation(len(pairs)), -(-len(pairs) // 64))):
-            used, places = torch.cat(some := [ids[i] for i in batch]).unique(return_inverse=True)
-            rows = self.weights[used].requires_grad_()          # only these have a gradient
-            means = [rows[part].mean(0) for part in places.split(list(map(len, some)))]
-            loss = F.cross_entropy(torch.stack(means), torch.tensor(
-                [self.labels.index(pairs[i][0]) for i in batch]))
-            squares[used] += (grad := torch.autograd.grad(loss, rows)[0])**2
-            self.weights[used] -= lr * grad / squares[used].sqrt()
-        return self
+            F.cross_entropy(self.logits([ids[i] for i in batch]), labels[batch]).backward()
+            optimizer.step(), optimizer.zero_grad()
+        self.weights.requires_grad_(False)
 @lru_cache(maxsize=8)
 def load_classifier(path: str) -> Classifier:
     try:
         with np.load(path) as a: return Classifier(a["labels"].tolist(), torch.tensor(a["weights"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error: raise UserError(
-        f"{path}: got {error}; wanted the --out of python data.py train-classifier") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        require(False, path, error, "the --out of python data.py train-classifier")
 # -----------------------------------------------------------------------------
 # Duplicates. Two texts are as alike as their sets of 5-word shingles, J. Each of 128 least hashes
 # is the same with probability J; what shares one of b bands of r of them is compared exactly.
-N_HASHES, SHINGLE, NEIGHBOURS = 128, 5, 32  # in a bucket, one is compared with 32 [our choice]
+N_HASHES, SHINGLE = 128, 5
 ODD, SHIFT = np.random.default_rng(7).integers(0, 1 << 63, (2, N_HASHES), np.uint64) * np.uint64(2)
 ODD, GOLDEN = ODD + np.uint64(1), np.uint64(0x9E3779B97F4A7C15)     # multiply-shift hashing
+def mixed(columns, key):                    # one hash of several; exact or not, it is compared next
+    for column in columns: key = (key ^ column) * GOLDEN
+    return key
 def shingles(text: str):                    # without case, accents, punctuation -> sorted uint32
     text = re.sub("[\u0300-\u036f\u2010-\u203f]", "", unicodedata.normalize("NFD", text.lower()))
     found = re.findall(rb"[\w\x80-\xff]+", text.encode(errors="replace"))
-    x = np.fromiter(map(zlib.crc32, found), np.uint64)
-    key = np.zeros(max(1, len(x) - SHINGLE + 1), np.uint64)
-    for i in range(min(SHINGLE, len(x))): key = (key ^ x[i:i + len(key)]) * GOLDEN
+    x, n = np.fromiter(map(zlib.crc32, found), np.uint64), max(1, len(found) - SHINGLE + 1)
+    key = mixed((x[i:i + n] for i in range(min(SHINGLE, len(x)))), np.zeros(n, np.uint64))
     return np.unique((key >> np.uint64(32)).astype(np.uint32))
 def signature(found):                       # (n,) -> (128,), uint32
     least = [(found[i:i + 2048, None] * ODD + SHIFT).min(0) for i in range(0, len(found), 2048)]
     return (np.min(least, 0) >> np.uint64(32)).astype(np.uint32)
+@lru_cache
 def bands_for(jaccard: float) -> tuple:     # (b, r): the longest bands that find 99 % at this J
     r = max(r for r in range(1, 33) if r == 1 or 1 - (1 - jaccard**r) ** (N_HASHES // r) >= .99)
     return N_HASHES // r, r
-def near_pairs(signatures, sets: list, jaccard: float):     # -> (pairs, 2), the earlier first
-    (b, r), n, codes = bands_for(jaccard), len(signatures), [np.zeros(0, int)]
-    for band in range(b):
-        key = np.zeros(n, np.uint64)
-        for column in signatures[:, band * r:(band + 1) * r].T: key = (key ^ column) * GOLDEN
-        order = key.argsort(kind="stable")
-        for k in range(1, NEIGHBOURS + 1):
-            if not len(same := np.flatnonzero(key[order[k:]] == key[order[:-k]])): break
-            codes.append(order[same] * n + order[same + k])
-    pairs = np.stack(np.divmod(np.unique(np.concatenate(codes)), max(n, 1)), 1)
-    def alike(i, j):                        # exactly
-        both = len(np.intersect1d(sets[i], sets[j], assume_unique=True))
-        return both >= jaccard * (len(sets[i]) + len(sets[j]) - both)
-    return pairs[np.array([alike(*pair) for pair in pairs], bool)]
+def like(text: str, jaccard: float, sets: list, heads: dict) -> str:
+    """Whether a text is like one before; if not, it joins them. heads: hash of a band -> the first
+    text that had it, and only with firsts is a text compared."""
+    x, (b, r) = shingles(text), bands_for(jaccard)
+    keys = mixed(signature(x)[:b * r].reshape(b, r).T, np.arange(b, dtype=np.uint64)).tolist()
+    for i in sorted({heads[key] for key in keys if key in heads}):
+        both = len(np.intersect1d(sets[i], x, assume_unique=True))
+        J = both / (len(sets[i]) + len(x) - both)
+        if J >= jaccard: return f"a copy, J {J:.2f}"
+    for key in keys: heads.setdefault(key, len(sets))
+    sets.append(x)
+    return ""
 def train_classifier(file: Path, out: Path = Path("model.npz")) -> None:
     """Learns labels from lines LABEL<tab>TEXT, for lang=LABEL:MODEL and quality=MODEL."""
-    try: pairs = [line.partition("\t")[::2] for line in file.read_text("utf-8").splitlines()]
-    except (OSError, ValueError) as error: raise UserError(f"{file}: got {error}") from None
-    if not all(map(all, pairs or [""])): raise UserError(f"{file}: wanted lines LABEL<tab>TEXT")
+    require(file.is_file(), file, "no file", "lines LABEL<tab>TEXT")
+    pairs = [row.partition("\t")[::2] for row in file.read_text("utf-8", "replace").splitlines()]
+    require(pairs and all(map(all, pairs)), file, "others", "lines LABEL<tab>TEXT")
     np.random.default_rng(0).shuffle(pairs)
-    model = Classifier(list(dict(pairs))).train(pairs[(n := len(pairs) // 10):])
+    model, n = Classifier(list(dict(pairs))), len(pairs) // 10
+    model.train(pairs[n:])
     with atomic_write(out) as a: np.savez_compressed(a, labels=model.labels, weights=model.weights)
     right = sum(max(p := model.predict(text), key=p.get) == label for label, text in pairs[:n])
     print(f"{out}: {right} of {n} right that it was not trained on")
 # -----------------------------------------------------------------------------
-# The funnel. A FILTER sees one document, a GLOBAL stage all of them: `gather` takes numbers of each,
-# `decide` says which are out, `apply` drops those. So stages are cut into legs; a leg makes a part
-# of each input, in any process of any machine. A part that exists is done: a kill loses the others.
+# The funnel: a document passes one stage after the other. Up to the first that remembers others, in
+# processes of many machines: a part of each input, and a part that exists is done, after any kill.
 COMMON = {"en": "the of and to in is that it for", "de": "der die und das ist nicht ein zu mit",
           "fr": "le la les et des est une dans", "es": "el los las y que una por con"}
-def labelled(doc: dict, arg: str, _) -> str:
+def labelled(doc: dict, arg: str, note: dict) -> str:
     """lang=LABEL:MODEL, or by function words, a heuristic; quality=MODEL, its first label; @P."""
     (arg, _, least), words = arg.partition("@"), doc["text"].lower().split()
     label, _, path = arg.rpartition(":") if arg.endswith(".npz") else (arg, "", "")
     shares = {lang: sum(map(words.count, own.split())) for lang, own in COMMON.items()}
     if path: shares = load_classifier(path).predict(doc["text"])
-    if (label := label or next(iter(shares))) not in shares: raise UserError(
-        f"label: got {label!r}; wanted one of {', '.join(shares)}, or LABEL:MODEL.npz")
+    label = label or next(iter(shares))
+    require(label in shares, "label", label, f"one of {', '.join(shares)}, or LABEL:MODEL.npz")
     p = shares[label] / max(1e-9, sum(shares.values()))
     return "" if p >= float(least or .5) else f"{label} {p:.2f}" + " by function words" * (not path)
 def change(doc: dict, text: str) -> str:
     doc["text"] = text
     return "" if text.strip() else "nothing left"
-FILTERS = {     # a document, what follows "=", counts -> why it is dropped, or ""
+def once(text: str, seen: set) -> str:          # the lines that no text before has
+    return "\n".join(line for line in text.split("\n") if not line or (number := hashlib.blake2b(
+        line.encode(), digest_size=8).digest()) not in seen and not seen.add(number))
+FILTERS = {     # a document, what follows "=", the note -> why it is dropped, or ""
     "extract": lambda doc, *_: change(doc, extract(doc["text"]) if doc["html"] else doc["text"]),
     "lang": labelled, "quality": labelled,
     **{name: lambda doc, *_, name=name: outside(name, doc["text"]) for name in RULES},
     "c4": lambda doc, *_: change(doc, c4_lines(doc["text"])) or outside("c4", doc["text"]),
-    "mask": lambda doc, _, counts: change(doc, mask(doc["text"], counts))}
-def number_of(text: str) -> int:            # 63 bits, the same on every machine
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-def twice(at, rows, _):                     # lines, by number: CS336 drops all copies
-    numbers, counts = np.unique(np.concatenate(rows), return_counts=True)
-    return numbers[counts > 1]
-def copies(at, rows, jaccard: str):         # documents: all of a cluster but its first
-    marks, least, before = np.array([row[:N_HASHES] for row in rows]), np.arange(len(rows)), None
-    pairs = near_pairs(marks, [row[N_HASHES:] for row in rows], float(jaccard or .8))
-    while not np.array_equal(least, before):        # the least index spreads through a cluster
-        before = least.copy()
-        for a, b in (0, 1), (1, 0): np.minimum.at(least, pairs[:, a], least[pairs[:, b]])
-    return at[least < np.arange(len(rows))]
-GLOBAL = {      # gather, decide, apply
-    "lines": (lambda doc: np.array([*map(number_of, doc["text"].split("\n"))]), twice,
-              lambda doc, out: change(doc, "\n".join(line for line in doc["text"].split("\n")
-                                                     if not line or number_of(line) not in out))),
-    "dedup": (lambda doc: np.r_[signature(x := shingles(doc["text"])), x], copies,
-              lambda doc, out: "a copy" * (doc["at"] in out))}
-def row_of(line: bytes, counts: Counter):   # of JSON -> a document
-    with suppress(ValueError, AttributeError):
-        text = (row := json.loads(line)).get("text", row.get("html"))
-        if isinstance(text, str): return {"html": "html" in row, **row, "text": text}
-    counts["no JSON with a text"] += 1
+    "mask": lambda doc, _, note: change(doc, mask(doc["text"], note["counts"])),
+    "lines": lambda doc, _, note: change(doc, once(doc["text"], note["lines"])),
+    "dedup": lambda doc, arg, note: like(doc["text"], float(arg or .8), *note["dedup"])}
+def row_of(line: bytes, counts: Counter):       # of JSON -> a document
+    try: return {"html": "html" in (row := json.loads(line)), "text": row.get("html"), **row}
+    except (ValueError, TypeError, AttributeError): counts["no JSON"] += 1
 def read_docs(path: Path, counts: Counter):     # of a WARC or WET file, or of JSON lines
     with open(path, "rb") as file:
         for doc in ((row_of(line, counts) for line in unpacked(file, counts)) if ".jsonl" in
                     path.name else (page_of(*row, counts) for row in read_warc(file, counts))):
-            if doc:     # EOT and NUL mean something to us
+            if doc and isinstance(doc["text"], str):        # EOT and NUL mean something to us
                 text = doc["text"].replace(EOT, " ").replace("\0", " ")
                 yield {**doc, "text": text.encode(errors="replace").decode()}
-def run_part(leg: list, after: str, verdict: Path, number: int, source: Path, part: Path) -> None:
-    """One leg of one input: its first stage applies the verdict, `after` gathers for the next."""
+def through(docs, stages: list, note: dict):
+    """Yields the documents that pass all stages, and writes down what happens."""
+    clock, note["table"] = time.perf_counter(), {}
+    for doc in docs:
+        for stage in stages:
+            (name, _, arg), size, before = stage.partition("="), len(doc["text"].encode()), clock
+            why = FILTERS[name](doc, arg, note) if name in FILTERS else ""      # not read, write
+            row, clock = note["table"].setdefault(stage, [[0] * 4, [], []]), time.perf_counter()
+            row[0] = [a + b for a, b in zip(row[0], (1, not why, size / 1e6, clock - before))]
+            if len(some := row[1 + bool(why)]) < 9: some.append((why, doc["text"][:200]))
+            if why: break
+        else: yield doc
+def run_part(stages: list, source: Path, part: Path) -> None:
     if part.exists(): return
-    table, shown, counts, rows, at, clock = {}, {}, Counter(), [], [], time.perf_counter()
-    out = set(np.load(verdict).tolist()) if leg[0] != "read" else ()
-    def add(stage, *more):
-        nonlocal clock
-        more, clock = (*more, time.perf_counter() - clock), time.perf_counter()
-        table[stage] = [a + b for a, b in zip(table.get(stage, [0] * 4), more)]
+    note = {"counts": Counter()}
     with atomic_write(part, "w") as file:
-        for i, doc in enumerate(read_docs(source, counts)):
-            if leg[0] == "read": doc["at"] = number << 32 | i
-            for stage in leg:
-                (name, _, arg), size, why = stage.partition("="), len(doc["text"].encode()), ""
-                if name in GLOBAL: why = GLOBAL[name][2](doc, out)
-                elif name in FILTERS: why = FILTERS[name](doc, arg, counts)
-                add(stage, 1, not why, size / 1e6)
-                some = shown.setdefault(f"{stage} {'drops' if why else 'keeps'}", [])
-                if len(some) < 9: some.append((why, doc["text"][:200]))
-                if why: break
-            else:
-                file.write(json.dumps(doc) + "\n")
-                rows.append(GLOBAL[after.partition("=")[0]][0](doc) if after else [])
-                at.append(doc["at"])
-                add(after or leg[-1], 0, 0, 0)
-        with atomic_write(part.with_suffix(".npz")) as array: np.savez(
-            array, flat=np.concatenate(rows or [[]]), sizes=[*map(len, rows)], at=at)
-        write_note(part, {"counts": counts, "table": table, "shown": shown})
-def decide(stage: str, parts: list, verdict: Path) -> None:
-    (name, _, arg), clock = stage.partition("="), time.perf_counter()
-    arrays = [np.load(part.with_suffix(".npz")) for part in parts]
-    rows = [row for a in arrays for row in np.split(a["flat"], a["sizes"].cumsum(dtype=int))[:-1]]
-    at = np.concatenate([a["at"] for a in arrays]).astype(int)
-    numbers = GLOBAL[name][1](at, rows, arg) if rows else at
-    write_note(verdict, {"table": {stage: [0, 0, 0, time.perf_counter() - clock]}})
-    with atomic_write(verdict) as file: np.save(file, numbers)
+        for doc in through(read_docs(source, note["counts"]), stages, note):
+            file.write(json.dumps(doc) + "\n")
+        write_note(part, note)
 def files_of(places: list) -> list:
     found = [file for place in map(Path, places) for file in (
         sorted(filter(Path.is_file, place.rglob("[!.]*"))) if place.is_dir() else [place])]
-    if missing := [file for file in found if not file.is_file()]: raise UserError(
-        f"inputs: got {missing[0]}, which is not there; wanted WARC, WET or .jsonl files")
+    for file in found: require(file.is_file(), file, "no file", "WARC, WET or .jsonl files")
     return found
-def wait_for(paths: list) -> None:          # other ranks make them
-    while not all(path.exists() for path in paths): time.sleep(.1)
 def funnel(inputs: Path, out: Path = Path("clean"), stages: str = "extract,gopher,dedup,mask",
            workers: int = None, show: int = 0) -> None:
     """Inputs to out/text.txt, a dataset. Ranks of torchrun or Slurm share the work."""
-    names, places = ["read", *stages.split(","), "write"], files_of(inputs)
-    if unknown := {s.partition("=")[0] for s in names[1:-1]} - {*FILTERS, *GLOBAL}: raise UserError(
-        f"stages: got {', '.join(unknown)}; wanted some of {', '.join([*FILTERS, *GLOBAL])}")
-    cuts = [i for i, stage in enumerate(names) if stage.partition("=")[0] in GLOBAL]
-    legs = [names[a:b] for a, b in zip([0, *cuts], [*cuts, len(names)])]
+    sources, names = files_of(inputs), stages.split(",")
+    kinds, known = [stage.partition("=")[0] for stage in names], ", ".join(FILTERS)
+    for kind in kinds: require(kind in FILTERS, "stages", kind, f"some of {known}")
+    first = min([i for i, kind in enumerate(kinds) if kind in ("lines", "dedup")] or [len(names)])
     rank, world = (int(os.environ.get(a, os.environ.get(b, c))) for a, b, c in (
         ("RANK", "SLURM_PROCID", 0), ("WORLD_SIZE", "SLURM_NTASKS", 1)))
     models = filter(Path.is_file, map(Path, re.findall(r"[^=:,@]+\.npz", stages)))
-    folder = out / f".funnel-{digest((fingerprint([*places, *models], out), stages))[:8]}"
+    folder = out / f".funnel-{digest((fingerprint([*sources, *models], out), names[:first]))[:8]}"
+    parts = [folder / f"{i:05}.jsonl" for i in range(len(sources))]
     remove_leftovers(out)
-    parts, made = places, []
-    for k, (leg, after) in enumerate(zip(legs, [*(leg[0] for leg in legs[1:]), ""])):
-        verdict, sources = folder / f"{k}.npy", parts
-        if k and not rank and not verdict.exists(): decide(leg[0], sources, verdict)
-        wait_for([verdict] * (k > 0))
-        parts = [folder / f"{k}-{i:05}.jsonl" for i in range(len(sources))]
-        jobs = list(zip(itertools.count(), sources, parts))[rank::world]
-        work = bpe.parallel_map(run_part, jobs, workers, (leg, after, verdict))
-        for _ in tqdm(work, f"leg {k + 1} of {len(legs)}", len(jobs), disable=None): pass
-        if not rank: wait_for(parts)
-        made += [verdict, *parts]
+    work = bpe.parallel_map(run_part, list(zip(sources, parts))[rank::world], workers,
+                            (["read", *names[:first]],))
+    for _ in tqdm(work, "parts", len(parts[rank::world]), disable=None): pass
     if rank: return
-    with atomic_write(out / "text.txt", "w") as file:
-        for part in parts:
-            with open(part) as docs: file.writelines(json.loads(doc)["text"] + EOT for doc in docs)
-    notes = list(filter(None, map(read_note, made)))
+    while not all(part.exists() for part in parts): time.sleep(.1)      # those of other ranks
+    note = {"counts": Counter(), "lines": set(), "dedup": ([], {})}
+    docs = tqdm((doc for part in parts for doc in read_docs(part, Counter())), "join", disable=None)
+    with atomic_write(out / "text.txt", "w") as file: file.writelines(
+        doc["text"] + EOT for doc in through(docs, ["join", *names[first:], "write"], note))
+    notes = [*map(read_note, parts), note]
     print(f"{'stage':20s}{'documents':>10s}{'kept':>10s}{'MB':>9s}{'s':>8s}{'MB/s':>8s}")
-    for stage in names:
-        docs, kept, mb, s = np.sum([note["table"].get(stage, [0] * 4) for note in notes], 0)
-        print(f"{stage:20s}{docs:10,.0f}{kept:10,.0f}{mb:9,.2f}{s:8.2f}{mb / max(s, 1e-9):8.2f}")
-        for does in ("keeps", "drops") if show else ():
-            some = [n["shown"].get(f"{stage} {does}", []) for n in notes if "shown" in n]
-            for why, text in sum(some, [])[:show]: print(f"    {does} {why}: {text!r}")
-    print("counted:", dict(sum((Counter(note.get("counts")) for note in notes), Counter())))
-def look(files: Path, n: int = 10) -> None:
+    for stage in ["read", *names[:first], "join", *names[first:], "write"]:
+        rows = [note["table"][stage] for note in notes if stage in note["table"]]
+        n, kept, mb, s = np.sum([row[0] for row in rows] or [[0] * 4], 0)
+        print(f"{stage:20s}{n:10,.0f}{kept:10,.0f}{mb:9,.2f}{s:8.2f}{mb / max(s, 1e-9):8.2f}")
+        for k, does in (1, "keeps"), (2, "drops"):
+            for why, text in sum((row[k] for row in rows), [])[:show]:
+                print(f"    {does} {why}: {text!r}")
+    print("counted:", dict(sum((Counter(note["counts"]) for note in notes), Counter())))
+def look(inputs: Path, n: int = 10) -> None:
     """Shows n documents at random: raw, extracted, and what each rule says."""
-    docs = (doc for file in files_of(files) for doc in read_docs(file, Counter()))
+    docs = (doc for file in files_of(inputs) for doc in read_docs(file, Counter()))
     for doc in heapq.nlargest(n, docs, lambda _, rng=np.random.default_rng(): rng.random()):
         text = extract(doc["text"]) if doc["html"] else doc["text"]
         for what, some in ("raw", doc["text"]), ("extracted", text):
@@ -599,9 +560,8 @@ def write_text(target: Path, ranges: list) -> tuple:
                 block, tail, _ = b"-", "", file.seek(start)
                 while block:
                     try: block = file.read(min(1 << 20, end - file.tell()))
-                    except (EOFError, zlib.error, gzip.BadGzipFile) as error: raise UserError(
-                        f"{path}: got a broken gzip file ({error}), wanted a whole one; delete it "
-                        "and run the same command again") from error
+                    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                        require(False, path, error, "a whole gzip file; delete it and try again")
                     text = keep.decode(block, final=not block)
                     invalid += len(text) - len(drop.decode(block, final=not block))
                     tail = (tail + text)[-64:]
@@ -610,21 +570,20 @@ def write_text(target: Path, ranges: list) -> tuple:
                     bar.update(out.write(raw))
     return sha.hexdigest(), invalid
 def plan(dataset: str, files: list, texts: list, note: dict, bins: list, mirror) -> None:
-    """Says what a large source still takes, and refuses what the disk cannot hold; but what a
-    mirror has is known only when it has come."""
-    if [read_note(file).get("text") for file in bins] == [note.get(side, 0) for side in SIDES]: return
-    source, known, folder = SOURCES.get(dataset), all(map(Path.exists, files)), texts[0].parent
-    have, mb = sum(size_of(file) + size_of(part_of(file)) for file in files), 1e-6
+    """Says what a large source still takes, and refuses what the disk cannot hold."""
+    if [read_note(file).get("text") for file in bins] == [note.get(side, 0) for side in SIDES]:
+        return
+    source, known, free = SOURCES.get(dataset), all(map(Path.exists, files)), shutil.disk_usage(
+        next(p for p in texts[0].resolve().parents if p.exists())).free
+    have = sum(size_of(file) + size_of(part_of(file)) for file in files)
     download = 0 if note or known else max(0, source.download - have)
     text = sum(map(size_of, texts)) if note else source.text if not known else (
         have * source.text // source.download if source and source.files else have)     # if packed
-    need = download + text * (not note) + text * (1 if "-bpe" in bins[0].stem else 4)   # bytes an id
-    need -= sum(map(size_of, folder.glob(f"*{bins[0].stem[5:]}-parts-*/*")))    # of a killed run
-    free = shutil.disk_usage(next(p for p in folder.resolve().parents if p.exists())).free
-    line = (f"{dataset}: {download * mb:,.0f} MB to download, {need * mb:,.0f} MB of disk needed, "
-            f"{free * mb:,.0f} MB free at {folder.resolve()}")
-    if need > free and (known or not mirror):
-        raise UserError(f"too little disk for {line}; free some or give another --data_dir")
+    need = download + text * ((not note) + (1 if "-bpe" in bins[0].stem else 4))    # bytes an id
+    line = (f"{dataset}: {download / 1e6:,.0f} MB to download, {need / 1e6:,.0f} MB of disk needed, "
+            f"{free / 1e6:,.0f} MB free at {texts[0].parent.resolve()}")
+    if need > free and (known or not mirror): raise UserError(
+        f"too little disk for {line}; free some or give another --data_dir")
     if need > 1e8: print(line, "(if the mirror has the original)" * bool(mirror))
 def make_text(dataset: str, folder: Path, bins: list, mirror) -> dict:     # the texts -> their note
     source, texts = SOURCES.get(dataset), [folder / f"{side}.txt" for side in SIDES]
@@ -640,9 +599,8 @@ def make_text(dataset: str, folder: Path, bins: list, mirror) -> dict:     # the
         if (origin := read_note(file).get("url", url)) != url:
             print(f"{file} came from {origin}; for that of {url} delete {folder}")
     if note: return note
-    if (size := sum(map(size_of, files))) < MIN_BYTES: raise UserError(
-        f"{dataset}: got {size} bytes of text; {n_others} files are empty, binary or unreadable; "
-        f"wanted {MIN_BYTES} bytes of UTF-8; give another file or folder")
+    require((size := sum(map(size_of, files))) >= MIN_BYTES, dataset, f"{size} bytes of text, and "
+            f"{n_others} files that are empty, binary or unreadable", f"{MIN_BYTES} bytes of UTF-8")
     write_note(folder / "text", {})         # a kill from here on leaves texts that count as stale
     shas, invalid = zip(*map(write_text, texts, [[(file, *WHOLE)] for file in files] if source and
                              len(source.files) == 2 else divide(files, root)))
@@ -663,13 +621,11 @@ def learn_chars(path: Path, *_):
 def use_bytes(*_): return bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], (EOT,))
 TOKENIZERS = {"bpe": learn_bpe, "byte": use_bytes, "char": learn_chars}
 def label_of(tokenizer: str, vocab_size: int) -> str:   # its part of a token file's name
-    if tokenizer == "bpe" and not 257 <= vocab_size <= sys.maxunicode: raise UserError(
-        f"vocab_size: got {vocab_size}; wanted 257 to {sys.maxunicode}; try 4096")
+    require(tokenizer != "bpe" or 257 <= vocab_size <= sys.maxunicode, "vocab_size", vocab_size,
+            f"257 to {sys.maxunicode}; try 4096")
     if tokenizer in TOKENIZERS: return f"bpe-{vocab_size}" if tokenizer == "bpe" else tokenizer
-    if not Path(tokenizer).exists(): raise UserError(
-        f"tokenizer: got {tokenizer!r}; wanted {', '.join(TOKENIZERS)} or the path of a file")
-    if (tok := bpe.load_tokenizer(tokenizer)).eot is None:
-        raise UserError(f"{tokenizer}: it has no {EOT}, which separates documents; use another")
+    require(Path(tokenizer).exists(), "tokenizer", tokenizer, f"{', '.join(TOKENIZERS)} or a file")
+    require((tok := bpe.load_tokenizer(tokenizer)).eot is not None, tokenizer, f"no {EOT}", "one")
     return f"own-{tok.hash[:8]}"
 def encode_part(tok, dtype, part: Path, text: str) -> None:
     if not part.exists():       # from a run that was killed
@@ -703,14 +659,12 @@ def prepare(dataset: str, tokenizer: str = "bpe", vocab_size: int = 4096, data_d
             mirror: str = None, workers: int = None, records: int = 200) -> Corpus:
     """Prepares a source or path: runs what is missing or stale of the three stages."""
     name, place, tokenizer = str(dataset), Path(dataset).resolve(), str(tokenizer)
-    if workers is not None and workers < 1: raise UserError(
-        f"workers: got {workers}; wanted 1 or more; leave it out for one a core")
-    if mirror and not mirror.startswith(("http://", "https://")):
-        raise UserError(f"mirror: got {mirror!r}; wanted a URL; try http://{mirror}")
-    if name == "commoncrawl": raise SystemExit(fetch_crawl(records, data_dir, mirror))  # raw: no corpus
+    require(workers is None or workers > 0, "workers", workers, "1 or more; None: one a core")
+    require(not mirror or mirror.startswith(("http://", "https://")), "mirror", mirror,
+            f"a URL; try http://{mirror}")
+    if name == "commoncrawl": sys.exit(fetch_crawl(records, data_dir, mirror))  # raw: no corpus
     if name not in SOURCES:
-        if not place.exists(): raise UserError(
-            f"dataset: got {name!r}; wanted {', '.join(SOURCES)} or the path of a file or folder")
+        require(place.exists(), "dataset", name, f"{', '.join(SOURCES)} or a file or folder")
         name = f"{place.stem}-{digest(str(place))[:6]}"     # two folders called text: two names
     folder, label = Path(data_dir) / name, label_of(tokenizer, vocab_size)
     bins, path = [folder / f"{side}-{label}.bin" for side in SIDES], Path(tokenizer)
@@ -729,12 +683,11 @@ def prepare(dataset: str, tokenizer: str = "bpe", vocab_size: int = 4096, data_d
 # permutation misses none, and as it follows from (seed, epoch), a resumed run goes on exactly.
 def open_tokens(path): return np.memmap(path, dtype=read_note(Path(path))["dtype"], mode="r")
 def windows(tokens, seq_len: int, which):   # (tokens, targets), int64; past the end 0 and -1
-    ids = torch.full((len(which), seq_len + 1), -1)                     # (B, T + 1), -1: padding
-    for row, k in zip(ids.numpy(), which):
-        window = tokens[k * seq_len:(k + 1) * seq_len + 1]
-        row[:len(window)] = window
-    targets = ids[:, 1:].contiguous()                                   # (B, T + 1) -> (B, T)
-    return ids[:, :-1].masked_fill(targets < 0, 0), targets
+    at = np.add.outer(np.array(which) * seq_len, np.arange(seq_len + 1))            # (B, T + 1)
+    found = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
+    tokens, targets = (torch.from_numpy(np.where((at < len(tokens))[:, 1:], x, pad)) for x, pad in (
+        (found[:, :-1], 0), (found[:, 1:], -1)))                # (B, T + 1) -> (B, T), (B, T)
+    return tokens, targets
 def in_order(tokens, seq_len: int, batch_size: int):    # all windows once; the last batch is padded
     for first in range(0, -(-(len(tokens) - 1) // seq_len), batch_size):
         yield windows(tokens, seq_len, range(first, first + batch_size))
@@ -743,7 +696,7 @@ def validation(corpus, limit):      # -> (tokens, bytes of their text) to evalua
     if limit is None or len(tokens) <= limit: return tokens, corpus.info["valid"]["bytes"]
     print(f"evaluations use the first {limit:,} of {len(tokens):,} validation tokens")
     special = set(tok.special_tokens.values())
-    size = np.array([len(tok.vocab[i]) * (i not in special) for i in range(tok.vocab_size)])
+    size = np.array([0 if i in special else len(tok.vocab[i]) for i in range(tok.vocab_size)])
     return tokens[:limit], int(size[tokens[1:limit]].sum())
 @lru_cache(maxsize=2)       # a batch may lie across two epochs
 def permutation(n, seed, epoch): return np.random.default_rng((seed, epoch)).permutation(n)
@@ -756,9 +709,8 @@ class Loader:
         self.tokens, self.seq_len, self.batch_size, self.seed = tokens, seq_len, batch_size, seed
         self.rank, self.rows, self.seen = rank, batch_size // world, seen
         self.n_windows = -(-(len(tokens) - 1) // seq_len)       # rounded up
-        if self.n_windows < batch_size: raise UserError(
-            f"too little text: got {self.n_windows} windows of seq_len {seq_len}; wanted a batch, "
-            f"{batch_size}; use more text, or a smaller --batch_size or --seq_len")
+        require(self.n_windows >= batch_size, "too little text", f"{self.n_windows} windows of "
+                f"seq_len {seq_len}", f"a batch, {batch_size}; use a smaller --batch_size")
     def __iter__(self): return self
     def __next__(self):
         first = self.seen + self.rank * self.rows
@@ -771,9 +723,7 @@ class Loader:
 # -----------------------------------------------------------------------------
 # The lesson, and the command line
 def lesson(data_dir: str) -> None:
-    for name, row in SOURCES.items(): print(f"{name:12s}{row.download / 1e6:8,.0f} MB to download,"
-        f"{row.text / 1e6:7,.0f} MB of text: {row.about} | {row.licence} | {row.homepage}")
-    print("\nTHE FUNNEL, on a made-up crawl: what the library says of itself, copies, German, spam")
+    print("THE FUNNEL, on a made-up crawl: what the library says of itself, copies, German, spam")
     folder, files = Path(data_dir) / "lesson", Path(sysconfig.get_path("stdlib")).glob("*.py")
     about = [ast.get_docstring(ast.parse(file.read_bytes())) or "" for file in sorted(files)]
     with atomic_write(folder / "crawl.jsonl", "w") as file:
@@ -796,23 +746,21 @@ COMMANDS = {"get": prepare, "look": look, "funnel": funnel, "train-classifier": 
 HELP = {"dataset": f"{', '.join(SOURCES)}, commoncrawl, or a text file or a folder of them",
         "tokenizer": "bpe, byte, char, or a tokenizer.json", "vocab_size": "ids of a bpe",
         "records": "pages of commoncrawl", "mirror": "URL of another folder with the files",
-        "workers": "processes; None: one a core", "data_dir": "folder for all files", "out": "result",
-        "files": "WARC, WET or .jsonl files, or folders of them", "inputs": "as the files of look",
-        "n": "documents", "stages": f"in order, of {', '.join([*FILTERS, *GLOBAL])}",
-        "show": "examples kept and dropped by each stage", "file": "lines LABEL<tab>TEXT"}
-def build_parser() -> argparse.ArgumentParser:
-    """A command is a function, its flags are its parameters."""
+        "workers": "processes; None: one a core", "data_dir": "folder for all files",
+        "inputs": "WARC, WET or .jsonl files, or folders of them", "n": "documents to show",
+        "stages": f"in order, of {', '.join(FILTERS)}", "file": "lines LABEL<tab>TEXT",
+        "out": "what is made", "show": "examples that each stage kept and dropped"}
+def build_parser() -> argparse.ArgumentParser:      # a command is a function with its parameters
     parser = argparse.ArgumentParser(description="Without a command: the lesson.")
-    parser.add_argument("--data_dir", default="data", help=HELP["data_dir"] + " (default: data)")
+    parser.add_argument("--data_dir", default="data", help="folder for all files (default: data)")
     commands = parser.add_subparsers(dest="command")
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         for key, p in inspect.signature(function).parameters.items():
-            how, about = {"type": p.annotation}, HELP[key]
-            if key in ("inputs", "files"): how["nargs"] = "+"
-            if (flag := p.default is not p.empty): about += f" (default: {p.default})"
-            if flag: how["default"] = argparse.SUPPRESS     # so that the function's own stands
-            command.add_argument("--" * flag + key, help=about, **how)
+            flag, default = p.default is not p.empty, p.default
+            command.add_argument("--" * flag + key, type=p.annotation, help=HELP[key] + (
+                f" (default: {default})" * flag), nargs="+" if key == "inputs" else None,
+                default=argparse.SUPPRESS if key == "data_dir" else default if flag else None)
     return parser
 def main(args) -> None:
     options = dict(vars(args))
