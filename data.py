@@ -15,52 +15,45 @@ THE MATHS
     them in the order permutation(seed, e): (seed, windows read) is the whole state of a loader.
     bits_per_byte = (sum of -ln p of targets) / (ln 2 * bytes of text), whatever the tokenizer
 THE COSTS
-    extraction takes most of the funnel's time, dedup its memory, 4 bytes a hash and a shingle; on
-    disk, a text for each leg of the funnel, and a corpus, its text and twice 2 or 4 bytes an id
-CONTENTS  SOURCES / downloads / crawl / HTML / rules / classifier / duplicates / funnel / text /
-          tokens / Loader / the lesson
-NOT HERE  JavaScript, PDF, lists of bad URLs, decontamination, fastText's files, packing
+    time: extraction; memory: dedup's shingles and bands; disk: the text, twice 2 or 4 bytes an id
+CONTENTS  Sources / downloads / crawl / HTML / rules / classifier / duplicates / funnel / text / ...
+NOT HERE  JavaScript, PDF, repetition rules, decontamination, mixing, packing, fastText's own files
 RUN       python data.py                    # last line: every target exactly once an epoch: True
           python data.py get tinystories    # 2.3 GB; stop it, repeat it, it goes on
           python data.py get commoncrawl --records 200   # FILE. Then `look FILE`, and
           python data.py funnel FILE --out clean --stages extract,lang=en,gopher,lines,dedup,mask
-REFERENCES
-    Rae 2021, Raffel 2019, Penedo 2024: rules; Broder 1997: MinHash; Joulin 2016: fastText; nanoGPT:
-    one file of ids; Eldan 2023 (2305.07759): TinyStories; RFC 9110: byte ranges; Stanford CS336
+REFERENCES  Rae 2021, Raffel 2019, Penedo 2024: rules; Broder 1997: MinHash; Joulin 2016: fastText;
+          nanoGPT: one file of ids; Eldan 2023: TinyStories; RFC 9110: byte ranges; Stanford CS336
 EXERCISE  Empty Loader.__next__ and write it again until `pytest test_all.py -k loader` is green.
 """
 import argparse, ast, codecs, gzip, hashlib, heapq, html, http.client, inspect, io, itertools, json
 import math, os, re, shutil, sys, sysconfig, time, unicodedata, urllib.request, zipfile, zlib
 from collections import Counter, namedtuple
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-import numpy as np
-import torch, torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
 from tqdm import tqdm
 import bpe
 from bpe import EOT, UserError, atomic_write
 BPE_BYTES, VALID_BYTES, MIN_BYTES = 10**9, 10**7, 40    # for BPE, for valid, of a text [our choice]
+SIDES, WHOLE, PAGE_BYTES = ("train", "valid"), (0, sys.maxsize), 25_000     # of a page [guess]
 TRIES, WAIT_S, TIMEOUT_S = 4, 0.5, 30       # connections in a row that bring nothing [our choice]
-# -----------------------------------------------------------------------------
-# Sources, and a path is one too. Look at the licence before you publish a model. download, text:
-# bytes, about; files: train and valid, or one that we cut, in `folder` of the homepage.
-Source, HF = namedtuple("Source", "about homepage licence download text folder files",
-                        defaults=("", ())), "https://huggingface.co/datasets/"
-SOURCES = {
-    "stdlib": Source("code and documentation of the Python that runs this",
-        "https://docs.python.org/3/license.html", "PSF-2.0", 0, 12_300_000),
-    "shakespeare": Source("plays", "https://github.com/karpathy/char-rnn", "public domain",
+# --- Sources -----------------------------------------------------------------
+# A path is one, too. files: train and valid, or one that we cut, in `folder` of the homepage.
+HF, Source = "https://huggingface.co/datasets/", namedtuple(
+    "Source", "homepage licence download text folder files", defaults=("", ()))
+SOURCES = {     # stdlib: code and documentation of the Python that runs this
+    "stdlib": Source("https://docs.python.org/3/license.html", "PSF-2.0", 0, 12_300_000),
+    "shakespeare": Source("https://github.com/karpathy/char-rnn", "public domain",
         1_115_394, 1_115_394, "/raw/master/data/tinyshakespeare", ("input.txt",)),
-    "tinystories": Source("stories in the words of a small child, by GPT-4",
-        HF + "roneneldan/TinyStories", "CDLA-Sharing-1.0", 2_250_000_000, 2_250_000_000,
-        "/resolve/main", ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")),
-    "owt": Source("OpenWebText: pages that Reddit linked to", HF + "stanford-cs336/owt-sample",
-        "CC0, pages: their authors'", 4_700_000_000, 12_200_000_000,
-        "/resolve/main", ("owt_train.txt.gz", "owt_valid.txt.gz"))}
-CRAWL = Source("one raw file of May 2024", "https://data.commoncrawl.org", "its terms of use, and "
-    "pages: their authors'", 10**9, 0, "/crawl-data/CC-MAIN-2024-22/segments/1715971057216.39/warc",
-    "CC-MAIN-20240517233122-20240518023122-00000.warc.gz")
+    "tinystories": Source(HF + "roneneldan/TinyStories", "CDLA-Sharing-1.0", 2_250_000_000,
+        2_250_000_000, "/resolve/main", tuple(f"TinyStoriesV2-GPT4-{x}.txt" for x in SIDES)),
+    "owt": Source(HF + "stanford-cs336/owt-sample", "CC0, pages: their authors'", 4_700_000_000,
+        12_200_000_000, "/resolve/main", tuple(f"owt_{x}.txt.gz" for x in SIDES)),
+    "commoncrawl": Source("https://data.commoncrawl.org", "its terms; pages: their authors'",
+        5_000_000, 0, "/crawl-data/CC-MAIN-2024-22/segments/1715971057216.39/warc",
+        ("CC-MAIN-20240517233122-20240518023122-00000.warc.gz",))}
 def require(fine, what, got, wanted: str) -> None:
     if not fine: raise UserError(f"{what}: got {got}; wanted {wanted}")
 def digest(what) -> str: return hashlib.sha256(repr(what).encode()).hexdigest()
@@ -79,19 +72,18 @@ def remove_leftovers(folder: Path) -> None:     # .NAME.PID.tmp of atomic_write,
         except ProcessLookupError: temp.unlink(missing_ok=True)
         except (PermissionError, ValueError): pass          # another user's; not of atomic_write
 def progress(**how): return tqdm(unit="B", unit_scale=True, disable=None, **how)
-# -----------------------------------------------------------------------------
-# Downloads: what has come stays in NAME.part for the next connection; by its note no files mix.
-def receive(url: str, path: Path, part: Path, step) -> None:     # one connection; it may drop
+# --- Downloads ---------------------------------------------------------------
+# What has come stays in NAME.part for the next connection; by its note no files mix.
+def receive(url: str, path: Path, part: Path, most) -> None:     # one connection; it may drop
     path.parent.mkdir(parents=True, exist_ok=True)
     if (note := read_note(path)).get("url") != url: part.unlink(missing_ok=True)    # another's
     request, have = urllib.request.Request(url), size_of(part)
-    if step or not have or have != note["size"]:
-        end = have + step - 1 if step else ""
-        if have or step: request.add_header("Range", f"bytes={have}-{end}")
+    if not have or have != note["size"]:
+        if have or most: request.add_header("Range", f"bytes={have}-{most - 1 if most else ''}")
         if have and note["version"]: request.add_header("If-Range", note["version"])    # else all
         with urllib.request.urlopen(request, None, TIMEOUT_S) as reply, open(part, "ab", 0) as out:
             length, etag = reply.headers["Content-Length"], reply.headers["ETag"] or ""
-            if step and reply.status != 206: raise OSError("the server sends no byte ranges")
+            if most and reply.status != 206: raise OSError("the server sends no byte ranges")
             if not have or reply.status != 206:     # from the start: it is new, or has changed
                 out.truncate(have := 0)
                 note = {"url": url, "size": None, "version":    # no weak ETag, W/"..."
@@ -103,15 +95,14 @@ def receive(url: str, path: Path, part: Path, step) -> None:     # one connectio
             os.fsync(out.fileno())
     if (size := size_of(part)) != note["size"] is not None:
         raise OSError(f"got {size:,} bytes, wanted {note['size']:,}")
-def fetch(url: str, path: Path, enough=None) -> None:   # whole, or in steps until there is enough
-    part, failures, step = part_of(path), 0, enough and 1 << 20
+def fetch(url: str, path: Path, most=None) -> None:     # whole, or its first bytes; or nothing
+    part, failures = part_of(path), 0
     while failures < TRIES:
         time.sleep(WAIT_S * (2 ** failures - 1))
         have, error, status = size_of(part), None, 500
-        try: receive(url, path, part, step)
+        try: receive(url, path, part, most)
         except (OSError, http.client.HTTPException) as e: error, status = e, getattr(e, "code", 500)
-        if not error and (not step or enough(part) or size_of(part) < have + step):
-            return os.replace(part, path)
+        if not error: return os.replace(part, path)
         if getattr(error, "errno", None) in bpe.DISK_ERRORS: raise UserError(
             f"cannot write {part}: {error.strerror}; wanted a place with room; give another folder")
         if status == 416: part.unlink()         # theirs is shorter: begin anew
@@ -119,70 +110,40 @@ def fetch(url: str, path: Path, enough=None) -> None:   # whole, or in steps unt
         failures = 0 if size_of(part) > have else failures + 1
     raise UserError(f"cannot download {url}: {error}; run the same command again to go on, name "
                     f"another server with --mirror, or put the file by hand at {path.resolve()}")
-def fetch_crawl(records: int, data_dir: str, mirror) -> None:
-    path = Path(data_dir, "commoncrawl", f"{records}-{CRAWL.files}")
-    url = f"{(mirror or CRAWL.homepage + CRAWL.folder).rstrip('/')}/{CRAWL.files}"
-    if not path.exists(): fetch(url, path, lambda part: sum(
-        1 for _ in read_docs(part, Counter())) >= records)
-    print(f"{path} of {CRAWL.homepage}, {CRAWL.licence}\nnext: python data.py look {path}")
-# -----------------------------------------------------------------------------
-# The crawl: WARC files hold what servers sent, WET files its text. What is broken is left out.
+# --- The crawl ---------------------------------------------------------------
+# WARC files hold what servers sent, WET files its text. What is broken is left out.
 BLOCK, MAX_BODY, MAGIC = 1 << 16, 10**7, b"\x1f\x8b\x08"        # bytes [our choice]; of gzip
 SIZE = re.compile(rb"\s*([0-9a-fA-F]{1,7})[^\r\n]{0,99}\r?\n")  # of a chunk
 CHARSET = re.compile(r"charset\s*=[\s\"']*((utf|iso|win|cp|koi|gb|big5|euc|shift|us-)[\w-]+)", re.I)
 ALIASES = {"iso-8859-1": "cp1252", "us-ascii": "cp1252", "gb2312": "gb18030", "shift_jis": "cp932"}
-class Inflate(io.RawIOBase):    # the bytes in gzip, one stream or many; a broken one is given up
-    def __init__(self, file, broken: Counter):
-        self.file, self.broken, self.raw, self.unzip = file, broken, b"", zlib.decompressobj(31)
-    def readable(self): return True
-    def readinto(self, room):
-        block = b""
-        while not block and (raw := self.raw or self.file.read(BLOCK)):
-            try:
-                block = self.unzip.decompress(raw, len(room))
-                self.raw = self.unzip.unconsumed_tail or self.unzip.unused_data
-                if self.unzip.eof: self.unzip = zlib.decompressobj(31)
-            except zlib.error:      # on to where the next one may begin
-                self.broken["gzip"] += 1
-                while (at := raw.find(MAGIC, 1)) < 0 and (more := self.file.read(BLOCK)):
-                    raw = raw[-3:] + more
-                self.raw, self.unzip = raw[at:] if at > 0 else b"", zlib.decompressobj(31)
-        room[:len(block)] = block
-        return len(block)
-def unpacked(file, broken: Counter):
+def unpacked(file):
     packed, _ = file.read(3) == MAGIC, file.seek(0)
-    return io.BufferedReader(Inflate(file, broken), BLOCK) if packed else file
+    return io.BufferedReader(gzip.GzipFile(fileobj=file), BLOCK) if packed else file
 def fields_of(lines) -> dict:
     pairs = (line.decode("utf-8", "replace").partition(":") for line in lines)
     return {name.strip().lower(): value.strip() for name, colon, value in pairs if colon}
-def read_warc(file, broken: Counter):
-    """Yields (header, body) of records. One that holds the next has a wrong length, and goes."""
-    lost, streams = False, [unpacked(file, broken)]
-    while streams:
-        line, fields = (stream := streams[-1]).readline(BLOCK), None
-        if not line: streams.pop()
-        elif line.startswith(b"WARC/"):
-            lines = itertools.islice(iter(lambda: stream.readline(BLOCK), b""), 200)
-            fields = fields_of(itertools.takewhile(bytes.strip, lines))
-        elif line.strip() and not lost: broken["header"], lost = broken["header"] + 1, True
-        if fields is None: continue
+def read_warc(file, counts: Counter):
+    """Yields (header, body) of records. What is between them is skipped, too long ones, too."""
+    next_line = partial((file := unpacked(file)).readline, BLOCK)
+    for line in iter(next_line, b""):
+        counts["lines between records"] += bool(line.strip()) and not line.startswith(b"WARC/")
+        if not line.startswith(b"WARC/"): continue
+        lines = itertools.islice(iter(next_line, b""), 200)
+        fields = fields_of(itertools.takewhile(bytes.strip, lines))
         size = fields.get("content-length", "")
-        lost = not re.fullmatch("[0-9]{1,18}", size) or int(size) > MAX_BODY
-        body = b"" if lost else stream.read(int(size))
-        end = body.find(b"WARC/1.") if b"\nWARC-Type:" in body else -1
-        if lost or end >= 0 or len(body) < int(size): broken["length"] += 1
-        else: yield fields, body
-        if end >= 0 and len(streams) < 9: streams.append(io.BytesIO(body[end:]))
-def decode(body: bytes, declared: str) -> str:  # what fits all bytes, or 99 %, or Windows-1252
-    places = declared, body[:2048].decode("latin-1")
-    names = [found[1].lower() for found in map(CHARSET.search, places) if found]
-    if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)): names = ["utf-16"]
+        fine = re.fullmatch("[0-9]{1,18}", size) and int(size) <= MAX_BODY
+        if fine and len(body := file.read(int(size))) == int(size): yield fields, body
+        else: counts["wrong lengths"] += 1
+def decode(body: bytes, declared: str) -> str:  # what fits, or fits 99 %, or Windows-1252
+    found = map(CHARSET.search, (declared, body[:2048].decode("latin-1")))
+    names = [match[1].lower() for match in found if match]
+    if body[:2] in (b"\xff\xfe", b"\xfe\xff"): names = ["utf-16"]
     for errors, name in itertools.product(("strict", "replace"), [*names, "utf-8-sig"]):
-        try: text = body.decode(ALIASES.get(name, name), errors)
-        except (LookupError, UnicodeError): continue
-        if errors == "strict" or text.count("\ufffd") * 100 <= len(text): return text
+        with suppress(LookupError, UnicodeError):
+            text = body.decode(ALIASES.get(name, name), errors)
+            if errors == "strict" or text.count("\ufffd") * 100 <= len(text): return text
     return body.decode("cp1252", "replace")
-def page_of(fields: dict, body: bytes, broken: Counter):      # a record -> a document, or None
+def page_of(fields: dict, body: bytes, counts: Counter):      # a record -> a document, or None
     kind, url, http = fields.get("warc-type"), fields.get("warc-target-uri", "").strip("<>"), {}
     if kind not in ("response", "resource", "conversion"): return None
     if kind == "response" and body.startswith(b"HTTP/"):
@@ -198,24 +159,22 @@ def page_of(fields: dict, body: bytes, broken: Counter):      # a record -> a do
     if "content-encoding" in http:      # some crawlers unpack and leave the header as it was
         with suppress(zlib.error): body = zlib.decompressobj(47).decompress(body, MAX_BODY)
     if body.startswith(b"%PDF") or not re.search("html|text/plain|xml|^$", media.lower()):
-        broken["not text (for PDF: pypdf)"] += 1
+        counts["not text (for PDF: pypdf)"] += 1
     else: return {"url": url, "text": decode(body, http.get("content-type", "")),
                   "html": kind != "conversion" and "plain" not in media.lower()}
-# -----------------------------------------------------------------------------
-# HTML to text. A page is mostly menus. Paragraphs vote for the boxes around them, commas and length
-# count for content, links against it (Readability, Arc90 2009; boilerpipe, Kohlschuetter 2010); the
-# box with the most votes is the article. One pass makes the tree, one from its end sums it up.
+# --- HTML to text ------------------------------------------------------------
+# Paragraphs vote for the boxes around them, by commas and length, links against them (Readability).
 RAW = set("script style noscript template svg iframe textarea math canvas object".split())
 GONE = set("head button select nav footer aside dialog figure".split())     # never content
 BLOCKS = set("p div ul ol dl table section article blockquote pre h1 h2 h3 h4 h5 h6 header main "
              "form address fieldset details li tr td th dt dd center".split())
+MARKS = {"li": ("\2\5", "\2"), "td": ("", " \4 "), "th": ("", " \4 ")}
 BOXES = BLOCKS | GONE | {"a", "span", "body"}   # the text of other tags is that of the box around
 TAG = re.compile(r"<!--.*?(?:-->|\Z)|<([/!?]?)([a-zA-Z][^\s/>]*)([^>]*)>", re.S)
 NAMES = re.compile(r"""(?:class|id|role|itemprop)\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)""", re.I)
-BAD = re.compile(r"menu|nav|rss|sponsor|\bad[s_-]|\bads?\b|widget|byline|meta|tags|banner|foot|"
-    "header|popup|modal|subscribe|signup|login|caption|credit|author|pager|rating|tool|masthead|"
-    "print|copyright|hidden|teaser|most-?read|trending|more-|advert|breadcrumb|recommend|outbrain|"
-    "taboola|comment|disqus|sidebar|cookie|related|social|promo|newsletter|share", re.I)  # names
+BAD = re.compile(r"menu|nav|\bads?\b|widget|byline|meta|tags|foot|header|popup|login|caption|share|"
+    "author|tool|hidden|related|comment|sidebar|cookie|social|promo|credit|newsletter|print|teaser|"
+    "recommend", re.I)  # names of boxes that hold no article
 class Box:
     def __init__(self, tag, attributes="", up=None):
         self.tag, self.up, self.kids, self.score = tag, up, [], 0.0
@@ -256,50 +215,32 @@ def vote(boxes: list) -> None:
             score = 1 + sum(text.count(",") for text in texts_of(box)) + min(n / 100, 3)
             for k, up in zip((1, 2, 3, 4), box.up.around() if box.up else ()):
                 up.score += score * (1 - links / n) / k
-def article(boxes: list) -> list:       # the box with the most votes, and its kin
-    best = max(boxes, key=lambda box: 0 if box.out else box.score * (1 - box.links / max(box.n, 1)))
-    return [box for box in (best.up.kids if best.up else [best]) if box.__class__ is Box and (
-        box is best or not box.out and box.score >= max(10, .2 * best.score))]
 def extract(page: str) -> str:
     """HTML -> the text of its article. \\2 is a line end, \\3 a space that is not squeezed."""
     vote(boxes := parse(page))
-    out, stack = [], article(boxes)[::-1]
+    best = max(boxes, key=lambda box: 0 if box.out else box.score * (1 - box.links / max(box.n, 1)))
+    kin = [box for box in (best.up.kids if best.up else [best]) if box.__class__ is Box and (
+        box is best or not box.out and box.score >= max(10, .2 * best.score))]
+    out, stack = [], kin[::-1]
     while stack:
         if (box := stack.pop()).__class__ is str: out.append(box)
         elif not box.out:
-            start, end = ("", " \4 ") if box.tag in ("td", "th") and box.n < 200 else (
-                "\2\5", "\2") if box.tag == "li" else ("\2\2" * (box.tag in BLOCKS),) * 2
+            start, end = MARKS.get(box.tag, ("\2\2" * (box.tag in BLOCKS),) * 2)
             out.append(start)
             stack += [end, *reversed(box.kids)]
     text = re.sub(r"(?<![ \x04])[ \x04]*\x02[ \x02]*", lambda edge: "\n" * min(
         2, edge[0].count("\2")), re.sub(r"\s+", " ", html.unescape("".join(out))))
     text = re.sub(r"\n+\x05\s*", "\n  \u2022 ", text)
     return text.replace("\3", " ").replace("\4", "|").replace("\5", "").strip("\n ")
-# -----------------------------------------------------------------------------
-# Rules: what is measured, its value, the lowest and the highest that stay; and whose rule it is.
+# --- Rules -------------------------------------------------------------------
+# What is measured, its value, the lowest and the highest that stay; and whose rule it is.
 STOP_WORDS, DOTS = set("the be to of and that have with".split()), ("...", "\u2026")
 ENDS, OCTET = (".", "?", "!", '"', "\u201d"), r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
 C4_NOT = re.compile("javascript|terms of use|privacy policy|cookie policy|uses? (of )?cookie", re.I)
 MASKS = {"EMAIL_ADDRESS": r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}\b",
          "PHONE_NUMBER": r"(?<![\w.])(?:\+?1[-. ]?)?\(?[2-9]\d\d\)?[-. ]{,2}\d{3}[-. ]?\d{4}(?!\w)",
          "IP_ADDRESS": rf"(?<![\w.])(?:{OCTET}\.){{3}}{OCTET}(?!\w|\.\w)"}
-NGRAMS = .2, .18, .16, .15, .14, .13, .12, .11, .1     # of the characters, for n = 2 to 10
 def share(test, of) -> float: return sum(map(test, of)) / max(1, len(of))
-def repeated(pieces: list, size=len) -> float:      # the share that came before, by size
-    return 1 - sum(map(size, {*pieces})) / max(1, sum(map(size, pieces)))
-def repetition(text: str, words: list, lines: list):
-    """Of n-grams, the characters in the commonest (n < 5) or in all that occur again, each once."""
-    for what, some in ("lines", lines), ("paragraphs", re.split(r"\n{2,}", text.strip())):
-        yield f"repeated {what}", repeated(some, lambda _: 1), 0, .3
-        yield f"characters of repeated {what}", repeated(some), 0, .2
-    number, sizes = {}, np.fromiter(map(len, words), int)
-    key = ids = np.array([number.setdefault(word, len(number)) for word in words])
-    for n, most in zip(range(2, min(11, len(words))), NGRAMS):
-        key, counts = np.unique(key[:-1] * len(number) + ids[n - 1:], return_inverse=True,
-                                return_counts=True)[1:]     # renumbered: no product is too large
-        again = (key == counts.argmax()) & (counts.max() > 1) if n < 5 else counts[key] > 1
-        held = np.convolve(again, np.ones(n, int)) > 0      # the words in such an n-gram
-        yield f"characters of repeated {n}-grams", sizes[held].sum() / sizes.sum(), 0, most
 RULES = {
     "gopher": lambda text, words, lines: (      # Rae 2021 (2112.11446), A1.1
         ("words", len(words), 50, 100_000), ("characters a word", share(len, words), 3, 10),
@@ -309,13 +250,13 @@ RULES = {
         ("lines ending in ...", share(lambda line: line.endswith(DOTS), lines), 0, .3),
         ("words with a letter", share(lambda word: any(map(str.isalpha, word)), words), .8, 1),
         ("of 8 stop words", len(STOP_WORDS.intersection(text.lower().split())), 2, 8)),
-    "repetition": repetition,                   # Rae 2021, table A1
     "c4": lambda text, words, lines: (          # Raffel 2019 (1910.10683), 2.2
         ("sentences", len(re.findall(r"[.?!](?:\s|$)", text)), 3, math.inf),
         ("lorem ipsum or {", text.count("{") + text.lower().count("lorem ipsum"), 0, 0)),
     "fineweb": lambda text, words, lines: (     # Penedo 2024 (2406.17557), 3.6
         ("lines ending a sentence", share(lambda line: line.endswith(ENDS), lines), .12, 1),
-        ("characters of repeated lines", repeated(lines), 0, .1),
+        ("characters in repeated lines", 1 - share(len, {*lines}) * len({*lines}) / max(
+            1, sum(map(len, lines))), 0, .1),
         ("lines of 30 characters", share(lambda line: len(line) <= 30, lines), 0, .67),
         ("lines a word", text.count("\n") / len(words), 0, .3))}
 def outside(name: str, text: str) -> str:       # all thresholds that are passed, in words
@@ -330,42 +271,44 @@ def mask(text: str, counts: Counter) -> str:    # CS336: personal data becomes |
         text, n = re.subn(pattern, f"|||{kind}|||", text)
         counts[f"masked {kind}"] += n
     return text
-# -----------------------------------------------------------------------------
-# One classifier for language, quality, toxicity: each hashed n-gram has a weight for each label, a
-# text has their means (fastText without its hidden layer: Joulin 2016, 1607.01759).
+# --- The classifier ----------------------------------------------------------
+# A hashed n-gram has a weight for each label, a text their mean (fastText, but for a hidden layer).
 BUCKETS, START = 1 << 18, 2000  # n-grams share buckets; characters that are looked at [our choice]
 def grams(text: str):               # 1 to 4 characters, 1 or 2 words
     text, words = f" {text[:START].casefold()} ", text[:START].casefold().split()
     found = [text[i:i + n] for n in (1, 2, 3, 4) for i in range(len(text) - n + 1)]
     found += [f"{a}  {b}" for a, b in zip(["", *words], words)] + words
     return torch.tensor([zlib.crc32(gram.encode(errors="replace")) % BUCKETS for gram in found])
-class Classifier:
-    def __init__(self, labels: list, weights=None):
-        self.labels = labels
-        self.weights = torch.zeros(BUCKETS, len(labels)) if weights is None else weights
-    def logits(self, ids: list):                # n texts' -> (n, labels)
-        starts = torch.tensor([0, *map(len, ids[:-1])]).cumsum(0)
-        return F.embedding_bag(torch.cat(ids), self.weights, starts, mode="mean", sparse=True)
-    def predict(self, text: str) -> dict:       # {label: probability}
-        return dict(zip(self.labels, self.logits([grams(text)])[0].softmax(0).tolist()))
-    def train(self, pairs: list, epochs: int = 6, lr: float = 0.5, seed: int = 0) -> None:
-        optimizer = torch.optim.Adagrad([self.weights.requires_grad_()], lr)
-        ids, rng = [grams(text) for _, text in pairs], np.random.default_rng(seed)
-        labels = torch.tensor([self.labels.index(label) for label, _ in pairs])
-        for batch in (batch for _ in range(epochs) for batch in np.array_split(
-                rng.permutation(len(pairs)), -(-len(pairs) // 64))):
-            F.cross_entropy(self.logits([ids[i] for i in batch]), labels[batch]).backward()
-            optimizer.step(), optimizer.zero_grad()
-        self.weights.requires_grad_(False)
+def logits(weights, ids: list):     # n texts' n-grams -> (n, labels), the means of their weights
+    starts = torch.tensor([0, *map(len, ids[:-1])]).cumsum(0)
+    return F.embedding_bag(torch.cat(ids), weights, starts, mode="mean", sparse=True)
 @lru_cache(maxsize=8)
-def load_classifier(path: str) -> Classifier:
-    try:
-        with np.load(path) as a: return Classifier(a["labels"].tolist(), torch.tensor(a["weights"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        require(False, path, error, "the --out of python data.py train-classifier")
-# -----------------------------------------------------------------------------
-# Duplicates. Two texts are as alike as their sets of 5-word shingles, J. Each of 128 least hashes
-# is the same with probability J; what shares one of b bands of r of them is compared exactly.
+def load_classifier(path: str) -> tuple:
+    require(zipfile.is_zipfile(path), path, "no model", "what train-classifier makes")
+    with np.load(path) as a: return a["labels"].tolist(), torch.tensor(a["weights"])
+def classify(text: str, path: str) -> dict:     # -> {label: probability}
+    labels, weights = load_classifier(path)
+    return dict(zip(labels, logits(weights, [grams(text)])[0].softmax(0).tolist()))
+def train_classifier(file: Path, out: Path = Path("model.npz"), epochs: int = 6) -> None:
+    """Learns labels from lines LABEL<tab>TEXT, for lang=LABEL:MODEL and quality=MODEL."""
+    require(file.is_file(), file, "no file", "lines LABEL<tab>TEXT")
+    pairs = [row.partition("\t")[::2] for row in file.read_text("utf-8", "replace").splitlines()]
+    require(pairs and all(map(all, pairs)), file, "others", "lines LABEL<tab>TEXT")
+    labels, rng, test = [*dict(pairs)], np.random.default_rng(0), len(pairs) // 10
+    rng.shuffle(pairs)
+    ids, y = [grams(text) for _, text in pairs], torch.tensor([labels.index(a) for a, _ in pairs])
+    weights = torch.zeros(BUCKETS, len(labels), requires_grad=True)
+    optimizer, n = torch.optim.Adagrad([weights], 0.5), len(pairs) - test
+    for batch in (batch for _ in range(epochs) for batch in np.array_split(
+            test + rng.permutation(n), -(-n // 64))):
+        F.cross_entropy(logits(weights, [ids[i] for i in batch]), y[batch]).backward()
+        optimizer.step(), optimizer.zero_grad()
+    with atomic_write(out) as a: np.savez_compressed(a, labels=labels, weights=weights.detach())
+    right = sum(int(logits(weights, ids[i:i + 1]).argmax()) == y[i] for i in range(test))
+    print(f"{out}: {right} of {test} right that it was not trained on")
+# --- Duplicates --------------------------------------------------------------
+# Two texts are as alike as their sets of 5-word shingles, J. Each of 128 least hashes is the same
+# with probability J; what shares one of b bands of r of them is compared exactly.
 N_HASHES, SHINGLE = 128, 5
 ODD, SHIFT = np.random.default_rng(7).integers(0, 1 << 63, (2, N_HASHES), np.uint64) * np.uint64(2)
 ODD, GOLDEN = ODD + np.uint64(1), np.uint64(0x9E3779B97F4A7C15)     # multiply-shift hashing
@@ -386,8 +329,7 @@ def bands_for(jaccard: float) -> tuple:     # (b, r): the longest bands that fin
     r = max(r for r in range(1, 33) if r == 1 or 1 - (1 - jaccard**r) ** (N_HASHES // r) >= .99)
     return N_HASHES // r, r
 def like(text: str, jaccard: float, sets: list, heads: dict) -> str:
-    """Whether a text is like one before; if not, it joins them. heads: hash of a band -> the first
-    text that had it, and only with firsts is a text compared."""
+    """Whether a text is like one that was kept. heads: hash of a band -> the first that had it."""
     x, (b, r) = shingles(text), bands_for(jaccard)
     keys = mixed(signature(x)[:b * r].reshape(b, r).T, np.arange(b, dtype=np.uint64)).tolist()
     for i in sorted({heads[key] for key in keys if key in heads}):
@@ -397,28 +339,16 @@ def like(text: str, jaccard: float, sets: list, heads: dict) -> str:
     for key in keys: heads.setdefault(key, len(sets))
     sets.append(x)
     return ""
-def train_classifier(file: Path, out: Path = Path("model.npz")) -> None:
-    """Learns labels from lines LABEL<tab>TEXT, for lang=LABEL:MODEL and quality=MODEL."""
-    require(file.is_file(), file, "no file", "lines LABEL<tab>TEXT")
-    pairs = [row.partition("\t")[::2] for row in file.read_text("utf-8", "replace").splitlines()]
-    require(pairs and all(map(all, pairs)), file, "others", "lines LABEL<tab>TEXT")
-    np.random.default_rng(0).shuffle(pairs)
-    model, n = Classifier(list(dict(pairs))), len(pairs) // 10
-    model.train(pairs[n:])
-    with atomic_write(out) as a: np.savez_compressed(a, labels=model.labels, weights=model.weights)
-    right = sum(max(p := model.predict(text), key=p.get) == label for label, text in pairs[:n])
-    print(f"{out}: {right} of {n} right that it was not trained on")
-# -----------------------------------------------------------------------------
-# The funnel: a document passes one stage after the other. Up to the first that remembers others, in
-# processes of many machines: a part of each input, and a part that exists is done, after any kill.
-COMMON = {"en": "the of and to in is that it for", "de": "der die und das ist nicht ein zu mit",
-          "fr": "le la les et des est une dans", "es": "el los las y que una por con"}
+# --- The funnel --------------------------------------------------------------
+# A document passes one stage after the other. Up to the first that remembers others, processes of
+# many machines make a part of each input, and a part that exists is done, after any kill.
+COMMON = {"en": "the of and to in is that", "de": "der die und das ist", "fr": "le la les et des"}
 def labelled(doc: dict, arg: str, note: dict) -> str:
     """lang=LABEL:MODEL, or by function words, a heuristic; quality=MODEL, its first label; @P."""
     (arg, _, least), words = arg.partition("@"), doc["text"].lower().split()
     label, _, path = arg.rpartition(":") if arg.endswith(".npz") else (arg, "", "")
     shares = {lang: sum(map(words.count, own.split())) for lang, own in COMMON.items()}
-    if path: shares = load_classifier(path).predict(doc["text"])
+    if path: shares = classify(doc["text"], path)
     label = label or next(iter(shares))
     require(label in shares, "label", label, f"one of {', '.join(shares)}, or LABEL:MODEL.npz")
     p = shares[label] / max(1e-9, sum(shares.values()))
@@ -426,9 +356,9 @@ def labelled(doc: dict, arg: str, note: dict) -> str:
 def change(doc: dict, text: str) -> str:
     doc["text"] = text
     return "" if text.strip() else "nothing left"
-def once(text: str, seen: set) -> str:          # the lines that no text before has
-    return "\n".join(line for line in text.split("\n") if not line or (number := hashlib.blake2b(
-        line.encode(), digest_size=8).digest()) not in seen and not seen.add(number))
+def once(text: str, seen: set) -> str:      # the lines that are new; by hash, all in one process
+    new = lambda line: not line or hash(line) not in seen and not seen.add(hash(line))
+    return "\n".join(filter(new, text.split("\n")))
 FILTERS = {     # a document, what follows "=", the note -> why it is dropped, or ""
     "extract": lambda doc, *_: change(doc, extract(doc["text"]) if doc["html"] else doc["text"]),
     "lang": labelled, "quality": labelled,
@@ -438,15 +368,17 @@ FILTERS = {     # a document, what follows "=", the note -> why it is dropped, o
     "lines": lambda doc, _, note: change(doc, once(doc["text"], note["lines"])),
     "dedup": lambda doc, arg, note: like(doc["text"], float(arg or .8), *note["dedup"])}
 def row_of(line: bytes, counts: Counter):       # of JSON -> a document
-    try: return {"html": "html" in (row := json.loads(line)), "text": row.get("html"), **row}
+    try: return {"text": (r := json.loads(line)).get("html"), **r, "html": bool(r.get("html"))}
     except (ValueError, TypeError, AttributeError): counts["no JSON"] += 1
 def read_docs(path: Path, counts: Counter):     # of a WARC or WET file, or of JSON lines
     with open(path, "rb") as file:
-        for doc in ((row_of(line, counts) for line in unpacked(file, counts)) if ".jsonl" in
-                    path.name else (page_of(*row, counts) for row in read_warc(file, counts))):
-            if doc and isinstance(doc["text"], str):        # EOT and NUL mean something to us
-                text = doc["text"].replace(EOT, " ").replace("\0", " ")
+        docs = (page_of(*record, counts) for record in read_warc(file, counts))
+        if ".jsonl" in path.name: docs = (row_of(line, counts) for line in unpacked(file))
+        try:
+            for doc in filter(None, docs):      # EOT and NUL mean something to us
+                text = str(doc["text"] or "").replace(EOT, " ").replace("\0", " ")
                 yield {**doc, "text": text.encode(errors="replace").decode()}
+        except (OSError, EOFError, zlib.error): counts["broken gzip files"] += 1
 def through(docs, stages: list, note: dict):
     """Yields the documents that pass all stages, and writes down what happens."""
     clock, note["table"] = time.perf_counter(), {}
@@ -463,8 +395,8 @@ def run_part(stages: list, source: Path, part: Path) -> None:
     if part.exists(): return
     note = {"counts": Counter()}
     with atomic_write(part, "w") as file:
-        for doc in through(read_docs(source, note["counts"]), stages, note):
-            file.write(json.dumps(doc) + "\n")
+        docs = through(read_docs(source, note["counts"]), stages, note)
+        file.writelines(json.dumps(doc) + "\n" for doc in docs)
         write_note(part, note)
 def files_of(places: list) -> list:
     found = [file for place in map(Path, places) for file in (
@@ -473,15 +405,14 @@ def files_of(places: list) -> list:
     return found
 def funnel(inputs: Path, out: Path = Path("clean"), stages: str = "extract,gopher,dedup,mask",
            workers: int = None, show: int = 0) -> None:
-    """Inputs to out/text.txt, a dataset. Ranks of torchrun or Slurm share the work."""
+    """Inputs to out/text.txt, a dataset. Ranks of torchrun share the work."""
     sources, names = files_of(inputs), stages.split(",")
-    kinds, known = [stage.partition("=")[0] for stage in names], ", ".join(FILTERS)
-    for kind in kinds: require(kind in FILTERS, "stages", kind, f"some of {known}")
+    kinds = [stage.partition("=")[0] for stage in names]
+    for kind in kinds: require(kind in FILTERS, "stages", kind, f"some of {', '.join(FILTERS)}")
     first = min([i for i, kind in enumerate(kinds) if kind in ("lines", "dedup")] or [len(names)])
-    rank, world = (int(os.environ.get(a, os.environ.get(b, c))) for a, b, c in (
-        ("RANK", "SLURM_PROCID", 0), ("WORLD_SIZE", "SLURM_NTASKS", 1)))
-    models = filter(Path.is_file, map(Path, re.findall(r"[^=:,@]+\.npz", stages)))
-    folder = out / f".funnel-{digest((fingerprint([*sources, *models], out), names[:first]))[:8]}"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    made_from = [*sources, *filter(Path.is_file, map(Path, re.findall(r"[^=:,@]+\.npz", stages)))]
+    folder = out / f".funnel-{digest((fingerprint(made_from, out), names[:first]))[:8]}"
     parts = [folder / f"{i:05}.jsonl" for i in range(len(sources))]
     remove_leftovers(out)
     work = bpe.parallel_map(run_part, list(zip(sources, parts))[rank::world], workers,
@@ -508,14 +439,10 @@ def look(inputs: Path, n: int = 10) -> None:
     docs = (doc for file in files_of(inputs) for doc in read_docs(file, Counter()))
     for doc in heapq.nlargest(n, docs, lambda _, rng=np.random.default_rng(): rng.random()):
         text = extract(doc["text"]) if doc["html"] else doc["text"]
-        for what, some in ("raw", doc["text"]), ("extracted", text):
-            print(f"{what}, {len(some):,} characters, {doc.get('url', '')}")
-            for line in [*filter(str.strip, some.split("\n"))][:12]: print(f"    | {line[:90]}")
+        print(f"{doc.get('url', '')}\nraw: {doc['text'][:700]!r}\nextracted: {text[:700]}")
         for rule in RULES: print(f"    {rule}: {outside(rule, text) or 'keeps it'}")
-# -----------------------------------------------------------------------------
-# Stage 1, text. Validation text must be new to the model: a file is cut only if it is alone; and a
-# folder of train.txt and valid.txt is divided already.
-SIDES, WHOLE = ("train", "valid"), (0, sys.maxsize)
+# --- Text --------------------------------------------------------------------
+# For valid to be new to the model, files stay whole, but for one alone; names may divide them.
 HIDDEN, TESTS = r"\..*|__pycache__", r"tests?|idle_test|(site|dist)-packages|config-.*|_sysconfig.*"
 def is_text(file: Path) -> bool:    # readable, no pipe (which would block), not empty, without NUL
     if not (file.is_file() and os.access(file, os.R_OK)): return False
@@ -550,8 +477,7 @@ def divide(files: list, root: Path) -> list:
     return [[(file, *WHOLE) for file in sorted(files, key=number.get) if (file in valid) == new]
             for new in (False, True)]
 def write_text(target: Path, ranges: list) -> tuple:
-    """Joins ranges, each ended by EOT -> (sha256, how many invalid sequences became a U+FFFD: the
-    difference in length between replacing and ignoring them)."""
+    """Joins ranges, each ended by EOT -> (sha256, how many invalid sequences became U+FFFD)."""
     sha, invalid = hashlib.sha256(), 0
     with atomic_write(target) as out, progress(desc=target.name, delay=1) as bar:
         for path, start, end in ranges:
@@ -571,21 +497,20 @@ def write_text(target: Path, ranges: list) -> tuple:
     return sha.hexdigest(), invalid
 def plan(dataset: str, files: list, texts: list, note: dict, bins: list, mirror) -> None:
     """Says what a large source still takes, and refuses what the disk cannot hold."""
-    if [read_note(file).get("text") for file in bins] == [note.get(side, 0) for side in SIDES]:
-        return
-    source, known, free = SOURCES.get(dataset), all(map(Path.exists, files)), shutil.disk_usage(
-        next(p for p in texts[0].resolve().parents if p.exists())).free
+    done = [read_note(file).get("text") for file in bins] == [note.get(side, 0) for side in SIDES]
+    source, known, at = SOURCES.get(dataset), all(map(Path.exists, files)), texts[0].resolve()
     have = sum(size_of(file) + size_of(part_of(file)) for file in files)
     download = 0 if note or known else max(0, source.download - have)
     text = sum(map(size_of, texts)) if note else source.text if not known else (
         have * source.text // source.download if source and source.files else have)     # if packed
-    need = download + text * ((not note) + (1 if "-bpe" in bins[0].stem else 4))    # bytes an id
-    line = (f"{dataset}: {download / 1e6:,.0f} MB to download, {need / 1e6:,.0f} MB of disk needed, "
-            f"{free / 1e6:,.0f} MB free at {texts[0].parent.resolve()}")
+    need = 0 if done else download + text * ((not note) + (1 if "-bpe" in bins[0].stem else 4))
+    free = shutil.disk_usage(next(p for p in at.parents if p.exists())).free
+    line = "{}: {:,.0f} MB to download, {:,.0f} MB of disk needed, {:,.0f} MB free at {}".format(
+        dataset, download / 1e6, need / 1e6, free / 1e6, at.parent)
     if need > free and (known or not mirror): raise UserError(
         f"too little disk for {line}; free some or give another --data_dir")
     if need > 1e8: print(line, "(if the mirror has the original)" * bool(mirror))
-def make_text(dataset: str, folder: Path, bins: list, mirror) -> dict:     # the texts -> their note
+def make_text(dataset: str, folder: Path, bins: list, mirror, records: int) -> dict:    # their note
     source, texts = SOURCES.get(dataset), [folder / f"{side}.txt" for side in SIDES]
     root, files, n_others = find_files(dataset, folder)
     note, to_come = read_note(folder / "text"), [file for file in files if not file.exists()]
@@ -595,9 +520,11 @@ def make_text(dataset: str, folder: Path, bins: list, mirror) -> dict:     # the
     plan(dataset, files, texts, note, bins, mirror)
     for file in files if source and source.files else ():
         url = f"{(mirror or source.homepage + source.folder).rstrip('/')}/{file.name}"
-        if file in to_come and not note: fetch(url, file)
+        if file in to_come and not note:
+            fetch(url, file, records * PAGE_BYTES if dataset == "commoncrawl" else None)
         if (origin := read_note(file).get("url", url)) != url:
             print(f"{file} came from {origin}; for that of {url} delete {folder}")
+    if dataset == "commoncrawl": raise SystemExit(print(f"next: python data.py look {files[0]}"))
     if note: return note
     require((size := sum(map(size_of, files))) >= MIN_BYTES, dataset, f"{size} bytes of text, and "
             f"{n_others} files that are empty, binary or unreadable", f"{MIN_BYTES} bytes of UTF-8")
@@ -608,18 +535,16 @@ def make_text(dataset: str, folder: Path, bins: list, mirror) -> dict:     # the
           f"{sum(invalid)} invalid UTF-8 sequences replaced; sha256 of train.txt {shas[0][:16]}")
     return write_note(folder / "text", {"files": fingerprint(files, root), **dict(zip(SIDES, shas)),
                                         "bytes": list(map(size_of, texts))})
-# -----------------------------------------------------------------------------
-# Stages 2 and 3: a tokenizer, learned from train.txt or brought; then blocks of the text, cut where
-# no id changes, become files of tokens, and these are joined.
+# --- Tokens ------------------------------------------------------------------
+# Blocks of the text, cut where no id changes, become files, and these are joined.
 def learn_bpe(path: Path, vocab_size: int, workers):
     print(f"BPE learns from {min(size_of(path), BPE_BYTES):,} of {size_of(path):,} bytes of {path}")
-    return bpe.Tokenizer(*bpe.train(path, vocab_size, (EOT,), workers=workers, max_bytes=BPE_BYTES),
-                         (EOT,))
+    return bpe.Tokenizer(*bpe.train(path, vocab_size, (EOT,), "gpt2", workers, BPE_BYTES), (EOT,))
 def learn_chars(path: Path, *_):
     chars = set().union(*(text.replace(EOT, "") for text in bpe.read_blocks(path, (EOT,))))
     return bpe.CharTokenizer(sorted(chars), (EOT,))
-def use_bytes(*_): return bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], (EOT,))
-TOKENIZERS = {"bpe": learn_bpe, "byte": use_bytes, "char": learn_chars}
+TOKENIZERS = {"bpe": learn_bpe, "char": learn_chars,
+              "byte": lambda *_: bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], (EOT,))}
 def label_of(tokenizer: str, vocab_size: int) -> str:   # its part of a token file's name
     require(tokenizer != "bpe" or 257 <= vocab_size <= sys.maxunicode, "vocab_size", vocab_size,
             f"257 to {sys.maxunicode}; try 4096")
@@ -653,7 +578,6 @@ def make_tokens(text_path: Path, sha: str, out: Path, tok, workers: int) -> dict
               f"{documents:,} documents, {unknown:,} unknown characters")
     for folder in out.parent.glob(f"{out.stem}-parts-*"): shutil.rmtree(folder)     # old ones, too
     return note
-
 Corpus = namedtuple("Corpus", "name tokenizer train valid info")    # info: train's, valid's note
 def prepare(dataset: str, tokenizer: str = "bpe", vocab_size: int = 4096, data_dir: str = "data",
             mirror: str = None, workers: int = None, records: int = 200) -> Corpus:
@@ -662,14 +586,13 @@ def prepare(dataset: str, tokenizer: str = "bpe", vocab_size: int = 4096, data_d
     require(workers is None or workers > 0, "workers", workers, "1 or more; None: one a core")
     require(not mirror or mirror.startswith(("http://", "https://")), "mirror", mirror,
             f"a URL; try http://{mirror}")
-    if name == "commoncrawl": sys.exit(fetch_crawl(records, data_dir, mirror))  # raw: no corpus
     if name not in SOURCES:
         require(place.exists(), "dataset", name, f"{', '.join(SOURCES)} or a file or folder")
         name = f"{place.stem}-{digest(str(place))[:6]}"     # two folders called text: two names
     folder, label = Path(data_dir) / name, label_of(tokenizer, vocab_size)
     bins, path = [folder / f"{side}-{label}.bin" for side in SIDES], Path(tokenizer)
     remove_leftovers(folder)
-    shas = make_text(str(dataset), folder, bins, mirror)
+    shas = make_text(str(dataset), folder, bins, mirror, records)
     if tokenizer in TOKENIZERS:     # named by kind, size and text: of the right name, never stale
         path = folder / f"tokenizer-{label}-{shas['train'][:8]}.json"
         if not path.exists():
@@ -678,16 +601,14 @@ def prepare(dataset: str, tokenizer: str = "bpe", vocab_size: int = 4096, data_d
     return Corpus(name, tok, *bins, {
         side: make_tokens(folder / f"{side}.txt", shas[side], out, tok, workers)
         for side, out in zip(SIDES, bins)})
-# -----------------------------------------------------------------------------
-# The loader. Windows drawn at random miss 1/e of a corpus in as many draws as it has windows; a
-# permutation misses none, and as it follows from (seed, epoch), a resumed run goes on exactly.
+# --- The loader --------------------------------------------------------------
+# Windows drawn at random would miss 1/e of a corpus in as many draws; a permutation misses none.
 def open_tokens(path): return np.memmap(path, dtype=read_note(Path(path))["dtype"], mode="r")
 def windows(tokens, seq_len: int, which):   # (tokens, targets), int64; past the end 0 and -1
     at = np.add.outer(np.array(which) * seq_len, np.arange(seq_len + 1))            # (B, T + 1)
     found = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
-    tokens, targets = (torch.from_numpy(np.where((at < len(tokens))[:, 1:], x, pad)) for x, pad in (
+    return tuple(torch.from_numpy(np.where((at < len(tokens))[:, 1:], x, pad)) for x, pad in (
         (found[:, :-1], 0), (found[:, 1:], -1)))                # (B, T + 1) -> (B, T), (B, T)
-    return tokens, targets
 def in_order(tokens, seq_len: int, batch_size: int):    # all windows once; the last batch is padded
     for first in range(0, -(-(len(tokens) - 1) // seq_len), batch_size):
         yield windows(tokens, seq_len, range(first, first + batch_size))
@@ -720,36 +641,32 @@ class Loader:
             int(permutation(self.n_windows, self.seed, epoch)[i]) for epoch, i in places])
     def state(self) -> dict: return {"seed": self.seed, "seen": self.seen}
     def seek(self, seen: int) -> None: self.seen = seen
-# -----------------------------------------------------------------------------
-# The lesson, and the command line
+# --- The lesson, and the command line ----------------------------------------
 def lesson(data_dir: str) -> None:
     print("THE FUNNEL, on a made-up crawl: what the library says of itself, copies, German, spam")
-    folder, files = Path(data_dir) / "lesson", Path(sysconfig.get_path("stdlib")).glob("*.py")
-    about = [ast.get_docstring(ast.parse(file.read_bytes())) or "" for file in sorted(files)]
+    folder, met, stdlib = Path(data_dir, "lesson"), [], Path(sysconfig.get_path("stdlib"))
+    about = [ast.get_docstring(ast.parse(file.read_bytes())) or "" for file in stdlib.glob("*.py")]
     with atomic_write(folder / "crawl.jsonl", "w") as file:
         for i, text in enumerate(about):
             text = [text, about[i - 1], "Das ist der Hund und das. " * 9, "Buy $$$ 12 " * 40][i % 4]
             page = "<li><a href=/>Home</a>" * 20 + "</ul><p>" + text.replace("\n\n", "<p>")
             file.write(json.dumps({"html": f"<ul>{page}<p>Mail me@x.org."}) + "\n")
     funnel([folder / "crawl.jsonl"], folder / "clean", "extract,lang=en,gopher,dedup,mask", show=1)
-    (b, r), shares = bands_for(.8), [.5, .6, .7, .8, .9]
-    print(f"dedup compares two texts if one of {b} bands of {r} hashes is the same: "
-          + ", ".join(f"J = {J}: {1 - (1 - J**r) ** b:.2f}" for J in shares))
+    print("dedup=.8 compares at J", {J: f"{1 - (1 - J**6) ** 21:.0%}" for J in (.5, .6, .7, .8)})
     prepare(folder / "clean", "bpe", 512, data_dir, workers=1)
     print("\nTHE LOADER: tokens -> targets, for the ids 0 .. 10, seq_len 4, padding left out")
-    loader, met = Loader(np.arange(11), 4, 1, seed=2), [[], []]
-    for s, (tokens, targets) in enumerate(itertools.islice(loader, 2 * loader.n_windows)):
-        met[s // loader.n_windows] += (targets := targets[targets >= 0].tolist())
+    for tokens, targets in itertools.islice(Loader(np.arange(11), 4, 1, seed=2), 3):
+        met += (targets := targets[targets >= 0].tolist())
         print(f"    {tokens[0, :len(targets)].tolist()}  ->  {targets}")
-    print("every target exactly once an epoch:", all(sorted(x) == [*range(1, 11)] for x in met))
+    print("every target exactly once an epoch:", sorted(met) == [*range(1, 11)])
 COMMANDS = {"get": prepare, "look": look, "funnel": funnel, "train-classifier": train_classifier}
-HELP = {"dataset": f"{', '.join(SOURCES)}, commoncrawl, or a text file or a folder of them",
+HELP = {"dataset": f"{', '.join(SOURCES)}, or a text file or a folder of them", "n": "documents",
         "tokenizer": "bpe, byte, char, or a tokenizer.json", "vocab_size": "ids of a bpe",
-        "records": "pages of commoncrawl", "mirror": "URL of another folder with the files",
+        "records": "pages of commoncrawl, about", "mirror": "URL of another folder with the files",
         "workers": "processes; None: one a core", "data_dir": "folder for all files",
-        "inputs": "WARC, WET or .jsonl files, or folders of them", "n": "documents to show",
+        "inputs": "WARC, WET or .jsonl files, or folders of them", "out": "what is made",
         "stages": f"in order, of {', '.join(FILTERS)}", "file": "lines LABEL<tab>TEXT",
-        "out": "what is made", "show": "examples that each stage kept and dropped"}
+        "show": "examples that each stage kept and dropped", "epochs": "passes over the file"}
 def build_parser() -> argparse.ArgumentParser:      # a command is a function with its parameters
     parser = argparse.ArgumentParser(description="Without a command: the lesson.")
     parser.add_argument("--data_dir", default="data", help="folder for all files (default: data)")
@@ -771,6 +688,4 @@ def main(args) -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here")
         raise SystemExit(130) from None
-
-if __name__ == "__main__":
-    main(build_parser().parse_args())
+if __name__ == "__main__": main(build_parser().parse_args())
