@@ -543,8 +543,8 @@ def learn_bpe(path: Path, vocab_size: int, workers):
 def learn_chars(path: Path, *_):
     chars = set().union(*(text.replace(EOT, "") for text in bpe.read_blocks(path, (EOT,))))
     return bpe.CharTokenizer(sorted(chars), (EOT,))
-TOKENIZERS = {"bpe": learn_bpe, "char": learn_chars,
-              "byte": lambda *_: bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], (EOT,))}
+TOKENIZERS = {"bpe": learn_bpe, "byte": lambda *_: bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], (
+    EOT,)), "char": learn_chars}
 def label_of(tokenizer: str, vocab_size: int) -> str:   # its part of a token file's name
     require(tokenizer != "bpe" or 257 <= vocab_size <= sys.maxunicode, "vocab_size", vocab_size,
             f"257 to {sys.maxunicode}; try 4096")
@@ -644,8 +644,8 @@ class Loader:
 # --- The lesson, and the command line ----------------------------------------
 def lesson(data_dir: str) -> None:
     print("THE FUNNEL, on a made-up crawl: what the library says of itself, copies, German, spam")
-    folder, met, stdlib = Path(data_dir, "lesson"), [], Path(sysconfig.get_path("stdlib"))
-    about = [ast.get_docstring(ast.parse(file.read_bytes())) or "" for file in stdlib.glob("*.py")]
+    folder, met, lib = Path(data_dir, "lesson"), [], Path(sysconfig.get_path("stdlib"))
+    about = [ast.get_docstring(ast.parse(f.read_bytes())) or "" for f in sorted(lib.glob("*.py"))]
     with atomic_write(folder / "crawl.jsonl", "w") as file:
         for i, text in enumerate(about):
             text = [text, about[i - 1], "Das ist der Hund und das. " * 9, "Buy $$$ 12 " * 40][i % 4]
@@ -680,8 +680,7 @@ def build_parser() -> argparse.ArgumentParser:      # a command is a function wi
                 default=argparse.SUPPRESS if key == "data_dir" else default if flag else None)
     return parser
 def main(args) -> None:
-    options = dict(vars(args))
-    print("data.py:", options)
+    print("data.py:", options := dict(vars(args)))
     run = COMMANDS.get(options.pop("command"), lesson)
     if run not in (lesson, prepare): del options["data_dir"]
     try: run(**options)
