@@ -112,13 +112,14 @@ def fetch(url: str, path: Path, most=None) -> None:     # whole, or its first by
                     f"another server with --mirror, or put the file by hand at {path.resolve()}")
 # --- The crawl ---------------------------------------------------------------
 # WARC files hold what servers sent, WET files its text. What is broken is left out.
-BLOCK, MAX_BODY, MAGIC = 1 << 16, 10**7, b"\x1f\x8b\x08"        # bytes [our choice]; of gzip
+BLOCK, MAX_BODY, MAGIC, BOMS = 1 << 16, 10**7, b"\x1f\x8b\x08", (b"\xff\xfe", b"\xfe\xff")  # bytes
 SIZE = re.compile(rb"\s*([0-9a-fA-F]{1,7})[^\r\n]{0,99}\r?\n")  # of a chunk
 CHARSET = re.compile(r"charset\s*=[\s\"']*((utf|iso|win|cp|koi|gb|big5|euc|shift|us-)[\w-]+)", re.I)
 ALIASES = {"iso-8859-1": "cp1252", "us-ascii": "cp1252", "gb2312": "gb18030", "shift_jis": "cp932"}
+class Unzip(gzip.GzipFile): readinto = gzip.GzipFile.readinto1      # gives what precedes an error
 def unpacked(file):
     packed, _ = file.read(3) == MAGIC, file.seek(0)
-    return io.BufferedReader(gzip.GzipFile(fileobj=file), BLOCK) if packed else file
+    return io.BufferedReader(Unzip(fileobj=file), BLOCK) if packed else file
 def fields_of(lines) -> dict:
     pairs = (line.decode("utf-8", "replace").partition(":") for line in lines)
     return {name.strip().lower(): value.strip() for name, colon, value in pairs if colon}
@@ -135,9 +136,8 @@ def read_warc(file, counts: Counter):
         if fine and len(body := file.read(int(size))) == int(size): yield fields, body
         else: counts["wrong lengths"] += 1
 def decode(body: bytes, declared: str) -> str:  # what fits, or fits 99 %, or Windows-1252
-    found = map(CHARSET.search, (declared, body[:2048].decode("latin-1")))
-    names = [match[1].lower() for match in found if match]
-    if body[:2] in (b"\xff\xfe", b"\xfe\xff"): names = ["utf-16"]
+    found = CHARSET.search(declared) or CHARSET.search(str(body[:2048], "latin-1"))
+    names = [found[1].lower()] * bool(found) if body[:2] not in BOMS else ["utf-16"]
     for errors, name in itertools.product(("strict", "replace"), [*names, "utf-8-sig"]):
         with suppress(LookupError, UnicodeError):
             text = body.decode(ALIASES.get(name, name), errors)
