@@ -137,7 +137,7 @@ def read_warc(file, counts: Counter):
         else: counts["wrong lengths"] += 1
 def decode(body: bytes, declared: str) -> str:  # what fits, or fits 99 %, or Windows-1252
     found = CHARSET.search(declared) or CHARSET.search(str(body[:2048], "latin-1"))
-    names = [found[1].lower()] * bool(found) if body[:2] not in BOMS else ["utf-16"]
+    names = ["utf-16"] if body[:2] in BOMS else [m[1].lower() for m in [found] if m]
     for errors, name in itertools.product(("strict", "replace"), [*names, "utf-8-sig"]):
         with suppress(LookupError, UnicodeError):
             text = body.decode(ALIASES.get(name, name), errors)
@@ -292,7 +292,7 @@ def classify(text: str, path: str) -> dict:     # -> {label: probability}
 def train_classifier(file: Path, out: Path = Path("model.npz"), epochs: int = 6) -> None:
     """Learns labels from lines LABEL<tab>TEXT, for lang=LABEL:MODEL and quality=MODEL."""
     require(file.is_file(), file, "no file", "lines LABEL<tab>TEXT")
-    pairs = [row.partition("\t")[::2] for row in file.read_text("utf-8", "replace").splitlines()]
+    pairs = [r.partition("\t")[::2] for r in file.read_text("utf-8", "replace").strip().split("\n")]
     require(pairs and all(map(all, pairs)), file, "others", "lines LABEL<tab>TEXT")
     labels, rng, test = [*dict(pairs)], np.random.default_rng(0), len(pairs) // 10
     rng.shuffle(pairs)
