@@ -228,7 +228,7 @@ def extract(page: str) -> str:
             start, end = MARKS.get(box.tag, ("\2\2" * (box.tag in BLOCKS),) * 2)
             out.append(start)
             stack += [end, *reversed(box.kids)]
-    text = re.sub(r"(?<![ \x04])[ \x04]*\x02[ \x02]*", lambda edge: "\n" * min(
+    text = re.sub(r"(?<![ \x04])[ \x04]*\x02[ \x02\x04]*", lambda edge: "\n" * min(
         2, edge[0].count("\2")), re.sub(r"\s+", " ", html.unescape("".join(out))))
     text = re.sub(r"\n+\x05\s*", "\n  \u2022 ", text)
     return text.replace("\3", " ").replace("\4", "|").replace("\5", "").strip("\n ")
