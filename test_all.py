@@ -269,14 +269,10 @@ def test_ctrl_c_ends_training_quietly_and_no_worker_outlives_a_kill(tmp_path, nu
 # -----------------------------------------------------------------------------
 # data.py
 
-data.WAIT_S = 0.001  # between two attempts to connect
-BODY = np.random.default_rng(0).bytes(300_000)
-
+data.WAIT_S, BODY = 0.001, np.random.default_rng(0).bytes(300_000)  # between two attempts
 @contextlib.contextmanager
 def server(files, drop=0, ranges=True, claim=0):
-    """Serves {name: bytes} on loopback -> (url, list of the Range of each GET). The first `drop`
-    replies break off half-way; `claim` bytes more are promised than there are."""
-    asked = []
+    asked = []      # the Range of each GET; the first `drop` replies break off, `claim` is untrue
     class Handler(http.server.BaseHTTPRequestHandler):
         log_message = lambda *_: None
         def do_GET(self):
@@ -285,7 +281,8 @@ def server(files, drop=0, ranges=True, claim=0):
             if body is None: return self.send_error(404)
             tag = f'"{sum(body)}"'
             part = wanted and ranges and self.headers["If-Range"] in (None, tag)
-            body = body[int(wanted[6:-1]) if part else 0:]
+            start, end = wanted[6:].split("-") if part else ("0", "")
+            body = body[int(start):int(end or 1 << 40) + 1]
             self.send_response((206 if body else 416) if part else 200)
             self.send_header("ETag", tag)
             self.send_header("Content-Length", len(body) and len(body) + claim)
@@ -296,14 +293,10 @@ def server(files, drop=0, ranges=True, claim=0):
         yield f"http://127.0.0.1:{httpd.server_port}", asked
         httpd.shutdown()
 
-def read(corpus):
-    return [corpus.tokenizer.decode(data.open_tokens(f)) for f in (corpus.train, corpus.valid)]
-
 @pytest.mark.parametrize("there, same, how, asked_for", [   # bytes there; of this version, or none
-    (0, None, dict(drop=2), [None, "bytes=150000-", "bytes=225000-"]),    # goes on, twice
-    (0, None, dict(drop=1, ranges=False), [None, "bytes=150000-"]),       # 200: from the start
-    (1000, True, {}, ["bytes=1000-"]), (300_000, True, {}, []),           # of an earlier run; whole
-    (1000, False, {}, ["bytes=1000-"]), (1000, None, {}, [None])])        # it changed; unknown
+    (0, None, dict(drop=2), [None, "bytes=150000-", "bytes=225000-"]), (300_000, True, {}, []),
+    (0, None, dict(drop=1, ranges=False), [None, "bytes=150000-"]), (1000, None, {}, [None]),
+    (1000, True, {}, ["bytes=1000-"]), (1000, False, {}, ["bytes=1000-"])])
 def test_a_download_ends_whole_and_asks_for_what_it_lacks(tmp_path, there, same, how, asked_for):
     file, part = tmp_path / "f", tmp_path / "f.part"
     with server({"f": BODY}, **how) as (url, asked):
@@ -311,79 +304,71 @@ def test_a_download_ends_whole_and_asks_for_what_it_lacks(tmp_path, there, same,
         if there: part.write_bytes((BODY if same else b"?" * 1000)[:there])
         if same is not None: data.write_note(file, note)
         data.fetch(f"{url}/f", file)
-    assert file.read_bytes() == BODY and not part.exists() and asked == asked_for
+        assert file.read_bytes() == BODY and not part.exists() and asked == asked_for
+        if how.get("ranges", True): data.fetch(f"{url}/f", file.with_name("g"), 1000)
+    assert asked == asked_for or asked.pop() == "bytes=0-999" and len(BODY) > 1000 == (
+        file.with_name("g").stat().st_size)             # the first bytes alone
 
-@pytest.mark.parametrize("says, files, at, place", [
-    ("416", {"f": BODY}, "", "d/f"), ("404", {}, "", "d/f"),    # 416: it is shorter than it says
-    ("refused", {}, "http://127.0.0.1:1", "d/f"), ("cannot write", {"f": BODY}, "", "/dev/null/f")])
-def test_a_failed_download_leaves_no_file_and_names_its_place(tmp_path, says, files, at, place):
-    with server(files, claim=7) as (url, asked), pytest.raises(UserError, match=says) as error:
-        data.fetch(url := f"{at or url}/f", tmp_path / place)
+@pytest.mark.parametrize("says, name, place", [("416", "f", "f"), ("404", "g", "f"),
+    ("cannot write", "f", "/dev/null/f")])              # 416: it is shorter than it claims
+def test_a_failed_download_leaves_no_file_and_names_its_place(tmp_path, says, name, place):
+    with server({"f": BODY}, claim=7) as (url, _), pytest.raises(UserError, match=says) as error:
+        data.fetch(f"{url}/{name}", tmp_path / place)
     assert str(tmp_path / place) in str(error.value) and not (tmp_path / place).exists()
-    assert (url in str(error.value)) == (says != "cannot write") and len(asked) < 3
+
+def read(corpus):
+    return [corpus.tokenizer.decode(data.open_tokens(f)) for f in (corpus.train, corpus.valid)]
 
 def test_a_packed_source_comes_from_a_mirror_and_its_text_is_enough_afterwards(tmp_path, capsys):
     prepare = partial(data.prepare, "owt", "byte", data_dir=tmp_path, workers=1)
     train = gzip.compress(b"One story.<|endoftext|>\nAnother one.<|endoftext|>" * 9)
     files = {"owt_train.txt.gz": train, "owt_valid.txt.gz": gzip.compress(b"Third. " * 9)}
     with server(files, drop=1) as (url, _): info = prepare(mirror=url + "/").info
-    assert info["train"]["documents"] == 18 and info["train"]["bytes"] == 9 * 23
     (tmp_path / "owt" / "owt_train.txt.gz").unlink()
     assert prepare().info == info and f"came from {url}" in capsys.readouterr().out
+    assert info["train"]["documents"] == 18 and info["train"]["bytes"] == 9 * 23
     for name in files: (tmp_path / "owt" / name).write_bytes(train[:-9])    # by hand; cut short
     with pytest.raises(UserError, match="owt_train.txt.gz"): prepare()
 
-def test_one_file_is_cut_as_nanogpt_cuts_it_again_after_an_edit_but_not_else(tmp_path, monkeypatch):
-    (file := tmp_path / "shakespeare" / "input.txt").parent.mkdir()         # by hand: no network
-    file.write_text(text := "".join(chr(32 + i * i % 90) for i in range(5003)))
-    prepare = partial(data.prepare, "shakespeare", data_dir=tmp_path, workers=1)
-    first = prepare("char")
-    assert read(first) == [EOT + text[:4502] + EOT, EOT + text[4502:] + EOT]    # int(0.9 * 5003)
-    assert first.tokenizer.vocab_size == len(set(text)) + 2                 # EOT and the unknown
-    file.write_text("ä " * 95)                  # of 285 bytes nine tenths end within an ä
-    assert read(prepare("char")) == [EOT + "ä " * 85 + "ä" + EOT, EOT + " " + "ä " * 9 + EOT]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))
-    assert first.train.stat() == prepare("char").train.stat()               # it is not made again
-    with pytest.raises(UserError, match="too little disk"): prepare("byte")     # 4 for each of 285
+def test_one_file_is_cut_as_nanogpt_cuts_it_and_a_full_disk_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    for text, cut in ("".join(chr(32 + i * i % 90) for i in range(5003)), 4502), ("ä " * 95, 171):
+        (tmp_path / "f").write_text(text)       # 0.9 * 5003; 0.9 * 285 bytes end within an ä
+        prepare, free = partial(data.prepare, tmp_path / "f", data_dir=tmp_path, workers=1), 10**6
+        assert read(made := prepare("char")) == [EOT + text[:cut] + EOT, EOT + text[cut:] + EOT]
+        free = 100
+        assert made.train.stat() == prepare("char").train.stat()        # it is not made again
+        with pytest.raises(UserError, match="too little disk"): prepare("byte")
 
 @pytest.mark.parametrize("tokenizer", data.TOKENIZERS)
-def test_tokens_of_a_folder_give_its_texts_back_and_counts_are_exact(tmp_path, capsys, tokenizer):
-    texts = ["Text: né 你好 \ufffd\r\n\n" * (i + 1) for i in range(9)]
-    files = {f"{i}.md": text.encode() for i, text in enumerate(texts)} | {
-        "bad": b"Text: \xff \xe4\xbd\n\xe4", "binary": b"MZ\0", "empty": b"", ".hidden": b"x"}
-    for name, content in files.items(): (tmp_path / name).write_bytes(content)
+def test_tokens_give_texts_back_and_a_kill_costs_a_block(tmp_path, capsys, monkeypatch, tokenizer):
+    monkeypatch.setattr(bpe, "BLOCK", 40)
+    texts = ["".join(f"Text {i} {j}: né 你 \ufffd\r\n\n" for j in range(i + 9)) for i in range(9)]
+    for name, content in [("bad", b"Text: \xff \xe4\xbd\n\xe4"), ("no", b"MZ\0"), ("empty", b""),
+                          (".x", b"x"), *((f"{i}", text.encode()) for i, text in enumerate(texts))]:
+        (tmp_path / name).write_bytes(content)
     os.mkfifo(tmp_path / "pipe")                # to open it would wait for ever
-    for _ in range(2):                          # its own output, in the same folder, is no input
-        corpus, found = data.prepare(tmp_path, tokenizer, 300, tmp_path, workers=1), []
-        assert re.search("of 10 files, 3 empty.* 3 invalid UTF-8", capsys.readouterr().out)
-        for text, note in zip(read(corpus), corpus.info.values()):
-            start, *documents, end = text.split(EOT)
-            assert start == end == "" and note["documents"] == len(documents) > 0
-            assert note["tokens"] == len(corpus.tokenizer.encode(text))
-            assert note["bytes"] == len("".join(documents).encode())
-            found += documents
-        assert sorted(found) == sorted([*texts, "Text: \ufffd \ufffd\n\ufffd"])
-        os.utime(tmp_path / "bad")              # stale, so that the second round looks again
-
-def test_a_killed_run_leaves_parts_and_the_next_run_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", 4000)
-    text, read_chunk, chunks = tmp_path / "a.txt", data.read_chunk, []
-    text.write_text("".join(f"word{i % 77} and {i}\n" for i in range(20000)))
-    prepare = partial(data.prepare, text, "bpe", 300)
-    whole = prepare(tmp_path / "whole", workers=2).train.read_bytes()
-    def watched(*chunk):
-        chunks.append(chunk)
-        if len(chunks) == 3: raise KeyboardInterrupt        # before the third is encoded
-        return read_chunk(*chunk)
-    monkeypatch.setattr(data, "read_chunk", watched)
-    with pytest.raises(KeyboardInterrupt): prepare(tmp_path / "killed", workers=1)
-    (folder,) = tmp_path.glob("killed/*")
-    assert not [*folder.glob("*.bin")]
-    gone, alive = (folder / f".x.{pid}.tmp" for pid in (1 << 23, os.getpid()))  # no pid is so large
-    gone.touch(), alive.touch()                 # what kill -9 leaves; and of another run
-    assert prepare(tmp_path / "killed", workers=1).train.read_bytes() == whole
-    assert len(chunks) == len({*chunks}) + 1 > 9            # only the third a second time
-    assert alive.exists() and not gone.exists() and not [*folder.glob("*-parts-*")]
+    prepare = partial(data.prepare, tmp_path, tokenizer, 300, tmp_path, workers=1)
+    seen = []
+    def killed(tok, text, encode=bpe.Tokenizer.encode):         # before the third is encoded
+        if seen.append(text) or len(seen) == 3: raise KeyboardInterrupt
+        return encode(tok, text)
+    monkeypatch.setattr(bpe.Tokenizer, "encode", killed)
+    with pytest.raises(KeyboardInterrupt): prepare()
+    gone, alive = (next(tmp_path.glob("*/train.txt")).with_name(f".x.{pid}.tmp")
+                   for pid in (1 << 23, os.getpid()))   # no pid is so large: what kill -9 leaves
+    gone.touch(), alive.touch()
+    corpus, found = prepare(), []
+    assert re.search("of 10 files, 3 empty.* 3 invalid UTF-8", capsys.readouterr().out)
+    assert len(seen) == len({*seen}) + 1 and not [*tmp_path.glob("*/*-parts-*")]
+    assert alive.exists() and not gone.exists()
+    for text, note in zip(read(corpus), corpus.info.values()):
+        start, *documents, end = text.split(EOT)
+        assert start == end == "" and note["documents"] == len(documents) > 0
+        assert note["tokens"] == len(corpus.tokenizer.encode(text))
+        assert note["bytes"] == len("".join(documents).encode())
+        found += documents
+    assert sorted(found) == sorted([*texts, "Text: \ufffd \ufffd\n\ufffd"])
 
 @pytest.mark.parametrize("command, says", [("bpe train NO", "No such file"),   # capitals: files
     ("bpe encode CUT hi", "no tok"), ("bpe train EMPTY", "empty"), ("data get TINY", "got 4 bytes"),
@@ -392,42 +377,120 @@ def test_a_killed_run_leaves_parts_and_the_next_run_gives_the_same_bytes(tmp_pat
     ("data get T --workers 0", "workers: got 0"), ("data get T --data_dir T", "cannot write"),
     ("data get openwebtxt", "stdlib, shakespeare"), ("data get owt --vocab_size 9", "size: got 9"),
     ("data get owt --tokenizer bpee", "bpe, byte, char"), ("data get BINARY", "got 0 bytes"),
-    ("data get owt --mirror a.b/owt", "http://a.b/owt"), ("data get owt", "too little disk")])
+    ("data get owt --mirror a.b/owt", "http://a.b/owt"), ("data get owt", "too little disk"),
+    ("data funnel NO", "NO: got no file"), ("data funnel T --stages gophr", "got gophr"),
+    ("data train-classifier T", "LABEL<tab>TEXT"), ("data look NO", "NO: got no file")])
 def test_a_mistake_is_one_message_and_leaves_nothing(tmp_path, monkeypatch, capsys, command, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10_000))
-    texts = dict(T="text " * 99, EMPTY="", TINY="tiny", BINARY="\x7fELF\0" * 99, CUT='{"version": ',
+    texts = dict(T="text " * 99, EMPTY="", TINY="tiny", BINARY="ELF\0" * 99, CUT='{"version": ',
                  GOOD=bpe.Tokenizer(dict(enumerate(bpe.BYTES))).to_text())
     for name, text in texts.items(): Path(name).write_text(text)
-    script, *words = command.split()
+    (script, *words), there = command.split(), {*os.listdir()}
     with pytest.raises(UserError) as error: call(importlib.import_module(script), *words)
     assert error.value.code == 2 and says in str(error.value)
-    assert capsys.readouterr().err == f"{error.value}\n" and {*os.listdir()} == {*texts}
+    assert capsys.readouterr().err == f"{error.value}\n" and {*os.listdir()} == there
 
 @pytest.mark.parametrize("n, T, B", [(103, 8, 4), (97, 8, 3), (33, 4, 8), (20, 7, 1)])
-def test_the_loader_gives_each_target_exactly_once_an_epoch(n, T, B):
-    ids = np.random.default_rng(1).permutation(n).astype(np.uint16)         # all different
-    pairs = [*zip(ids[:-1].tolist(), ids[1:].tolist())]                     # (token, its target)
-    loader, found = data.Loader(ids, T, B), []
-    for tokens, targets in itertools.islice(loader, loader.n_windows):      # B epochs
-        assert tokens.shape == targets.shape == (B, T) and tokens.dtype == torch.int64
-        assert (tokens[targets < 0] == 0).all()
+def test_the_loader_gives_each_target_once_an_epoch_and_splits_by_rank(n, T, B):
+    ids, found = np.random.default_rng(1).permutation(n).astype(np.uint16), []  # all different
+    new = partial(data.Loader, ids, T, B, 3)
+    batches = [*itertools.islice(loader := new(), loader.n_windows)]            # B epochs
+    for tokens, targets in batches:
+        assert tokens.shape == targets.shape == (B, T) and (tokens[targets < 0] == 0).all()
         found += zip(tokens[targets >= 0].tolist(), targets[targets >= 0].tolist())
-    epochs = [found[i:i + n - 1] for i in range(0, len(found), n - 1)]
-    assert len(epochs) == B and all(sorted(epoch) == sorted(pairs) for epoch in epochs)
-    assert len(set(map(tuple, epochs))) == B    # each in an order of its own
+    epochs = {tuple(found[i:i + n - 1]) for i in range(0, len(found), n - 1)}   # orders differ
+    assert len(epochs) == B and {tuple(sorted(epoch)) for epoch in epochs} == {
+        tuple(sorted(zip(ids[:-1].tolist(), ids[1:].tolist())))}
+    loader.seek(B)
+    for again in data.Loader(ids, T, B, **loader.state()), loader:
+        assert torch.equal(next(again)[0], batches[1][0])
+    for batch, *parts in zip(batches, *(new(rank=r, world=B) for r in range(B))):
+        assert all(torch.equal(torch.cat(p), b) for b, *p in zip(batch, *parts))
+    with pytest.raises(UserError, match="windows"): data.Loader(ids, T, 64)
 
-def test_the_loader_seeks_restores_splits_by_rank_and_refuses_less_than_a_batch():
-    new = partial(data.Loader, np.arange(1000, dtype=np.uint16), 16)
-    batches = [*itertools.islice(loader := new(12, seed=3), 20)]    # four epochs of 63 windows
-    loader.seek(12 * 7)
-    restored = new(12, **json.loads(json.dumps(loader.state())))
-    for again in loader, restored: assert torch.equal(next(again)[0], batches[7][0])
-    assert not torch.equal(next(new(12, seed=4))[0], batches[0][0])
-    ranks = [new(12, seed=3, rank=r, world=3) for r in range(3)]
-    for batch in batches:
-        assert all(torch.equal(torch.cat(p), b) for *p, b in zip(*map(next, ranks), batch))
-    with pytest.raises(UserError, match="63 windows"): new(64)
+PROSE = [f"The {a} that we saw with the {b} is as old as the {c}, and it was made of {d} and glass."
+         for a, b, c, d in itertools.permutations("house river tower gate hill forest".split(), 4)]
+def page(i, more=""):
+    menu, text = "<li><a href=/>Home, again</a>" * 9, "<p>".join(PROSE[7 * i:7 * i + 7])
+    return f"<title>T</title><ul>{menu}</ul><div><p>{text}{more}</div><script>x".encode()
+def record(body, http="Content-Type: text/html\r\n", n=None):
+    body = f"HTTP/1.1 200 OK\r\n{http}\r\n".encode() + body
+    head = f"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: {n or len(body)}\r\n\r\n"
+    return head.encode() + body + b"\r\n\r\n"
+
+def test_records_are_read_in_any_packing_and_charset_and_broken_ones_are_counted(tmp_path):
+    text, kind = "Größe: naïve café ", "Content-Type: text/html; charset={}\r\n"
+    raw = [record(text.encode()), record(text.encode("latin-1"), kind.format("iso-8859-1")),
+           record(b"<meta charset=koi8-r>" + "Ж".encode("koi8-r")), record(text.encode("utf-16")),
+           record(gzip.compress(text.encode()), "Content-Encoding: gzip\r\n"),
+           record(b"2\r\nab\r\n3;x\r\ncde\r\n0\r\n\r\n", "Transfer-Encoding: chunked\r\n"),
+           record(b"%PDF-1.4"), record(b"x").replace(b"200 OK", b"404 NO"), record(b"", n=10**12)]
+    want, rng = [text, text, "<meta charset=koi8-r>Ж", text, text, "abcde"], random.Random(0)
+    def read_docs(raw):
+        counts, _ = data.Counter(), (tmp_path / "w").write_bytes(raw)
+        return [doc["text"] for doc in data.read_docs(tmp_path / "w", counts)], counts
+    for packed in b"".join(raw), gzip.compress(b"".join(raw)), b"".join(map(gzip.compress, raw)):
+        found, counts = read_docs(packed)
+        assert found == want and counts["not text (for PDF: pypdf)"] == counts["wrong lengths"] == 1
+    assert read_docs(packed[:-9])[0] == want and read_docs(packed[:-9])[1]["broken gzip files"] == 1
+    for mixed in map(bytearray, [packed, b"".join(raw), page(0)] * 13):     # no exception
+        for _ in range(9): mixed[rng.randrange(len(mixed))] = rng.randrange(256)
+        for text in *read_docs(mixed)[0], mixed.decode("latin-1"): data.extract(text)
+
+def test_extraction_keeps_the_article_and_its_structure_and_drops_menus():
+    more = "<ul><li>First<li>Second</ul><pre>def f():\n    pass</pre><h2>End</h2>"
+    advert = "<div class=cookie-banner><p>Buy it, now, at our shop, it is cheap</p></div>"
+    assert data.extract(page(0, more).decode() + advert) == "\n\n".join(PROSE[:7]) + (
+        "\n  \u2022 First\n  \u2022 Second\n\ndef f():\n    pass\n\nEnd")
+    assert data.extract("<div>" * 50_000) == data.extract("") == ""
+
+def test_each_rule_keeps_prose_and_says_why_it_drops_what_was_spoilt():
+    text = "\n\n".join(PROSE[:7])
+    for rule, spoilt, says in [("gopher", text[:200], "words"), ("c4", text + "{", "{"),
+            ("gopher", text + " 12" * 60, "letter"), ("fineweb", text + "\n" + text, "repeated")]:
+        assert data.outside(rule, text) == "" and says in data.outside(rule, spoilt)
+    for phone in "2831823829", "(283)-182-3829", "(283) 182 3829", "283-182-3829":
+        assert data.mask(f"{phone}, a+b@c.co.uk, 192.0.2.1. 1.2.3.4.5", data.Counter()) == (
+            "|||PHONE_NUMBER|||, |||EMAIL_ADDRESS|||, |||IP_ADDRESS|||. 1.2.3.4.5")
+
+def test_a_text_is_dropped_if_it_is_like_one_that_was_kept_and_the_classifier_learns(tmp_path):
+    rng, kept, state, file = random.Random(1), [], ([], {}), tmp_path / "t"
+    docs = [[rng.choice("abcdefghij") * rng.randint(1, 9) for _ in range(60)] for _ in range(60)]
+    for i in range(0, 60, 3): docs[i + 1] = [w if rng.random() > i / 600 else "x" for w in docs[i]]
+    for doc in docs:
+        grams = {tuple(doc[i:i + 5]) for i in range(56)}
+        near = any(len(grams & other) / len(grams | other) >= .5 for other in kept)
+        assert bool(data.like(" ".join(doc).upper() + "!", .5, *state)) == near
+        kept += [grams] * (not near)
+    assert 42 <= len(kept) < 57
+    file.write_text("".join(f"{'xy'[i % 2]}\t{docs[i % 2 * 9][i % 50:]}\n" for i in range(90)))
+    call(data, "train-classifier", file, "--out", f"{file}.npz")
+    for label, doc in ("y", docs[9]), ("x", docs[0]):
+        assert data.classify(str(doc)[3:200], f"{file}.npz")[label] > .7
+
+def test_the_funnel_ends_in_the_same_bytes_after_a_kill_and_by_two_ranks(tmp_path, monkeypatch):
+    for k in range(6): (tmp_path / f"{k}.warc.gz").write_bytes(b"".join(
+        gzip.compress(record(page(i % 20))) for i in range(9 * k, 9 * k + 9)))
+    flags = ["funnel", *map(str, sorted(tmp_path.glob("*.gz"))), "--stages=extract,dedup=.95,lines"]
+    def run(out, workers=1):
+        call(data, *flags, f"--workers={workers}", f"--out={tmp_path / out}")
+        return (tmp_path / out / "text.txt").read_text()
+    def done(out): return {f: f.stat().st_mtime_ns for f in (tmp_path / out).glob(".f*/*.jsonl")}
+    whole = run("a")
+    assert whole.split(EOT)[:-1] == ["\n\n".join(PROSE[7 * i:7 * i + 7]) for i in range(20)]
+    slow = ("import data, sys, time; f = data.extract; data.extract = lambda p: time.sleep(.02) or "
+            "f(p); data.main(data.build_parser().parse_args(sys.argv[1:]))")
+    child = subprocess.Popen([sys.executable, "-c", slow, *flags, "--workers=1",
+                              f"--out={tmp_path / 'b'}"], cwd=HERE, stdout=subprocess.DEVNULL)
+    while not (times := done("b")): time.sleep(.01)
+    child.kill(), child.wait()
+    assert len(times) < 6 and not [*tmp_path.glob("b/*.txt")]
+    assert run("b", 2) == whole and times.items() <= done("b").items()     # they are not made again
+    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", "1")
+    with pytest.raises(FileNotFoundError): run("c")     # the rest, and the text, is for rank 0
+    monkeypatch.setenv("RANK", "0")
+    assert len(done("c")) == 3 and run("c") == whole
 
 # -----------------------------------------------------------------------------
 # kernels.py and model.py
