@@ -1,0 +1,669 @@
+"""scaling.py - predict the large run from small ones: how large a model, how much text, what loss.
+
+THE IDEA
+    The budget of a large run is spent once, so its size must be right the first time. But loss
+    falls with parameters, tokens and compute along smooth curves, over many orders of magnitude. So
+    train many small models, fit the curves, go along them to the budget, and say with which error.
+
+THE MATHS (N parameters, D tokens of training, C FLOPs, loss in nats a token)
+    C = 6 N D                                     2 N a token forward, twice that backward
+    L(N, D) = E + A / N^alpha + B / D^beta        entropy of text; too small a model; too few tokens
+    N* = G (C/6)^(beta / (alpha + beta)),  D* = C / 6N*,  G = (alpha A / beta B)^(1/(alpha + beta))
+    to serve T tokens costs 2 N T more: the cheapest model of a given loss is smaller than N*
+    step of a cluster = (M + (pp - 1) / v) (arithmetic + tp's messages) + what dp cannot hide
+
+THE COSTS
+    A study of budgets up to C costs a few C, and predicts 10 C to 100 C. Fitting is nearly free.
+
+CONTENTS  Law, LAWS / plan / FITS / intervals / run, verify / Game, PLAYERS / emergence / lesson
+NOT HERE  repeated data, laws of downstream scores, networks with congestion
+RUN       python scaling.py               # a minute; last line: "... from the loss; the truth ..."
+          python scaling.py plan --gpus 32 --hours 336 --gpu H100 --mfu 0.4 --served 1e12
+          python scaling.py fit runs.csv --at 1e21 1e24     # columns N, D or C, loss
+          python scaling.py run && python scaling.py verify
+          python scaling.py game --trials 20                # players on hidden laws
+REFERENCES
+    Kaplan et al. 2020 (2001.08361); Hoffmann et al. 2022 (2203.15556) L(N, D), IsoFLOP; Besiroglu
+    et al. 2024 (2404.10102) its replication; DeepSeek 2024 (2401.02954); Sardana et al. 2023
+    (2401.00448) serving; Korthikanti et al. 2022 (2205.05198), Llama 3 2024 (2407.21783) clusters
+EXERCISE  Empty `Law.optimum` and `objective`; fill them until
+          `pytest test_all.py -k "optimum or planted"` is green again.
+"""
+import argparse, collections, contextlib, csv, functools, hashlib, io, itertools, json, math, sys
+from pathlib import Path
+
+import numpy as np
+
+import train
+from bpe import UserError, atomic_write
+from data import Loader, in_order, open_tokens, prepare, validation
+from kernels import DEVICES
+from model import meta_model, preset
+
+# -----------------------------------------------------------------------------
+# Laws
+# What is known of large runs fits into five numbers. The optimum is where a FLOP more spent on size
+# is worth as much as one on text: there alpha A / N^alpha = beta B / D^beta. Near it the loss is
+# flat (N twice too large costs 0.5 % at 1e22), so the best size is hard to measure, and an error in
+# it cheap.
+
+class Law(collections.namedtuple("Law", "E A alpha B beta")):
+    """L(N, D) = E + A / N^alpha + B / D^beta; of numbers, or of arrays: a law of each resample."""
+    a = property(lambda self: self.beta / (self.alpha + self.beta))  # N* grows as C^a
+    @np.errstate(all="ignore")  # a resample may have no optimum: nan
+    def loss(self, N, D): return self.E + self.A * N ** -self.alpha + self.B * D ** -self.beta
+
+    @np.errstate(all="ignore")
+    def optimum(self, C):
+        """(N, D) of the least loss with 6 N D = C (2203.15556, eq. 4)."""
+        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        N = G * (C / 6) ** self.a
+        return N, C / (6 * N)
+
+    def served(self, C, tokens):
+        """(N, D) with the loss of the optimum at C for the least 6 N D + 2 N tokens, the FLOPs of
+        training and of serving (2401.00448, eq. 2); of a fine grid of N."""
+        N, D = self.optimum(C)
+        n = N * np.geomspace(1e-3, 1, 100001)
+        rest = (self.loss(N, D) - self.E - self.A * n ** -self.alpha) / self.B  # is to be D^-beta
+        d = np.maximum(rest, 1e-30) ** (-1 / self.beta)  # where that is negative no D is enough
+        i = np.argmin(n * (6 * d + 2 * tokens))
+        return n[i], d[i]
+
+class SizeLaw(collections.namedtuple("SizeLaw", "N0 C0 a")):
+    """N* = N0 (C / C0)^a; says nothing of the loss."""
+    def loss(self, N, D): return math.nan * N
+    def optimum(self, C): return (N := self.N0 * (C / self.C0) ** self.a), C / (6 * N)
+
+LAWS = {
+    "Kaplan 2020": SizeLaw(1.3e9, 8.64e19, 0.73),  # table 6, C in PF-days; N without embeddings
+    "20 a parameter": SizeLaw(1, 120, 0.5),        # the rule of thumb: D = 20 N
+    "Hoffmann 1": SizeLaw(67e9, 5.76e23, 0.50),    # exponents of table 2, sizes of table 3
+    "Hoffmann 2": SizeLaw(63e9, 5.76e23, 0.49),
+    "DeepSeek 2024": SizeLaw(0.1715 / 6, 1, 0.5243),  # N: non-embedding FLOPs a token / 6
+    "Llama 3 2024": SizeLaw(402e9, 3.8e25, 0.47),     # section 3.2.1
+    "Hoffmann 3": Law(1.6934, 406.4, 0.33917, 410.7, 0.28491),  # as in the TeX; printed .34, .28
+    "Besiroglu 2024": Law(1.8172, 482.01, 0.3478, 2085.43, 0.3658)}  # the same points, fitted well
+BEST = LAWS["Besiroglu 2024"]
+
+# -----------------------------------------------------------------------------
+# Napkin mathematics: what a budget buys, and what it takes to hold and move it
+
+LINKS = {  # (bytes of memory, bytes/s one way from a GPU within a node and beyond): datasheets
+    "A100": (80e9, 300e9, 25e9), "H100": (80e9, 450e9, 50e9), "H200": (141e9, 450e9, 50e9),
+    "B200": (180e9, 900e9, 50e9)}
+NODE = 8  # GPUs
+# The part of the peak that arithmetic reaches when nothing waits: chosen so that Llama 3's 43 % on
+# 8,192 GPUs comes out; its 41 % on 16,384 is then a check (2407.21783, table 4).
+REACHED = 0.53
+# Bytes kept a token, layer and d_model: inputs of two norms, q, k, v, what attention gives, gate
+# and up of a SwiGLU, in 16 bits; what is elementwise is computed again (after 2205.05198).
+ACTIVATION = 2 * (2 + 4 + 2 * 8 / 3)
+
+def shape(N, aspect=128, multiple=128):
+    """(n_layers, d_model) with about N = 12 L d^2 parameters in blocks, d about `aspect` times L
+    (GPT-3 and Llama 3 405B: 128 and 130): 174e9 -> (96, 12288)."""
+    L = max(1, round((N / 12 / aspect ** 2) ** (1 / 3)))
+    return L, multiple * max(1, round(math.sqrt(N / 12 / L) / multiple))
+
+def cluster_plan(L, d, seq_len, sequences, gpus, gpu, tp, pp, v, micro, zero, again):
+    """Estimate of one plan -> dict with bytes a GPU, seconds a step, MFU; None if it cannot be laid
+    out. Layers are cut into pp stages of v pieces (interleaved 1F1B), matrices over tp GPUs of a
+    node, sequences over dp replicas, `micro` at a time; zero 1 shards the optimizer's state over
+    dp, 3 weights and gradients too; again: activations are computed a second time."""
+    dp = gpus // (tp * pp)
+    M, left = divmod(sequences, dp * micro)
+    layers = v * -(-L // (pp * v))  # of the fullest stage
+    if left or not M or layers > L or M % pp and v > 1: return None
+    (room, inside, between), peak = LINKS[gpu], DEVICES[gpu][0]
+    tokens, own = micro * seq_len, 12 * layers * d * d / tp  # of a micro-batch; weights of a GPU
+    ring = lambda n, n_bytes, rate: (n - 1) / n * n_bytes / rate  # an all-gather, or reduce-scatter
+    flops = 6 * tokens * (own + 2 * layers * seq_len * d / tp)  # scores and values of all pairs
+    arithmetic = flops * (4 / 3 if again else 1) / (peak * REACHED)
+    stream = 2 * tokens * d  # bytes
+    messages = layers * (6 if again else 4) * 2 * ring(tp, stream, inside)  # all-reduces of layers
+    if pp > 1: messages += 2 * v * stream / tp / between
+    data = ring(dp, 2 * own, inside if tp * dp <= NODE else between)
+    if zero == 3: messages += max(0.0, 3 * data - arithmetic)  # what arithmetic does not hide
+    late = max(0.0, 2 * data - 2 / 3 * arithmetic) if zero == 1 else 0.0  # behind one backward pass
+    seconds = (M + (pp - 1) / v) * (arithmetic + messages) + late
+    state = (4 + 12 / dp) * own if zero == 1 else (16 / dp + 4 / layers) * own  # two layers whole
+    kept = min(M, pp) * layers * (2 if again else ACTIVATION) + again * ACTIVATION
+    held = state + kept * tokens * d / tp
+    useful = 6 * sequences * seq_len * (12 * L * d * d + 2 * L * seq_len * d) / gpus
+    return dict(dp=dp, tp=tp, pp=pp, v=v, micro=micro, zero=zero, again="yes" if again else "no",
+                gb=held / 1e9, fits=held <= 0.9 * room, bubble=(pp - 1) / (v * M + pp - 1),
+                waits=(M * messages + late) / seconds, seconds=seconds,
+                mfu=useful / peak / seconds)
+
+def cluster_plans(L, d, seq_len, sequences, gpus, gpu):
+    """All plans that fit into memory, best MFU first."""
+    rows = (cluster_plan(L, d, seq_len, sequences, gpus, gpu, tp, pp, *rest)
+            for tp in (1, 2, 4, NODE) for pp in range(1, L + 1) if gpus % (tp * pp) == 0
+            for rest in itertools.product((1, 2, 4, 8)[:4 if pp > 1 else 1], (1, 2, 4, 8),
+                                          (1, 3) if pp == 1 else (1,), (False, True)))
+    return sorted((r for r in rows if r and r["fits"]), key=lambda r: -r["mfu"])
+
+def show_loss(z): return "-" if math.isnan(z) else f"{z:.4f}"
+
+def show_laws(C, laws):
+    print(f"{'law':16s}{'N':>10s}{'D':>10s}{'D/N':>8s}   loss     at {C:.4g} FLOPs")
+    for name, law in laws.items():
+        N, D = law.optimum(C)
+        print(f"{name:16s}{N:10.3g}{D:10.3g}{D / N:8.1f}   {show_loss(law.loss(N, D))}")
+
+def plan(args):
+    if args.gpu not in LINKS or not 0 < args.mfu <= 1:
+        raise UserError(f"plan: got {args.gpu} at MFU {args.mfu}; wanted up to 1 of the peak of "
+                        f"one of {', '.join(LINKS)}; set --gpu and --mfu")
+    rate, T, laws = args.gpus * DEVICES[args.gpu][0] * args.mfu * 86400, args.seq_len, dict(LAWS)
+    C = args.flops or args.hours / 24 * rate
+    print(f"{C:.3g} FLOPs: {C / rate:,.2f} days of {args.gpus} {args.gpu} at MFU {args.mfu:.0%}")
+    if args.runs: laws["fitted here"] = parametric(read_runs(args.runs, least=6))
+    show_laws(C, laws)
+    law = laws.get("fitted here", BEST)
+    N, D = law.optimum(C)
+    if args.served:
+        cost = lambda N, D: N * (6 * D + 2 * args.served)
+        old, (N, D) = cost(N, D), law.served(C, args.served)
+        print(f"to serve {args.served:.3g} tokens as well: N {N:.3g}, D {D:.3g} ({D / N:.0f} N) "
+              f"has the same loss for {6 * N * D:.3g} FLOPs; all {1 - cost(N, D) / old:.1%} less")
+    (L, d), tokens = shape(N), args.batch or 0.2920 * C ** 0.3271  # 2401.02954, eq. 1
+    sequences = 2 ** max(0, round(math.log2(tokens / T)))
+    plans = cluster_plans(L, d, T, sequences, args.gpus, args.gpu)
+    print(f"shape: {L} layers of {d}; batch {sequences * T / 1e6:,.2f} M tokens, AdamW's lr "
+          f"{0.3118 * C ** -0.125:.1e} (DeepSeek's laws); critical batch at the end "
+          f"{2e8 / law.loss(N, D) ** (1 / 0.21) / 1e6:,.1f} M (Kaplan's)\nGB, embeddings left out: "
+          f"weights {2 * N / 1e9:,.1f}, gradients alike, AdamW {12 * N / 1e9:,.1f}; of {T} tokens "
+          f"activations {ACTIVATION * T * d * L / 1e9:,.1f}, cache {4 * T * d * L / 1e9:,.2f}\n"
+          f"{len(plans)} plans fit into 90 % of memory, best first:\n   dp  tp  pp   v micro zero "
+          "recompute  GB/GPU  bubble  waits  s/step    MFU   days")
+    for r in plans[:args.show]:
+        r["days"] = C / rate * args.mfu / r["mfu"]
+        print("{dp:5d}{tp:4d}{pp:4d}{v:4d}{micro:6d}{zero:5d}{again:>11s}{gb:8.1f}{bubble:8.1%}"
+              "{waits:7.1%}{seconds:8.2f}{mfu:7.1%}{days:7.1f}".format(**r))
+
+# -----------------------------------------------------------------------------
+# Fits
+# A fit takes runs and weights (B, n), how often each of B resamples drew each run (ones: the data
+# itself), and gives a law whose numbers are arrays of B. Bad runs hurt fits more than few runs do:
+# one size trained with a bad learning rate bends a parabola, and so the line through all of them.
+
+class Runs(collections.namedtuple("Runs", "N D loss")):  # arrays
+    def some(self, which): return Runs(*(z[which] for z in self))
+
+    def budgets(self):
+        """[(C, indices of its runs)], rising; runs within 5 % of the next are of one budget."""
+        order = np.argsort(C := 6 * self.N * self.D, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(np.log(C[order])) > 0.05) + 1)
+        return [(C[g].mean(), g) for g in groups]
+
+COLUMNS = {"N": "n params parameters modelsize", "D": "d tokens trainingtokens",
+           "C": "c flops compute computebudget trainingflop", "loss": "loss l finalloss"}
+
+def read_runs(path, drop=0, least=4):
+    """Runs of a CSV file with a line of names, or a JSON list, but for the `drop` worst."""
+    plain = lambda name: "".join(filter(str.isalnum, str(name))).lower()
+    try:
+        with open(path, newline="") as f:
+            rows = json.load(f) if Path(path).suffix == ".json" else [*csv.DictReader(f)]
+        rows = [{plain(k): v for k, v in row.items()} for row in rows]
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise UserError(f"{path}: got {type(e).__name__} {e}; wanted CSV with a line of names, or "
+                        "a JSON list of objects, such as `run` writes; check the path")
+    if len(rows) - drop < least:
+        raise UserError(f"{path}: got {len(rows)} runs, {drop} to drop; wanted {least} (of 4 "
+                        "a power law can be told, of 6 L(N, D)); add runs")
+    names = {k: next((w for w in ws.split() if w in rows[0]), None) for k, ws in COLUMNS.items()}
+    del names["C" if names["D"] or not names["C"] else "D"]
+    if missing := ["D or C" if key == "D" else key for key in names if not names[key]]:
+        raise UserError(f"{path}: got columns {', '.join(rows[0])}; wanted N, D or C, loss; "
+                        f"missing: {', '.join(missing)}; add or rename them")
+    for i, row in enumerate(rows):
+        for key, name in names.items():
+            try: x = float(row[name])
+            except (KeyError, TypeError, ValueError): x = math.nan
+            if not 0 < x < math.inf:
+                raise UserError(f"{path}, run {i + 1}: got {key} {row.get(name)!r}, wanted a "
+                                "positive finite number; finish, correct or remove that run")
+            row[key] = x
+    rows = sorted(rows, key=lambda row: row["loss"])[:len(rows) - drop]
+    return Runs(*np.array([(r["N"], r.get("D") or r["C"] / 6 / r["N"], r["loss"]) for r in rows]).T)
+
+def power_law(x, y):
+    """(c, a) of y = c x^a, least squares of logarithms."""
+    a, k = np.polyfit(np.log(x), np.log(y), 1)
+    return math.exp(k), a
+
+def valley(runs, raw=False):
+    """log N of the least loss of one budget: the vertex of a parabola in log N, which all its runs
+    decide. Outside the sizes tried that is no minimum but a guess: nan. raw: the size of the least
+    loss, one of those tried; of many near a flat minimum it is the one whose noise was luckiest."""
+    x = np.log(runs.N)
+    if len(np.unique(x)) < 3: return math.nan
+    if raw: return x[runs.loss.argmin()]
+    a, b, _ = np.polyfit(x - x.mean(), runs.loss, 2)
+    best = x.mean() - b / (2 * a) if a > 0 else math.inf
+    return best if x.min() <= best <= x.max() else math.nan
+
+def isoflop(runs, weights, raw=False):
+    """Approach 2 of 2203.15556: a line through the best size of each budget, log against log."""
+    lines = []
+    for w in weights.astype(int):
+        points = ((C, valley(runs.some(np.repeat(g, w[g])), raw)) for C, g in runs.budgets())
+        known = [(C, math.exp(x)) for C, x in points if not math.isnan(x)]
+        lines.append(power_law(*zip(*known)) if len(known) > 1 else (math.nan, math.nan))
+    N0, a = np.array(lines).T
+    return SizeLaw(N0, 1.0, a)
+
+def objective(x, logN, logD, logL, weights, delta=1e-3):
+    """Approach 3 of 2203.15556, eq. 3. x (B, 5): a, alpha, b, beta, e, with A = exp(a) and so on ->
+    (sum of Huber_delta(LSE(a - alpha log N, b - beta log D, e) - log L) over runs, gradients).
+    A sum: Hoffmann's was a mean, so small that the minimiser stopped early (2404.10102). Huber is
+    square near zero and straight beyond delta, so that an outlier pulls no harder than others."""
+    terms = np.stack((x[:, :1] - x[:, 1:2] * logN, x[:, 2:3] - x[:, 3:4] * logD,
+                      x[:, 4:] + 0 * logN))  # (3, B, n)
+    top = terms.max(0)
+    p = np.exp(terms - top)
+    r = top + np.log(p.sum(0)) - logL  # (B, n)
+    h = np.clip(r, -delta, delta)
+    g = weights * h * p / p.sum(0)
+    return (weights * h * (r - h / 2)).sum(-1), np.stack((
+        g[0], -g[0] * logN, g[1], -g[1] * logD, g[2])).sum(-1).T
+
+def minimize(f, x, steps=300):
+    """BFGS (L-BFGS that forgets nothing: of 5 parameters the inverse Hessian H is 25 numbers) from
+    x, until a step promises less than 1e-13 of the value. f(x) -> (value, gradient)."""
+    (value, grad), eye = f(x), np.eye(len(x))
+    H = eye * 0.1 / max(np.linalg.norm(grad), 1e-300)  # the first step: 0.1 long, down
+    for _ in range(steps):
+        step = -H @ grad
+        slope = step @ grad
+        if -slope <= 1e-13 * value + 1e-30: break
+        for k in range(60):  # Armijo: shorten until it falls by a part of what the slope promises
+            v, g = f(x + (s := 0.3 ** k * step))
+            if v <= value + 1e-4 * 0.3 ** k * slope: break
+        y, x, value, grad = g - grad, x + s, v, g
+        if (sy := s @ y) <= 1e-12 * np.linalg.norm(s) * np.linalg.norm(y): continue  # not convex
+        V = eye - np.outer(s, y) / sy
+        H = V @ H @ V.T + np.outer(s, s) / sy
+    return x, value
+
+GRID = np.array([*itertools.product(  # 4,500 starts: a, alpha, b, beta, e (2203.15556, D.3)
+    range(0, 26, 5), (0, 0.5, 1, 1.5, 2), range(0, 26, 5), (0, 0.5, 1, 1.5, 2),
+    (-1, -0.5, 0, 0.5, 1))], float)
+
+@np.errstate(all="ignore")
+def parametric(runs, weights=None, starts=10):
+    """Approach 3: the Law of least objective; without weights its numbers are no arrays. Resample 0
+    starts at the best of GRID, the others at its result. Logarithms are centred for the minimizer,
+    as a and alpha nearly make up for each other otherwise; the minimum is the same."""
+    w = np.ones((1, len(runs.N))) if weights is None else weights
+    if len(runs.N) < 6: return Law(*np.full((5, len(w)), np.nan))  # five numbers fit any five runs
+    logs, move, results = np.log(runs), np.eye(5), []
+    data = logs - logs.mean(1, keepdims=True) * ((1,), (1,), (0,))
+    move[1, 0], move[3, 2] = -logs[:2].mean(1)  # a - alpha mean(log N)
+    grid = GRID @ move
+    some = grid[np.argsort(objective(grid, *data, w[0])[0])[:starts]]
+    for row in w:
+        f = lambda x: [z[0] for z in objective(x[None], *data, row)]
+        results.append(min((minimize(f, x) for x in results[:1] or some), key=lambda r: r[1])[0])
+    x = np.array(results) @ np.linalg.inv(move)
+    a, alpha, b, beta, e = x[0] if weights is None else x.T
+    return Law(np.exp(e), np.exp(a), alpha, np.exp(b), beta)
+
+FITS = {"argmin": functools.partial(isoflop, raw=True), "isoflop": isoflop,
+        "parametric": parametric}
+
+# -----------------------------------------------------------------------------
+# What a fit is worth
+
+def resamples(n, count, seed=0):
+    """Weights (1 + count, n): the data itself, then draws of n runs with replacement."""
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), count)
+    return np.concatenate((np.ones((1, n)), drawn))
+
+def interval(z):
+    """5th and 95th of 100 parts of the resamples that have an answer: an interval of 90 %."""
+    z = z[~np.isnan(z)]
+    return "[{:.4g}, {:.4g}]".format(*np.percentile(z, (5, 95))) if len(z) else ""
+
+def hidden_law(rng):
+    """A law drawn around the published ones by its optimum at 1e19 FLOPs: D/N is 10 to 60 there,
+    and both terms together are 0.9 to 1.4 nats."""
+    E, alpha, beta = (rng.uniform(*ends) for ends in ((1.6, 1.95), (0.3, 0.38), (0.28, 0.42)))
+    N = math.sqrt(1e19 / 6 / rng.choice(np.geomspace(10, 60, 100)))
+    terms = rng.uniform(0.9, 1.4) / (alpha + beta)  # at the optimum alpha A/N^alpha = beta B/D^beta
+    return Law(E, terms * beta * N ** alpha, alpha, terms * alpha * (1e19 / 6 / N) ** beta, beta)
+
+def simulate(law, rng, noise=0.01, budgets=np.geomspace(1e18, 1e20, 6), sizes=9):
+    """Runs of a law from 1/8 to 8 times each budget's optimum, their loss times exp(noise z)."""
+    C = np.repeat(budgets, sizes)
+    N = law.optimum(C)[0] * np.tile(np.geomspace(1 / 8, 8, sizes), len(budgets))
+    z = rng.standard_normal(len(N))
+    return Runs(N, C / (6 * N), law.loss(N, C / (6 * N)) * np.exp(noise * z))
+
+@np.errstate(all="ignore")
+def report(runs, at=(), count=500, picture=None):
+    """Prints what each fit says, with 90 % intervals, and the best sizes at the budgets `at`."""
+    weights, budgets = resamples(len(runs.N), count), runs.budgets()
+    print(f"{len(runs.N)} runs of {len(budgets)} budgets; {count} resamples, intervals of 90 %")
+    least = [(C, runs.loss[g].min()) for C, g in budgets]
+    for (C, g), (_, loss) in zip(budgets, least) if len(budgets) < 20 else ():
+        raw, best = np.exp((valley(runs.some(g), True), valley(runs.some(g))))
+        print(f"    {C:8.3g} FLOPs: least loss {loss:.4f}, N {raw:.4g}; by a parabola {best:.4g}")
+    if len(least) > 1: print("    least losses: {:.4g} C^{:.4f}, were there no E below them".format(
+        *power_law(*zip(*least))))
+    laws, last = {name: fit(runs, weights) for name, fit in FITS.items()}, budgets[-1][1]
+    law = Law(*(z[0] for z in laws["parametric"]))
+    if not math.isnan(law.E):
+        for name, z in zip(Law._fields, laws["parametric"]):
+            print(f"    {name:6s}{z[0]:12.5g}   {interval(z[1:]):24s} std {z[1:].std():.3g}")
+        rest = parametric(runs.some(np.delete(np.arange(len(runs.N)), last)))
+        off, far = (some.loss / fit.loss(some.N, some.D) - 1
+                    for some, fit in ((runs, law), (runs.some(last), rest)))
+        print(f"    off this law by {off.std():.2%} of the loss; the largest budget off a law of "
+              f"the others alone by {far.mean():+.2%}")
+    print(f"{'fit':12s}exponent     FLOPs         N*   {'interval':24s}     D/N  loss")
+    for (name, fit), C in itertools.product(laws.items(), at or [10 * budgets[-1][0]]):
+        N, D = fit.optimum(C)
+        losses = fit.loss(N, D)
+        if np.isnan(N[0]): print(f"{name:12s}cannot say: wanted", "six runs" if name == "parametric"
+                                 else "two budgets, each of three sizes with the best in the midst")
+        else: print(f"{name:12s}{fit.a[0]:8.3f}{C:10.3g}{N[0]:11.4g}   {interval(N[1:]):24s}"
+                    f"{D[0] / N[0]:8.1f}  {show_loss(losses[0])} {interval(losses[1:])}")
+    if not picture: return
+    try: from matplotlib.figure import Figure
+    except ImportError: return print("no picture: matplotlib is not installed")
+    curves, residuals = (figure := Figure((11, 4))).subplots(1, 2)
+    for C, g in budgets:
+        N, D, loss = runs.some(g[np.argsort(runs.N[g])])
+        curves.plot(N, loss, "o", N, law.loss(N, D), "k-")
+        residuals.plot(N, 100 * (loss / law.loss(N, D) - 1), "o")
+    curves.set(xscale="log", xlabel="N", ylabel="loss, nats a token; lines: L(N, D)")
+    residuals.set(xscale="log", xlabel="N", ylabel="% of the loss off L(N, D)")
+    figure.savefig(picture, dpi=120)
+    print("picture:", picture)
+
+# -----------------------------------------------------------------------------
+# Experiments: small models through train.fit, under a budget of FLOPs
+# N is what a model does, FLOPs a token / 6 with attention and head, so that C = 6 N D holds (as
+# DeepSeek's); Kaplan and Hoffmann disagree in part as they counted otherwise (2406.19146).
+
+def family(T, vocab_size):
+    """{N: ModelConfig} of models that differ in size alone: depth d_model / 32, heads of 8."""
+    made = (preset("llama", vocab_size=vocab_size, seq_len=T, n_layers=max(1, round(d / 32)),
+                   d_model=d, n_heads=d // 8) for d in range(8, 513, 8))
+    return {meta_model(cfg).flops_per_token() / 6: cfg for cfg in made}
+
+def job(models, C, N, T):
+    """Entry of the ledger for the model next to N in size, trained with C FLOPs."""
+    N = min(models, key=lambda n: abs(math.log(n / N)))
+    batch = 2 ** max(2, round(math.log2(16 * (C / 6 / N / 3e6) ** 0.383)))  # 2505.13738
+    steps = round(C / 6 / N / T / batch)
+    if steps < 10: raise UserError(f"budgets: got {C:.3g}, wanted 10 steps of N {N:,.0f}; set more")
+    D = steps * batch * T
+    return dict(name=f"{C:.3g}-{N:.0f}", N=N, D=D, flops=6 * N * D, batch=batch, steps=steps)
+
+def train_one(entry, model_cfg, corpus, folder, args):
+    """Trains a run, or what is left of it, and enters its loss."""
+    cfg = train.TrainConfig(steps=entry["steps"], minutes=None, batch_size=entry["batch"], evals=1,
+                            seed=args.seed, device=args.device, log_steps=100)
+    with contextlib.redirect_stdout(io.StringIO()):  # its log is in its folder
+        machine = train.set_up(cfg)
+        model, optimizer = train.build(model_cfg, cfg, machine)
+        loader = Loader(open_tokens(corpus.train), model_cfg.seq_len, entry["batch"], args.seed)
+        tokens, n_bytes = validation(corpus, 250_000)
+        check = lambda model: train.evaluate(model, in_order(tokens, loader.seq_len, 32), n_bytes,
+                                             machine.device)
+        now, result = train.fit(model, optimizer, loader, cfg, machine, folder, True, check)
+    if not result: raise UserError("stopped; the same command goes on from here")
+    entry.update(loss=result["loss"], seconds=now.seconds, epochs=entry["D"] / len(loader.tokens))
+
+def study(args):
+    """run: trains a grid of sizes for each budget, and fits it. verify: trains the best that this
+    predicts for 4 times the largest budget. Each has a ledger, run.json and verify.json, which
+    `fit` reads as well: a run is entered, with its FLOPs, before it starts. What has a loss there
+    is not trained again, what was interrupted goes on, and nothing starts that overruns --flops."""
+    verify = args.command == "verify"  # a folder of each setting, so that no fit mixes two
+    path = args.folder / f"{Path(args.dataset).name}-{args.seq_len}-{args.seed}/{args.command}.json"
+    try: ledger = {r["name"]: r for r in json.loads(path.read_text())} if path.exists() else {}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: got {e}, wanted what {args.command} writes; restore or remove it")
+    points = [(C, math.sqrt(C / 6 / args.ratio) * f) for C in args.budgets
+              for f in np.geomspace(1 / 4, 4, args.sizes)]
+    if verify:
+        runs, C = read_runs(path.with_name("run.json"), least=6), 4 * max(args.budgets)
+        laws = parametric(runs, resamples(len(runs.N), args.resamples))
+        points = [(C, laws.optimum(C)[0][0])]
+        if not points[0][1] > 0: raise UserError(
+            f"{path}: got the powers {laws.alpha[0]:.3g}, {laws.beta[0]:.3g} from run.json, wanted "
+            "both positive, to have an optimum; run more --sizes and --budgets")
+    corpus = prepare(args.dataset, "byte")
+    models = family(args.seq_len, corpus.tokenizer.vocab_size)
+    jobs = {j["name"]: j for j in (job(models, *point, args.seq_len) for point in points)}
+    total = sum(r["flops"] for r in (jobs | ledger).values())
+    print(f"{len(jobs)} runs; with all that {path} has {total:.4g} FLOPs", flush=True)
+    if total > args.flops:
+        raise UserError(f"flops: got {total:.4g} in all, wanted {args.flops:.4g} at most; nothing "
+                        "was started; raise --flops, or give fewer --budgets or --sizes")
+    def keep():
+        with atomic_write(path, "w") as f: json.dump([*ledger.values()], f, indent=1)
+    for name in jobs:
+        entry = ledger.setdefault(name, jobs[name])
+        keep()
+        if "loss" not in entry:
+            train_one(entry, models[entry["N"]], corpus, path.parent / name, args)
+            keep()
+        print("  N {N:9,.0f}  D {D:11,d}  {flops:.2e} FLOPs {steps:6d} steps of {batch:3d}  loss "
+              "{loss:.4f} {seconds:6.1f} s  {epochs:.2f} epochs".format(**entry), flush=True)
+    if not verify: return report(read_runs(path), (), args.resamples, path.with_suffix(".png"))
+    losses = laws.loss(entry["N"], entry["D"])
+    print(f"at 4 times the largest budget: loss {entry['loss']:.4f}, predicted {losses[0]:.4f} "
+          f"{interval(losses[1:])}, off by {entry['loss'] / losses[0] - 1:+.2%}")
+
+# -----------------------------------------------------------------------------
+# A game: the large run follows a law that is hidden behind queries, which cost FLOPs
+
+class Query(collections.namedtuple("Query", "d_model n_layers n_heads batch_size lr flops seed",
+                                   defaults=[0])):
+    N = property(lambda self: 12 * self.n_layers * self.d_model ** 2)
+
+RANGES = Query((64, 1024), (2, 24), (1, 16), (32, 512), (1e-5, 1e-1), (1e13, 1e19), (0, 99))
+UNIFORM = math.log(32000)  # loss of a guess
+
+class Game:
+    """Losses of language models by hyperparameters; no model is trained. A query is charged its
+    FLOPs; asked again it is free, and so is one that is refused. With D = flops / 6N the loss is
+    law(N, D') times penalties, each exp(its term):
+      batch  D' = D / (1 + batch / B), B = 2e8 / loss^(1/.21) tokens (2001.08361, eq. 5.3)
+      lr     bend log(lr / lr*)^2, lr* = lr0 (N / 1e7)^-g (batch_size / 128)^.5; above 6 lr* it
+             diverges, to the loss of a uniform guess
+      shape  narrow log((d / L) / aspect)^2, and heads narrower than 32 pay
+      seed   noise z, with z from a hash of the query"""
+    def __init__(self, seed=0, budget=2e18):
+        rng = np.random.default_rng(seed)
+        self.law, draw = hidden_law(rng), lambda *ends: math.exp(rng.uniform(*np.log(ends)))
+        self.lr0, self.g, self.bend = draw(1e-3, 4e-3), draw(0.1, 0.3), draw(0.005, 0.015)
+        self.aspect, self.narrow, self.noise = draw(32, 100), draw(0.003, 0.01), draw(0.002, 0.004)
+        self.seed, self.budget, self.spent, self.asked = seed, budget, 0.0, {}
+
+    def lr(self, q): return self.lr0 * (q.N / 1e7) ** -self.g * (q.batch_size / 128) ** 0.5
+
+    def truth(self, q):
+        """Loss without noise."""
+        off, D = math.log(q.lr / self.lr(q)), q.flops / (6 * q.N)
+        B = 2e8 / min(self.law.loss(q.N, D), UNIFORM) ** (1 / 0.21)
+        loss = self.law.loss(q.N, D / (1 + q.batch_size * 512 / B))
+        loss = (loss ** -16 + UNIFORM ** -16) ** (-1 / 16)  # hardly changed unless near a guess's
+        penalty = (self.bend * off ** 2 + 0.02 * max(0.0, math.log(32 * q.n_heads / q.d_model))
+                   + self.narrow * math.log(q.d_model / q.n_layers / self.aspect) ** 2)
+        return UNIFORM if off > math.log(6) else min(UNIFORM, loss * math.exp(penalty))
+
+    def query(self, q):
+        """Loss of a Query."""
+        for name, x, (low, high) in zip(Query._fields, q, RANGES):
+            if not (low <= x <= high and (x % 1 == 0 or name == "lr")):
+                raise UserError(f"{name}: got {x}, wanted {low:g} to {high:g}; not charged")
+        if q.d_model % q.n_heads:
+            raise UserError(f"n_heads: got {q.n_heads}, wanted a divisor of d_model; not charged")
+        if q not in self.asked:
+            if self.spent + q.flops > self.budget:
+                raise UserError(f"flops: got {q.flops:.3g}, wanted at most what is left, "
+                                f"{self.budget - self.spent:.3g}; not charged")
+            self.spent += q.flops
+            digest = hashlib.sha256(repr((self.seed, *map(float, q))).encode()).digest()
+            z = np.random.default_rng([*digest]).standard_normal()
+            self.asked[q] = self.truth(q) * math.exp(self.noise * z)
+        return self.asked[q]
+
+    def submit(self, predicted, q):
+        """-> (part by which the true loss of q exceeds the best there is, error predicted)."""
+        every = (Query(d, L, d // 64, b, 1, q.flops) for d in range(64, 1025, 64)
+                 for L in range(2, 25) for b in (32, 64, 128, 512))
+        best = min(self.truth(other._replace(lr=self.lr(other))) for other in every)
+        return self.truth(q) / best - 1, predicted / self.truth(q) - 1
+
+def query_of(N, aspect, batch_size, lr, flops):
+    """A Query of about N parameters and d_model / n_layers = aspect."""
+    d, L = min(itertools.product(range(64, 1025, 64), range(2, 25)), key=lambda s: abs(math.log(
+        s[0] / s[1] / aspect)) + 3 * abs(math.log(12 * s[1] * s[0] ** 2 / N)))
+    return Query(d, L, d // 64, batch_size, lr, flops)
+
+def careful(query, budget, target):
+    """Knows only what `query` answers -> (predicted loss, Query). Learning rates at small sizes,
+    then batch and aspect there; then IsoFLOP curves with these, and L(N, D) through all of them."""
+    tries = [query_of(N, 64, 32, lr, budget // part) for N, part in (
+        (3e6, 1000), (8e6, 300), (2e7, 80)) for lr in np.geomspace(1e-4, 2e-2, 10)]
+    x, n, y = np.log([(q.lr, q.N, query(q)) for q in tries]).T
+    # Parabolas of one curvature, their vertices on a line: y = a_N + b x^2 + c x + d x log N
+    own = n == np.unique(n)[:, None]
+    near = y < np.where(own, y, np.inf).min(1) @ own + 0.06
+    X = np.stack((*own, x * x, x, x * n), -1)
+    *_, b, c, d = np.linalg.lstsq(X[near], y[near], rcond=None)[0]
+    def tuned(N, aspect, batch_size, flops):
+        q = query_of(N, aspect, batch_size, 1.0, flops)
+        lr = math.exp(-(c + d * math.log(q.N)) / (2 * b)) * (batch_size / 32) ** 0.5  # Adam's rule
+        return q._replace(lr=min(max(lr, 1e-5), 1e-1))
+    small = lambda aspect, batch_size: sum(query(tuned(8e6, aspect, batch_size, budget // 300)
+                                                 ._replace(seed=seed)) for seed in (0, 1))
+    batch_size = min((32, 64, 128, 256, 512), key=lambda b: small(64, b))
+    aspects = np.geomspace(12, 192, 5)
+    curve = np.polyfit(np.log(aspects), [small(aspect, batch_size) for aspect in aspects], 2)
+    aspect = min(max(math.exp(-curve[1] / (2 * curve[0])), 12), 192)
+    rows, law = [], None
+    for part, reach, count in (250, 5, 7), (80, 4, 6), (40, 3, 5), (12, 2, 3), (4, 1, 1):
+        C = budget // part
+        middle = law.optimum(C)[0] if law else math.sqrt(C / 120)
+        for f in np.geomspace(1 / reach, reach, count):
+            q = tuned(middle * f, aspect, batch_size, C)
+            rows.append((q.N, C / 6 / q.N, query(q)))
+        law = parametric(Runs(*np.array(rows).T))
+    q = tuned(law.optimum(target)[0], aspect, batch_size, target)
+    return law.loss(q.N, target / 6 / q.N), q
+
+def naive(query, budget, target):
+    """A grid at a usual learning rate, the least loss of each budget, and lines through these."""
+    best = []
+    for C in (budget // 1000, budget // 300, budget // 50):
+        tries = [query_of(N, 64, 128, 1e-3, C) for N in np.geomspace(1e6, 2e8, 12)]
+        best.append((C, *min((query(q), q.N) for q in tries)))
+    C, losses, N = zip(*best)
+    (c, a), (k, b) = power_law(C, losses), power_law(C, N)
+    return c * target ** a, query_of(k * target ** b, 64, 128, 1e-3, target)
+
+PLAYERS = {"careful": careful, "naive": naive}
+
+def game(args):
+    if not 1e17 <= args.budget <= 4e19:
+        raise UserError(f"budget: got {args.budget:g}, wanted 1e17 to 4e19, as queries are of 1e13 "
+                        "to 1e19 FLOPs; set --budget")
+    for name, play in PLAYERS.items():
+        games = [Game(seed, args.budget) for seed in range(args.seed, args.seed + args.trials)]
+        scores = np.abs([g.submit(*play(g.query, args.budget, 5 * args.budget)) for g in games])
+        spent = np.mean([g.spent for g in games]) / args.budget
+        print("{:8s} {} laws, {:.0%} of {:.1e} FLOPs spent. At 5 times that the loss is {:.2%} "
+              "above the best, {:.2%} off the predicted (medians; worst {:.2%}, {:.2%})".format(
+                  name, args.trials, spent, args.budget, *np.median(scores, 0), *scores.max(0)))
+
+# -----------------------------------------------------------------------------
+# What small scale cannot tell: a score that is sharp in the loss looks like nothing until it looks
+# like an ability. That is the score's doing; the loss told it all along (2304.15004)
+
+def emergence(k=16):
+    """Loss a token falls as a power of C; an answer of k tokens is right if all of them are."""
+    rng, C = np.random.default_rng(0), np.geomspace(1e17, 1e23, 7)
+    loss = 2 * (C / C[0]) ** -0.25
+    right = rng.binomial(1000, np.exp(-k * loss)) / 1000
+    print(f"{'FLOPs':>8s}{'loss':>9s}{'a token right':>15s}{f'all {k} right':>14s}")
+    for row in zip(C, loss, np.exp(-loss), right):
+        print("{:8.0e}{:9.3f}{:15.1%}{:14.1%}".format(*row))
+    score = np.polyval(np.polyfit(np.log(C[:4]), right[:4], 1), math.log(C[-1]))
+    c, a = power_law(C[:4], loss[:4] * np.exp(0.01 * rng.standard_normal(4)))
+    print(f"all {k} right at {C[-1]:.0e}, told by the four smallest: {score:.1%} from that score, "
+          f"{np.exp(-k * c * C[-1] ** a):.1%} from the loss; the truth {np.exp(-k * loss[-1]):.1%}")
+
+def lesson():
+    print("NAPKINS")
+    for name, N, D, stated in (("GPT-3", 175e9, 300e9, 3.14e23), (
+            "Chinchilla", 70e9, 1.4e12, 5.76e23), ("Llama 3 405B", 405e9, 15.6e12, 3.8e25)):
+        n, d = BEST.optimum(6 * N * D)
+        print(f"{name:13s}6ND {6 * N * D:.3g} FLOPs, stated {stated:.3g}; N {N:.3g} (best "
+              f"{n:.3g}), D {D:.3g} ({d:.3g}), loss {BEST.loss(N, D):.3f} ({BEST.loss(n, d):.3f})")
+    show_laws(5.76e23, LAWS)
+    print(f"\nFITS of runs of Besiroglu's law with noise of 1 %; N* is {BEST.optimum(1e22)[0]:.4g}")
+    report(simulate(BEST, np.random.default_rng(0)), [1e22], 200)
+    print("\nTHE GAME")
+    game(argparse.Namespace(seed=0, trials=3, budget=2e18))
+    print("\nEMERGENCE")
+    emergence()
+
+COMMANDS = {  # name: (function, what it does, {option: (default, help)}); None: a plain argument
+    "plan": (plan, "what a budget buys", {
+        "flops": (0.0, "budget; 0: that of gpus and hours"), "gpus": (8, "number of GPUs"),
+        "gpu": ("H100", ", ".join(LINKS)), "hours": (336.0, "hours"), "mfu": (0.4, "part of peak"),
+        "served": (0.0, "tokens to serve over the model's life"), "seq_len": (4096, "context"),
+        "batch": (0.0, "tokens a step; 0: DeepSeek's law"), "show": (8, "cluster plans to print"),
+        "runs": ("", "file of runs whose law to use")}),
+    "fit": (lambda args: report(read_runs(args.file, args.drop), args.at, args.resamples, Path(
+        args.file).with_suffix(".png")), "fit laws to runs", {
+        "file": (None, "CSV or JSON: N, D or C, loss"), "resamples": (500, "of the bootstrap"),
+        "at": ([], "FLOPs to predict for; none: 10 times the largest"),
+        "drop": (0, "runs of highest loss to leave out")}),
+    **dict.fromkeys(("run", "verify"), (study, "a grid of small models; the best at 4 times that", {
+        "budgets": ([1e11, 3e11, 1e12, 3e12], "FLOPs of a run"), "sizes": (5, "models a budget"),
+        "ratio": (25.0, "D/N in the middle of the sizes"), "resamples": (500, "of the bootstrap"),
+        "flops": (1e14, "FLOPs allowed for all of the ledger"), "seq_len": (128, "context"),
+        "folder": (Path(train.RUNS, "study"), "where it is kept"),
+        "dataset": ("stdlib", "whose bytes, as in train.py"), "seed": (0, "of all"),
+        "device": ("auto", "cpu, cuda or mps")})),
+    "game": (game, "players on hidden laws", {
+        "trials": (20, "laws"), "seed": (0, "of the first"), "budget": (2e18, "FLOPs")})}
+
+def build_parser():
+    parser = argparse.ArgumentParser(description="Scaling laws. Without a command: the lesson.")
+    commands = parser.add_subparsers(dest="command")
+    for name, (_, about, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        for option, (default, about) in options.items():
+            kind = dict(type=type(default))
+            if isinstance(default, list): kind = dict(type=float, nargs="+")
+            if default is None: command.add_argument(option, help=about)
+            else: command.add_argument(f"--{option}", default=default, **kind,
+                                       help=f"{about} (default: {default})")
+    return parser
+
+def main(args):
+    if not args.command: return lesson()
+    print("scaling.py:", vars(args))
+    options = COMMANDS[args.command][2]
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, (int, float)) and not (0 < x < math.inf or x == options[name][0] == 0):
+                raise UserError(f"{name}: got {x}, wanted a positive number (0 where that is "
+                                f"the default); set --{name}")
+    COMMANDS[args.command][0](args)
+
+if __name__ == "__main__":
+    try: main(build_parser().parse_args())
+    except KeyboardInterrupt: sys.exit("\ninterrupted; a study goes on by the same command")
