@@ -391,15 +391,15 @@ def report(runs, at=(), count=500, picture=None):
 # DeepSeek's); Kaplan and Hoffmann disagree in part as they counted otherwise (2406.19146).
 
 def family(T, vocab_size):
-    """{N: ModelConfig} of models that differ in size alone: depth d_model / 32, heads of 8."""
-    made = (preset("llama", vocab_size=vocab_size, seq_len=T, n_layers=max(1, round(d / 32)),
-                   d_model=d, n_heads=d // 8) for d in range(8, 513, 8))
+    """{N: ModelConfig} of models that differ in width alone: each step of depth bends the law."""
+    made = (preset("llama", vocab_size=vocab_size, seq_len=T, n_layers=2, n_heads=2, d_model=d,
+                   d_ff=3 * d) for d in range(8, 513, 4))
     return {meta_model(cfg).flops_per_token() / 6: cfg for cfg in made}
 
 def job(models, C, N, T):
     """Entry of the ledger for the model next to N in size, trained with C FLOPs."""
     N = min(models, key=lambda n: abs(math.log(n / N)))
-    batch = 2 ** max(2, round(math.log2(16 * (C / 6 / N / 3e6) ** 0.383)))  # 2505.13738
+    batch = 2 * max(2, round(8 * (C / 6 / N / 3e6) ** 0.383))  # 2505.13738
     steps = round(C / 6 / N / T / batch)
     if steps < 10: raise UserError(f"budgets: got {C:.3g}, wanted 10 steps of N {N:,.0f}; set more")
     D = steps * batch * T
@@ -408,7 +408,7 @@ def job(models, C, N, T):
 def train_one(entry, model_cfg, corpus, folder, args):
     """Trains a run, or what is left of it, and enters its loss."""
     cfg = train.TrainConfig(steps=entry["steps"], minutes=None, batch_size=entry["batch"], evals=1,
-                            seed=args.seed, device=args.device, log_steps=100)
+                            seed=args.seed, device=args.device, log_steps=100, lr=args.lr)
     with contextlib.redirect_stdout(io.StringIO()):  # its log is in its folder
         machine = train.set_up(cfg)
         model, optimizer = train.build(model_cfg, cfg, machine)
@@ -431,7 +431,7 @@ def study(args):
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: got {e}, wanted what {args.command} writes; restore or remove it")
     points = [(C, math.sqrt(C / 6 / args.ratio) * f) for C in args.budgets
-              for f in np.geomspace(1 / 4, 4, args.sizes)]
+              for f in np.geomspace(1 / 3, 3, args.sizes)]
     if verify:
         runs, C = read_runs(path.with_name("run.json"), least=6), 4 * max(args.budgets)
         laws = parametric(runs, resamples(len(runs.N), args.resamples))
@@ -632,7 +632,7 @@ COMMANDS = {  # name: (function, what it does, {option: (default, help)}); None:
         "drop": (0, "runs of highest loss to leave out")}),
     **dict.fromkeys(("run", "verify"), (study, "a grid of small models; the best at 4 times that", {
         "budgets": ([1e11, 3e11, 1e12, 3e12], "FLOPs of a run"), "sizes": (5, "models a budget"),
-        "ratio": (25.0, "D/N in the middle of the sizes"), "resamples": (500, "of the bootstrap"),
+        "ratio": (20.0, "D/N in the middle of the sizes"), "lr": (0.04, "of Muon"), "resamples": (500, "of the bootstrap"),
         "flops": (1e14, "FLOPs allowed for all of the ledger"), "seq_len": (128, "context"),
         "folder": (Path(train.RUNS, "study"), "where it is kept"),
         "dataset": ("stdlib", "whose bytes, as in train.py"), "seed": (0, "of all"),
