@@ -29,10 +29,14 @@ REFERENCES
 EXERCISE  Empty `Law.optimum` and `objective`; fill them until
           `pytest test_all.py -k "optimum or planted"` is green again.
 """
-import argparse, collections, contextlib, csv, functools, hashlib, io, itertools, json, math, sys
+import argparse, contextlib, csv, hashlib, io, itertools, json, math, sys
+from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 import train
 from bpe import UserError, atomic_write
@@ -47,7 +51,7 @@ from model import meta_model, preset
 # flat (N twice too large costs 0.5 % at 1e22), so the best size is hard to measure, and an error in
 # it cheap.
 
-class Law(collections.namedtuple("Law", "E A alpha B beta")):
+class Law(namedtuple("Law", "E A alpha B beta")):
     """L(N, D) = E + A / N^alpha + B / D^beta; of numbers, or of arrays: a law of each resample."""
     a = property(lambda self: self.beta / (self.alpha + self.beta))  # N* grows as C^a
     @np.errstate(all="ignore")  # a resample may have no optimum: nan
@@ -67,12 +71,11 @@ class Law(collections.namedtuple("Law", "E A alpha B beta")):
         n = N * np.geomspace(1e-3, 1, 100001)
         rest = (self.loss(N, D) - self.E - self.A * n ** -self.alpha) / self.B  # is to be D^-beta
         d = np.maximum(rest, 1e-30) ** (-1 / self.beta)  # where that is negative no D is enough
-        i = np.argmin(n * (6 * d + 2 * tokens))
-        return n[i], d[i]
+        return min(zip(n * (6 * d + 2 * tokens), n, d))[1:]
 
-class SizeLaw(collections.namedtuple("SizeLaw", "N0 C0 a")):
+class SizeLaw(namedtuple("SizeLaw", "N0 C0 a")):
     """N* = N0 (C / C0)^a; says nothing of the loss."""
-    def loss(self, N, D): return math.nan * N
+    def loss(self, N, D): return math.nan * N  # nan wherever a law does not say
     def optimum(self, C): return (N := self.N0 * (C / self.C0) ** self.a), C / (6 * N)
 
 LAWS = {
@@ -114,7 +117,8 @@ def cluster_plan(L, d, seq_len, sequences, gpus, gpu, tp, pp, v, micro, zero, ag
     dp = gpus // (tp * pp)
     M, left = divmod(sequences, dp * micro)
     layers = v * -(-L // (pp * v))  # of the fullest stage
-    if left or not M or layers > L or M % pp and v > 1: return None
+    if (left or not M or gpus % (tp * pp) or layers > L or v > 1 and (pp == 1 or M % pp)
+            or zero == 3 and pp > 1): return None
     (room, inside, between), peak = LINKS[gpu], DEVICES[gpu][0]
     tokens, own = micro * seq_len, 12 * layers * d * d / tp  # of a micro-batch; weights of a GPU
     ring = lambda n, n_bytes, rate: (n - 1) / n * n_bytes / rate  # an all-gather, or reduce-scatter
@@ -138,22 +142,19 @@ def cluster_plan(L, d, seq_len, sequences, gpus, gpu, tp, pp, v, micro, zero, ag
 
 def cluster_plans(L, d, seq_len, sequences, gpus, gpu):
     """All plans that fit into memory, best MFU first."""
-    rows = (cluster_plan(L, d, seq_len, sequences, gpus, gpu, tp, pp, *rest)
-            for tp in (1, 2, 4, NODE) for pp in range(1, L + 1) if gpus % (tp * pp) == 0
-            for rest in itertools.product((1, 2, 4, 8)[:4 if pp > 1 else 1], (1, 2, 4, 8),
-                                          (1, 3) if pp == 1 else (1,), (False, True)))
+    every = itertools.product((1, 2, 4, NODE), range(1, L + 1), (1, 2, 4, 8), (1, 2, 4, 8), (1, 3),
+                              (False, True))
+    rows = (cluster_plan(L, d, seq_len, sequences, gpus, gpu, *plan) for plan in every)
     return sorted((r for r in rows if r and r["fits"]), key=lambda r: -r["mfu"])
 
-def show_loss(z): return "-" if math.isnan(z) else f"{z:.4f}"
-
 def show_laws(C, laws):
-    print(f"{'law':16s}{'N':>10s}{'D':>10s}{'D/N':>8s}   loss     at {C:.4g} FLOPs")
+    print(f"{'law':16s}{'N':>10s}{'D':>10s}{'D/N':>8s}{'loss':>8s}   at {C:.4g} FLOPs")
     for name, law in laws.items():
         N, D = law.optimum(C)
-        print(f"{name:16s}{N:10.3g}{D:10.3g}{D / N:8.1f}   {show_loss(law.loss(N, D))}")
+        print(f"{name:16s}{N:10.3g}{D:10.3g}{D / N:8.1f}{law.loss(N, D):8.4f}")
 
 def plan(args):
-    if args.gpu not in LINKS or not 0 < args.mfu <= 1:
+    if args.gpu not in LINKS or args.mfu > 1:
         raise UserError(f"plan: got {args.gpu} at MFU {args.mfu}; wanted up to 1 of the peak of "
                         f"one of {', '.join(LINKS)}; set --gpu and --mfu")
     rate, T, laws = args.gpus * DEVICES[args.gpu][0] * args.mfu * 86400, args.seq_len, dict(LAWS)
@@ -168,20 +169,19 @@ def plan(args):
         old, (N, D) = cost(N, D), law.served(C, args.served)
         print(f"to serve {args.served:.3g} tokens as well: N {N:.3g}, D {D:.3g} ({D / N:.0f} N) "
               f"has the same loss for {6 * N * D:.3g} FLOPs; all {1 - cost(N, D) / old:.1%} less")
-    (L, d), tokens = shape(N), args.batch or 0.2920 * C ** 0.3271  # 2401.02954, eq. 1
+    (L, d), tokens = shape(N), 0.2920 * C ** 0.3271  # 2401.02954, eq. 1
     sequences = 2 ** max(0, round(math.log2(tokens / T)))
     plans = cluster_plans(L, d, T, sequences, args.gpus, args.gpu)
     print(f"shape: {L} layers of {d}; batch {sequences * T / 1e6:,.2f} M tokens, AdamW's lr "
-          f"{0.3118 * C ** -0.125:.1e} (DeepSeek's laws); critical batch at the end "
-          f"{2e8 / law.loss(N, D) ** (1 / 0.21) / 1e6:,.1f} M (Kaplan's)\nGB, embeddings left out: "
-          f"weights {2 * N / 1e9:,.1f}, gradients alike, AdamW {12 * N / 1e9:,.1f}; of {T} tokens "
+          f"{0.3118 * C ** -0.125:.1e} (DeepSeek's laws)\nGB, embeddings left out: weights "
+          f"{2 * N / 1e9:,.1f}, gradients alike, AdamW {12 * N / 1e9:,.1f}; of {T} tokens "
           f"activations {ACTIVATION * T * d * L / 1e9:,.1f}, cache {4 * T * d * L / 1e9:,.2f}\n"
           f"{len(plans)} plans fit into 90 % of memory, best first:\n   dp  tp  pp   v micro zero "
           "recompute  GB/GPU  bubble  waits  s/step    MFU   days")
-    for r in plans[:args.show]:
-        r["days"] = C / rate * args.mfu / r["mfu"]
+    for r in plans[:8]:
         print("{dp:5d}{tp:4d}{pp:4d}{v:4d}{micro:6d}{zero:5d}{again:>11s}{gb:8.1f}{bubble:8.1%}"
-              "{waits:7.1%}{seconds:8.2f}{mfu:7.1%}{days:7.1f}".format(**r))
+              "{waits:7.1%}{seconds:8.2f}{mfu:7.1%}{days:7.1f}".format(
+                  **r, days=C / rate * args.mfu / r["mfu"]))
 
 # -----------------------------------------------------------------------------
 # Fits
@@ -189,7 +189,7 @@ def plan(args):
 # itself), and gives a law whose numbers are arrays of B. Bad runs hurt fits more than few runs do:
 # one size trained with a bad learning rate bends a parabola, and so the line through all of them.
 
-class Runs(collections.namedtuple("Runs", "N D loss")):  # arrays
+class Runs(namedtuple("Runs", "N D loss")):  # arrays
     def some(self, which): return Runs(*(z[which] for z in self))
 
     def budgets(self):
@@ -219,6 +219,7 @@ def read_runs(path, drop=0, least=4):
     if missing := ["D or C" if key == "D" else key for key in names if not names[key]]:
         raise UserError(f"{path}: got columns {', '.join(rows[0])}; wanted N, D or C, loss; "
                         f"missing: {', '.join(missing)}; add or rename them")
+    runs = []
     for i, row in enumerate(rows):
         for key, name in names.items():
             try: x = float(row[name])
@@ -227,93 +228,81 @@ def read_runs(path, drop=0, least=4):
                 raise UserError(f"{path}, run {i + 1}: got {key} {row.get(name)!r}, wanted a "
                                 "positive finite number; finish, correct or remove that run")
             row[key] = x
-    rows = sorted(rows, key=lambda row: row["loss"])[:len(rows) - drop]
-    return Runs(*np.array([(r["N"], r.get("D") or r["C"] / 6 / r["N"], r["loss"]) for r in rows]).T)
+        runs.append((row["N"], row["D"] if "D" in names else row["C"] / 6 / row["N"], row["loss"]))
+    return Runs(*np.array(sorted(runs, key=lambda run: run[2])[:len(runs) - drop]).T)
 
 def power_law(x, y):
     """(c, a) of y = c x^a, least squares of logarithms."""
     a, k = np.polyfit(np.log(x), np.log(y), 1)
     return math.exp(k), a
 
-def valley(runs, raw=False):
-    """log N of the least loss of one budget: the vertex of a parabola in log N, which all its runs
-    decide. Outside the sizes tried that is no minimum but a guess: nan. raw: the size of the least
-    loss, one of those tried; of many near a flat minimum it is the one whose noise was luckiest."""
-    x = np.log(runs.N)
+def vertex(x, y):
+    """x where a parabola through points is least, which all of them decide. Outside the x tried
+    that is no minimum but a guess: nan."""
     if len(np.unique(x)) < 3: return math.nan
-    if raw: return x[runs.loss.argmin()]
-    a, b, _ = np.polyfit(x - x.mean(), runs.loss, 2)
-    best = x.mean() - b / (2 * a) if a > 0 else math.inf
-    return best if x.min() <= best <= x.max() else math.nan
+    a, b, _ = np.polyfit(x - np.mean(x), y, 2)
+    best = np.mean(x) - b / (2 * a) if a > 0 else math.inf
+    return best if min(x) <= best <= max(x) else math.nan
 
-def isoflop(runs, weights, raw=False):
-    """Approach 2 of 2203.15556: a line through the best size of each budget, log against log."""
+def isoflop(runs, weights, best=vertex):
+    """Approach 2 of 2203.15556: a line through the best size of each budget, log against log. best:
+    vertex, or `lowest`, one of the sizes tried; of many near a flat minimum it is the one whose
+    noise was luckiest."""
     lines = []
     for w in weights.astype(int):
-        points = ((C, valley(runs.some(np.repeat(g, w[g])), raw)) for C, g in runs.budgets())
+        drawn = ((C, runs.some(np.repeat(g, w[g]))) for C, g in runs.budgets())
+        points = [(C, best(np.log(some.N), some.loss)) for C, some in drawn if len(some.N)]
         known = [(C, math.exp(x)) for C, x in points if not math.isnan(x)]
         lines.append(power_law(*zip(*known)) if len(known) > 1 else (math.nan, math.nan))
     N0, a = np.array(lines).T
     return SizeLaw(N0, 1.0, a)
 
+def lowest(x, y): return x[np.argmin(y)]
+
 def objective(x, logN, logD, logL, weights, delta=1e-3):
     """Approach 3 of 2203.15556, eq. 3. x (B, 5): a, alpha, b, beta, e, with A = exp(a) and so on ->
-    (sum of Huber_delta(LSE(a - alpha log N, b - beta log D, e) - log L) over runs, gradients).
+    (B,), the sum over runs of Huber_delta(LSE(a - alpha log N, b - beta log D, e) - log L).
     A sum: Hoffmann's was a mean, so small that the minimiser stopped early (2404.10102). Huber is
     square near zero and straight beyond delta, so that an outlier pulls no harder than others."""
-    terms = np.stack((x[:, :1] - x[:, 1:2] * logN, x[:, 2:3] - x[:, 3:4] * logD,
-                      x[:, 4:] + 0 * logN))  # (3, B, n)
-    top = terms.max(0)
-    p = np.exp(terms - top)
-    r = top + np.log(p.sum(0)) - logL  # (B, n)
-    h = np.clip(r, -delta, delta)
-    g = weights * h * p / p.sum(0)
-    return (weights * h * (r - h / 2)).sum(-1), np.stack((
-        g[0], -g[0] * logN, g[1], -g[1] * logD, g[2])).sum(-1).T
+    a, alpha, b, beta, e = x.T[..., None]  # each (B, 1), against runs (n,)
+    terms = torch.stack((a - alpha * logN, b - beta * logD, e + 0 * logN))  # (3, B, n)
+    loss = F.huber_loss(terms.logsumexp(0), logL.expand(len(x), -1), reduction="none", delta=delta)
+    return (weights * loss).sum(-1)
 
-def minimize(f, x, steps=300):
-    """BFGS (L-BFGS that forgets nothing: of 5 parameters the inverse Hessian H is 25 numbers) from
-    x, until a step promises less than 1e-13 of the value. f(x) -> (value, gradient)."""
-    (value, grad), eye = f(x), np.eye(len(x))
-    H = eye * 0.1 / max(np.linalg.norm(grad), 1e-300)  # the first step: 0.1 long, down
-    for _ in range(steps):
-        step = -H @ grad
-        slope = step @ grad
-        if -slope <= 1e-13 * value + 1e-30: break
-        for k in range(60):  # Armijo: shorten until it falls by a part of what the slope promises
-            v, g = f(x + (s := 0.3 ** k * step))
-            if v <= value + 1e-4 * 0.3 ** k * slope: break
-        y, x, value, grad = g - grad, x + s, v, g
-        if (sy := s @ y) <= 1e-12 * np.linalg.norm(s) * np.linalg.norm(y): continue  # not convex
-        V = eye - np.outer(s, y) / sy
-        H = V @ H @ V.T + np.outer(s, s) / sy
-    return x, value
+def minimize(x, data, weights, steps=400):
+    """The rows of x (B, 5), each moved to a least objective of its weights: L-BFGS of their sum,
+    which is least where each of them is. Scaled up, as torch's takes no notice of small changes."""
+    x = x.clone().requires_grad_()
+    lbfgs = torch.optim.LBFGS([x], max_iter=steps, history_size=30, tolerance_grad=0,
+                              tolerance_change=0, line_search_fn="strong_wolfe")
+    def value():
+        lbfgs.zero_grad()
+        (total := 1e6 * objective(x, *data, weights).sum()).backward()
+        return total
+    lbfgs.step(value)
+    return x.detach()
 
-GRID = np.array([*itertools.product(  # 4,500 starts: a, alpha, b, beta, e (2203.15556, D.3)
+GRID = torch.tensor([*itertools.product(  # 4,500 starts: a, alpha, b, beta, e (2203.15556, D.3)
     range(0, 26, 5), (0, 0.5, 1, 1.5, 2), range(0, 26, 5), (0, 0.5, 1, 1.5, 2),
-    (-1, -0.5, 0, 0.5, 1))], float)
+    (-1, -0.5, 0, 0.5, 1))], dtype=torch.float64)
 
-@np.errstate(all="ignore")
 def parametric(runs, weights=None, starts=10):
-    """Approach 3: the Law of least objective; without weights its numbers are no arrays. Resample 0
-    starts at the best of GRID, the others at its result. Logarithms are centred for the minimizer,
-    as a and alpha nearly make up for each other otherwise; the minimum is the same."""
-    w = np.ones((1, len(runs.N))) if weights is None else weights
+    """Approach 3: the Law of least objective; without weights its numbers are no arrays. The data
+    itself starts at the best of GRID, resamples at its result. Logarithms are centred meanwhile, as
+    a and alpha nearly make up for each other otherwise; the minimum is the same."""
+    w = torch.ones(1, len(runs.N)) if weights is None else torch.from_numpy(weights)
     if len(runs.N) < 6: return Law(*np.full((5, len(w)), np.nan))  # five numbers fit any five runs
-    logs, move, results = np.log(runs), np.eye(5), []
-    data = logs - logs.mean(1, keepdims=True) * ((1,), (1,), (0,))
-    move[1, 0], move[3, 2] = -logs[:2].mean(1)  # a - alpha mean(log N)
+    data, move = torch.tensor(np.log(runs)), torch.eye(5, dtype=torch.float64)
+    move[1, 0], move[3, 2] = -data[:2].mean(1)  # a - alpha mean(log N)
+    data[:2] -= data[:2].mean(1, keepdim=True)
     grid = GRID @ move
-    some = grid[np.argsort(objective(grid, *data, w[0])[0])[:starts]]
-    for row in w:
-        f = lambda x: [z[0] for z in objective(x[None], *data, row)]
-        results.append(min((minimize(f, x) for x in results[:1] or some), key=lambda r: r[1])[0])
-    x = np.array(results) @ np.linalg.inv(move)
-    a, alpha, b, beta, e = x[0] if weights is None else x.T
+    some = minimize(grid[objective(grid, *data, w[0]).argsort()[:starts]], data, w[0])
+    best = minimize(some[objective(some, *data, w[0]).argmin()][None], data, w[0])
+    x = best if len(w) == 1 else minimize(best.repeat(len(w), 1), data, w)
+    a, alpha, b, beta, e = (x @ move.inverse()).T.numpy()[:, 0 if weights is None else slice(None)]
     return Law(np.exp(e), np.exp(a), alpha, np.exp(b), beta)
 
-FITS = {"argmin": functools.partial(isoflop, raw=True), "isoflop": isoflop,
-        "parametric": parametric}
+FITS = {"argmin": partial(isoflop, best=lowest), "isoflop": isoflop, "parametric": parametric}
 
 # -----------------------------------------------------------------------------
 # What a fit is worth
@@ -348,30 +337,25 @@ def report(runs, at=(), count=500, picture=None):
     """Prints what each fit says, with 90 % intervals, and the best sizes at the budgets `at`."""
     weights, budgets = resamples(len(runs.N), count), runs.budgets()
     print(f"{len(runs.N)} runs of {len(budgets)} budgets; {count} resamples, intervals of 90 %")
-    least = [(C, runs.loss[g].min()) for C, g in budgets]
-    for (C, g), (_, loss) in zip(budgets, least) if len(budgets) < 20 else ():
-        raw, best = np.exp((valley(runs.some(g), True), valley(runs.some(g))))
-        print(f"    {C:8.3g} FLOPs: least loss {loss:.4f}, N {raw:.4g}; by a parabola {best:.4g}")
-    if len(least) > 1: print("    least losses: {:.4g} C^{:.4f}, were there no E below them".format(
-        *power_law(*zip(*least))))
+    for C, g in budgets if len(budgets) < 20 else ():
+        raw, best = (f(np.log(runs.N[g]), runs.loss[g]) for f in (lowest, vertex))
+        print(f"    {C:8.3g} FLOPs: least loss {runs.loss[g].min():.4f}, N {math.exp(raw):.4g}; "
+              f"by a parabola {math.exp(best):.4g}")
     laws, last = {name: fit(runs, weights) for name, fit in FITS.items()}, budgets[-1][1]
     law = Law(*(z[0] for z in laws["parametric"]))
-    if not math.isnan(law.E):
-        for name, z in zip(Law._fields, laws["parametric"]):
-            print(f"    {name:6s}{z[0]:12.5g}   {interval(z[1:]):24s} std {z[1:].std():.3g}")
-        rest = parametric(runs.some(np.delete(np.arange(len(runs.N)), last)))
-        off, far = (some.loss / fit.loss(some.N, some.D) - 1
-                    for some, fit in ((runs, law), (runs.some(last), rest)))
-        print(f"    off this law by {off.std():.2%} of the loss; the largest budget off a law of "
-              f"the others alone by {far.mean():+.2%}")
-    print(f"{'fit':12s}exponent     FLOPs         N*   {'interval':24s}     D/N  loss")
+    for name, z in zip(Law._fields, laws["parametric"]):
+        print(f"    {name:6s}{z[0]:12.5g}   {interval(z[1:]):24s} std {z[1:].std():.3g}")
+    rest = parametric(runs.some(np.delete(np.arange(len(runs.N)), last)), np.ones((1, len(runs.N) - len(last))))
+    off, far = (some.loss / fit.loss(some.N, some.D) - 1
+                for some, fit in ((runs, law), (runs.some(last), rest)))
+    print(f"    off this law by {off.std():.2%} of the loss; the largest budget off a law of the "
+          f"others alone by {far.mean():+.2%}\n"
+          f"{'fit':12s}exponent     FLOPs         N*   {'interval':24s}     D/N  loss")
     for (name, fit), C in itertools.product(laws.items(), at or [10 * budgets[-1][0]]):
         N, D = fit.optimum(C)
         losses = fit.loss(N, D)
-        if np.isnan(N[0]): print(f"{name:12s}cannot say: wanted", "six runs" if name == "parametric"
-                                 else "two budgets, each of three sizes with the best in the midst")
-        else: print(f"{name:12s}{fit.a[0]:8.3f}{C:10.3g}{N[0]:11.4g}   {interval(N[1:]):24s}"
-                    f"{D[0] / N[0]:8.1f}  {show_loss(losses[0])} {interval(losses[1:])}")
+        print(f"{name:12s}{fit.a[0]:8.3f}{C:10.3g}{N[0]:11.4g}   {interval(N[1:]):24s}"
+              f"{D[0] / N[0]:8.1f}  {losses[0]:.4f} {interval(losses[1:])}")
     if not picture: return
     try: from matplotlib.figure import Figure
     except ImportError: return print("no picture: matplotlib is not installed")
@@ -426,7 +410,8 @@ def study(args):
     `fit` reads as well: a run is entered, with its FLOPs, before it starts. What has a loss there
     is not trained again, what was interrupted goes on, and nothing starts that overruns --flops."""
     verify = args.command == "verify"  # a folder of each setting, so that no fit mixes two
-    path = args.folder / f"{Path(args.dataset).name}-{args.seq_len}-{args.seed}/{args.command}.json"
+    path = (args.folder / f"{Path(args.dataset).name}-{args.seq_len}-{args.seed}-{args.lr:g}"
+            / f"{args.command}.json")
     try: ledger = {r["name"]: r for r in json.loads(path.read_text())} if path.exists() else {}
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: got {e}, wanted what {args.command} writes; restore or remove it")
@@ -437,8 +422,8 @@ def study(args):
         laws = parametric(runs, resamples(len(runs.N), args.resamples))
         points = [(C, laws.optimum(C)[0][0])]
         if not points[0][1] > 0: raise UserError(
-            f"{path}: got the powers {laws.alpha[0]:.3g}, {laws.beta[0]:.3g} from run.json, wanted "
-            "both positive, to have an optimum; run more --sizes and --budgets")
+            f"{path}: got no law with an optimum from run.json, wanted both powers positive; run "
+            "more --sizes and --budgets")
     corpus = prepare(args.dataset, "byte")
     models = family(args.seq_len, corpus.tokenizer.vocab_size)
     jobs = {j["name"]: j for j in (job(models, *point, args.seq_len) for point in points)}
@@ -452,9 +437,8 @@ def study(args):
     for name in jobs:
         entry = ledger.setdefault(name, jobs[name])
         keep()
-        if "loss" not in entry:
-            train_one(entry, models[entry["N"]], corpus, path.parent / name, args)
-            keep()
+        if "loss" not in entry: train_one(entry, models[entry["N"]], corpus, path.parent / name, args)
+        keep()
         print("  N {N:9,.0f}  D {D:11,d}  {flops:.2e} FLOPs {steps:6d} steps of {batch:3d}  loss "
               "{loss:.4f} {seconds:6.1f} s  {epochs:.2f} epochs".format(**entry), flush=True)
     if not verify: return report(read_runs(path), (), args.resamples, path.with_suffix(".png"))
@@ -465,8 +449,8 @@ def study(args):
 # -----------------------------------------------------------------------------
 # A game: the large run follows a law that is hidden behind queries, which cost FLOPs
 
-class Query(collections.namedtuple("Query", "d_model n_layers n_heads batch_size lr flops seed",
-                                   defaults=[0])):
+class Query(namedtuple("Query", "d_model n_layers n_heads batch_size lr flops seed",
+                       defaults=[0])):
     N = property(lambda self: 12 * self.n_layers * self.d_model ** 2)
 
 RANGES = Query((64, 1024), (2, 24), (1, 16), (32, 512), (1e-5, 1e-1), (1e13, 1e19), (0, 99))
@@ -525,38 +509,39 @@ class Game:
         return self.truth(q) / best - 1, predicted / self.truth(q) - 1
 
 def query_of(N, aspect, batch_size, lr, flops):
-    """A Query of about N parameters and d_model / n_layers = aspect."""
-    d, L = min(itertools.product(range(64, 1025, 64), range(2, 25)), key=lambda s: abs(math.log(
-        s[0] / s[1] / aspect)) + 3 * abs(math.log(12 * s[1] * s[0] ** 2 / N)))
-    return Query(d, L, d // 64, batch_size, lr, flops)
+    """A Query of about N parameters and d_model / n_layers = aspect, heads no narrower than 32."""
+    d, L = min(itertools.product(range(64, 1025, 32), range(2, 25)), key=lambda s: abs(math.log(
+        s[0] / s[1] / aspect)) + 2 * abs(math.log(12 * s[1] * s[0] ** 2 / N)))
+    return Query(d, L, math.gcd(d // 32, 16), batch_size, lr, flops)
 
 def careful(query, budget, target):
     """Knows only what `query` answers -> (predicted loss, Query). Learning rates at small sizes,
-    then batch and aspect there; then IsoFLOP curves with these, and L(N, D) through all of them."""
-    tries = [query_of(N, 64, 32, lr, budget // part) for N, part in (
-        (3e6, 1000), (8e6, 300), (2e7, 80)) for lr in np.geomspace(1e-4, 2e-2, 10)]
-    x, n, y = np.log([(q.lr, q.N, query(q)) for q in tries]).T
-    # Parabolas of one curvature, their vertices on a line: y = a_N + b x^2 + c x + d x log N
-    own = n == np.unique(n)[:, None]
-    near = y < np.where(own, y, np.inf).min(1) @ own + 0.06
-    X = np.stack((*own, x * x, x, x * n), -1)
-    *_, b, c, d = np.linalg.lstsq(X[near], y[near], rcond=None)[0]
+    then batch and aspect there; then IsoFLOP curves with these, of ever fewer and larger runs, each
+    about the best size told by L(N, D) through those before."""
+    rates, sizes = np.geomspace(1e-4, 2e-2, 10), ((3e6, 1000), (8e6, 300), (2e7, 80))
+    best = []  # (N, lr)
+    for tries in ([query_of(N, 64, 32, lr, budget // part) for lr in rates] for N, part in sizes):
+        x, y = np.log([(q.lr, query(q)) for q in tries]).T
+        near = y < y.min() + 0.06  # the parabola's neighbourhood: beyond it runs diverge
+        best.append((tries[0].N, math.exp(vertex(x[near], y[near]))))
+    c, a = power_law(*zip(*best))
     def tuned(N, aspect, batch_size, flops):
         q = query_of(N, aspect, batch_size, 1.0, flops)
-        lr = math.exp(-(c + d * math.log(q.N)) / (2 * b)) * (batch_size / 32) ** 0.5  # Adam's rule
+        lr = c * q.N ** a * (batch_size / 32) ** 0.5  # Adam's rule
         return q._replace(lr=min(max(lr, 1e-5), 1e-1))
     small = lambda aspect, batch_size: sum(query(tuned(8e6, aspect, batch_size, budget // 300)
                                                  ._replace(seed=seed)) for seed in (0, 1))
     batch_size = min((32, 64, 128, 256, 512), key=lambda b: small(64, b))
     aspects = np.geomspace(12, 192, 5)
-    curve = np.polyfit(np.log(aspects), [small(aspect, batch_size) for aspect in aspects], 2)
-    aspect = min(max(math.exp(-curve[1] / (2 * curve[0])), 12), 192)
-    rows, law = [], None
-    for part, reach, count in (250, 5, 7), (80, 4, 6), (40, 3, 5), (12, 2, 3), (4, 1, 1):
+    middle = vertex(np.log(aspects), [small(aspect, batch_size) for aspect in aspects])
+    aspect = 64 if math.isnan(middle) else math.exp(middle)
+    rows, N = [], math.sqrt(budget / 250 / 120)  # 20 tokens a parameter
+    for seed, (part, reach, count) in enumerate((
+            (250, 4, 6), (60, 4, 4), (16, 2.5, 3), (5, 1, 1), (5, 1, 1))):
         C = budget // part
-        middle = law.optimum(C)[0] if law else math.sqrt(C / 120)
+        if rows: N = law.optimum(C)[0]
         for f in np.geomspace(1 / reach, reach, count):
-            q = tuned(middle * f, aspect, batch_size, C)
+            q = tuned(N * f, aspect, batch_size, C)._replace(seed=seed)
             rows.append((q.N, C / 6 / q.N, query(q)))
         law = parametric(Runs(*np.array(rows).T))
     q = tuned(law.optimum(target)[0], aspect, batch_size, target)
@@ -575,8 +560,8 @@ def naive(query, budget, target):
 PLAYERS = {"careful": careful, "naive": naive}
 
 def game(args):
-    if not 1e17 <= args.budget <= 4e19:
-        raise UserError(f"budget: got {args.budget:g}, wanted 1e17 to 4e19, as queries are of 1e13 "
+    if not 1e17 <= args.budget <= 2e18:
+        raise UserError(f"budget: got {args.budget:g}, wanted 1e17 to 2e18, as queries are of 1e13 "
                         "to 1e19 FLOPs; set --budget")
     for name, play in PLAYERS.items():
         games = [Game(seed, args.budget) for seed in range(args.seed, args.seed + args.trials)]
