@@ -92,10 +92,9 @@ BEST = LAWS["Besiroglu 2024"]
 # -----------------------------------------------------------------------------
 # Napkin mathematics: what a budget buys, and what it takes to hold and move it
 
-LINKS = {  # (bytes of memory, bytes/s one way from a GPU within a node and beyond): datasheets
-    "A100": (80e9, 300e9, 25e9), "H100": (80e9, 450e9, 50e9), "H200": (141e9, 450e9, 50e9),
-    "B200": (180e9, 900e9, 50e9)}
 NODE = 8  # GPUs
+LINKS = {  # (bytes of memory, bytes/s one way from a GPU within a node and beyond): datasheets
+    "A100": (80e9, 300e9, 25e9), "H100": (80e9, 450e9, 50e9), "H200": (141e9, 450e9, 50e9)}
 # The part of the peak that arithmetic reaches when nothing waits: chosen so that Llama 3's 43 % on
 # 8,192 GPUs comes out; its 41 % on 16,384 is then a check (2407.21783, table 4).
 REACHED = 0.53
@@ -142,8 +141,8 @@ def cluster_plan(L, d, seq_len, sequences, gpus, gpu, tp, pp, v, micro, zero, ag
 
 def cluster_plans(L, d, seq_len, sequences, gpus, gpu):
     """All plans that fit into memory, best MFU first."""
-    every = itertools.product((1, 2, 4, NODE), range(1, L + 1), (1, 2, 4, 8), (1, 2, 4, 8), (1, 3),
-                              (False, True))
+    some = (1, 2, 4, 8)
+    every = itertools.product(some, range(1, L + 1), some, some, (1, 3), (False, True))
     rows = (cluster_plan(L, d, seq_len, sequences, gpus, gpu, *plan) for plan in every)
     return sorted((r for r in rows if r and r["fits"]), key=lambda r: -r["mfu"])
 
@@ -206,8 +205,8 @@ def read_runs(path, drop=0, least=4):
     plain = lambda name: "".join(filter(str.isalnum, str(name))).lower()
     try:
         with open(path, newline="") as f:
-            rows = json.load(f) if Path(path).suffix == ".json" else [*csv.DictReader(f)]
-        rows = [{plain(k): v for k, v in row.items()} for row in rows]
+            rows = json.load(f) if Path(path).suffix == ".json" else csv.DictReader(f)
+            rows = [{plain(k): v for k, v in row.items()} for row in rows]
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise UserError(f"{path}: got {type(e).__name__} {e}; wanted CSV with a line of names, or "
                         "a JSON list of objects, such as `run` writes; check the path")
@@ -219,17 +218,14 @@ def read_runs(path, drop=0, least=4):
     if missing := ["D or C" if key == "D" else key for key in names if not names[key]]:
         raise UserError(f"{path}: got columns {', '.join(rows[0])}; wanted N, D or C, loss; "
                         f"missing: {', '.join(missing)}; add or rename them")
-    runs = []
-    for i, row in enumerate(rows):
-        for key, name in names.items():
-            try: x = float(row[name])
-            except (KeyError, TypeError, ValueError): x = math.nan
-            if not 0 < x < math.inf:
-                raise UserError(f"{path}, run {i + 1}: got {key} {row.get(name)!r}, wanted a "
-                                "positive finite number; finish, correct or remove that run")
-            row[key] = x
-        runs.append((row["N"], row["D"] if "D" in names else row["C"] / 6 / row["N"], row["loss"]))
-    return Runs(*np.array(sorted(runs, key=lambda run: run[2])[:len(runs) - drop]).T)
+    def number(i, key):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            if 0 < (x := float(rows[i][names[key]])) < math.inf: return x
+        raise UserError(f"{path}, run {i + 1}: got {key} {rows[i].get(names[key])!r}, wanted a "
+                        "positive finite number; finish, correct or remove that run")
+    table = np.array([[number(i, key) for key in names] for i in range(len(rows))])
+    N, D, loss = table[table[:, 2].argsort()[:len(rows) - drop]].T
+    return Runs(N, D / 6 / N if "C" in names else D, loss)
 
 def power_law(x, y):
     """(c, a) of y = c x^a, least squares of logarithms."""
@@ -237,27 +233,26 @@ def power_law(x, y):
     return math.exp(k), a
 
 def vertex(x, y):
-    """x where a parabola through points is least, which all of them decide. Outside the x tried
+    """x where a parabola through the points is least, which all of them decide. Outside the x tried
     that is no minimum but a guess: nan."""
     if len(np.unique(x)) < 3: return math.nan
     a, b, _ = np.polyfit(x - np.mean(x), y, 2)
     best = np.mean(x) - b / (2 * a) if a > 0 else math.inf
     return best if min(x) <= best <= max(x) else math.nan
 
-def isoflop(runs, weights, best=vertex):
-    """Approach 2 of 2203.15556: a line through the best size of each budget, log against log. best:
-    vertex, or `lowest`, one of the sizes tried; of many near a flat minimum it is the one whose
-    noise was luckiest."""
-    lines = []
-    for w in weights.astype(int):
-        drawn = ((C, runs.some(np.repeat(g, w[g]))) for C, g in runs.budgets())
-        points = [(C, best(np.log(some.N), some.loss)) for C, some in drawn if len(some.N)]
-        known = [(C, math.exp(x)) for C, x in points if not math.isnan(x)]
-        lines.append(power_law(*zip(*known)) if len(known) > 1 else (math.nan, math.nan))
-    N0, a = np.array(lines).T
-    return SizeLaw(N0, 1.0, a)
+def lowest(x, y):
+    """One of the x tried; of many near a flat minimum it is the one whose noise was luckiest."""
+    return x[np.argmin(y)]
 
-def lowest(x, y): return x[np.argmin(y)]
+def isoflop(runs, weights, best=vertex):
+    """Approach 2 of 2203.15556: a line through the best size of each budget, log against log."""
+    def line(w):
+        drawn = ((C, runs.some(np.repeat(g, w[g]))) for C, g in runs.budgets() if w[g].any())
+        points = np.array([(C, math.exp(best(np.log(r.N), r.loss))) for C, r in drawn])
+        points = points[~np.isnan(points[:, 1])]
+        return power_law(*points.T) if len(points) > 1 else (math.nan, math.nan)
+    N0, a = np.array([line(w) for w in weights.astype(int)]).T
+    return SizeLaw(N0, 1.0, a)
 
 def objective(x, logN, logD, logL, weights, delta=1e-3):
     """Approach 3 of 2203.15556, eq. 3. x (B, 5): a, alpha, b, beta, e, with A = exp(a) and so on ->
@@ -274,7 +269,7 @@ def minimize(x, data, weights, steps=400):
     which is least where each of them is. Scaled up, as torch's takes no notice of small changes."""
     x = x.clone().requires_grad_()
     lbfgs = torch.optim.LBFGS([x], max_iter=steps, history_size=30, tolerance_grad=0,
-                              tolerance_change=0, line_search_fn="strong_wolfe")
+                              tolerance_change=1e-9, line_search_fn="strong_wolfe")
     def value():
         lbfgs.zero_grad()
         (total := 1e6 * objective(x, *data, weights).sum()).backward()
@@ -296,7 +291,7 @@ def parametric(runs, weights=None, starts=10):
     move[1, 0], move[3, 2] = -data[:2].mean(1)  # a - alpha mean(log N)
     data[:2] -= data[:2].mean(1, keepdim=True)
     grid = GRID @ move
-    some = minimize(grid[objective(grid, *data, w[0]).argsort()[:starts]], data, w[0])
+    some = minimize(grid[objective(grid, *data, w[0]).argsort()[:starts]], data, w[0], 100)
     best = minimize(some[objective(some, *data, w[0]).argmin()][None], data, w[0])
     x = best if len(w) == 1 else minimize(best.repeat(len(w), 1), data, w)
     a, alpha, b, beta, e = (x @ move.inverse()).T.numpy()[:, 0 if weights is None else slice(None)]
@@ -337,17 +332,20 @@ def report(runs, at=(), count=500, picture=None):
     """Prints what each fit says, with 90 % intervals, and the best sizes at the budgets `at`."""
     weights, budgets = resamples(len(runs.N), count), runs.budgets()
     print(f"{len(runs.N)} runs of {len(budgets)} budgets; {count} resamples, intervals of 90 %")
-    for C, g in budgets if len(budgets) < 20 else ():
-        raw, best = (f(np.log(runs.N[g]), runs.loss[g]) for f in (lowest, vertex))
-        print(f"    {C:8.3g} FLOPs: least loss {runs.loss[g].min():.4f}, N {math.exp(raw):.4g}; "
-              f"by a parabola {math.exp(best):.4g}")
+    least = [(C, math.exp(lowest(np.log(runs.N[g]), runs.loss[g])),
+              math.exp(vertex(np.log(runs.N[g]), runs.loss[g])), runs.loss[g].min())
+             for C, g in budgets]
+    for row in least if len(least) < 20 else ():
+        print("    {:8.3g} FLOPs: N {:.4g}; by a parabola {:.4g}; least loss {:.4f}".format(*row))
+    if len(least) > 1: print("    least losses: {:.4g} C^{:.4f}, were there no E below them".format(
+        *power_law(*np.array(least).T[[0, 3]])))
     laws, last = {name: fit(runs, weights) for name, fit in FITS.items()}, budgets[-1][1]
     law = Law(*(z[0] for z in laws["parametric"]))
     for name, z in zip(Law._fields, laws["parametric"]):
         print(f"    {name:6s}{z[0]:12.5g}   {interval(z[1:]):24s} std {z[1:].std():.3g}")
-    rest = parametric(runs.some(np.delete(np.arange(len(runs.N)), last)), np.ones((1, len(runs.N) - len(last))))
+    others = parametric(runs.some(np.setdiff1d(np.arange(len(runs.N)), last)))
     off, far = (some.loss / fit.loss(some.N, some.D) - 1
-                for some, fit in ((runs, law), (runs.some(last), rest)))
+                for some, fit in ((runs, law), (runs.some(last), others)))
     print(f"    off this law by {off.std():.2%} of the loss; the largest budget off a law of the "
           f"others alone by {far.mean():+.2%}\n"
           f"{'fit':12s}exponent     FLOPs         N*   {'interval':24s}     D/N  loss")
@@ -374,20 +372,22 @@ def report(runs, at=(), count=500, picture=None):
 # N is what a model does, FLOPs a token / 6 with attention and head, so that C = 6 N D holds (as
 # DeepSeek's); Kaplan and Hoffmann disagree in part as they counted otherwise (2406.19146).
 
-def family(T, vocab_size):
-    """{N: ModelConfig} of models that differ in width alone: each step of depth bends the law."""
-    made = (preset("llama", vocab_size=vocab_size, seq_len=T, n_layers=2, n_heads=2, d_model=d,
-                   d_ff=3 * d) for d in range(8, 513, 4))
-    return {meta_model(cfg).flops_per_token() / 6: cfg for cfg in made}
-
-def job(models, C, N, T):
-    """Entry of the ledger for the model next to N in size, trained with C FLOPs."""
-    N = min(models, key=lambda n: abs(math.log(n / N)))
-    batch = 2 * max(2, round(8 * (C / 6 / N / 3e6) ** 0.383))  # 2505.13738
-    steps = round(C / 6 / N / T / batch)
-    if steps < 10: raise UserError(f"budgets: got {C:.3g}, wanted 10 steps of N {N:,.0f}; set more")
-    D = steps * batch * T
-    return dict(name=f"{C:.3g}-{N:.0f}", N=N, D=D, flops=6 * N * D, batch=batch, steps=steps)
+def jobs_of(points, T, vocab_size):
+    """Of points (C, N) -> {name: (entry of the ledger, ModelConfig)}, of the model next to N in
+    size. Models differ in width alone: each step of depth would bend the law."""
+    models = {meta_model(cfg).flops_per_token() / 6: cfg for cfg in (
+        preset("llama", vocab_size=vocab_size, seq_len=T, n_layers=2, n_heads=2, d_model=d,
+               d_ff=3 * d) for d in range(8, 513, 4))}
+    jobs = {}
+    for C, want in points:
+        N = min(models, key=lambda n: abs(math.log(n / want)))
+        batch = 2 * max(2, round(8 * (C / 6 / N / 3e6) ** 0.383))  # 2505.13738
+        steps, name = round(C / 6 / N / T / batch), f"{C:.3g}-{N:.0f}"
+        if steps < 10: raise UserError(f"budgets: got {C:.3g}, wanted 10 steps of N {N:,.0f} or "
+                                       "more; set larger --budgets")
+        D = steps * batch * T
+        jobs[name] = dict(name=name, N=N, D=D, flops=6 * N * D, batch=batch, steps=steps), models[N]
+    return jobs
 
 def train_one(entry, model_cfg, corpus, folder, args):
     """Trains a run, or what is left of it, and enters its loss."""
@@ -405,46 +405,45 @@ def train_one(entry, model_cfg, corpus, folder, args):
     entry.update(loss=result["loss"], seconds=now.seconds, epochs=entry["D"] / len(loader.tokens))
 
 def study(args):
-    """run: trains a grid of sizes for each budget, and fits it. verify: trains the best that this
-    predicts for 4 times the largest budget. Each has a ledger, run.json and verify.json, which
-    `fit` reads as well: a run is entered, with its FLOPs, before it starts. What has a loss there
-    is not trained again, what was interrupted goes on, and nothing starts that overruns --flops."""
-    verify = args.command == "verify"  # a folder of each setting, so that no fit mixes two
-    path = (args.folder / f"{Path(args.dataset).name}-{args.seq_len}-{args.seed}-{args.lr:g}"
-            / f"{args.command}.json")
+    """run: trains a grid of sizes for each budget, and fits it. verify: after that the best that
+    this predicts for 4 times the largest budget. A run is entered into the ledger runs.json (which
+    `fit` reads as well) with its FLOPs before it starts. What has a loss there is not trained
+    again, what was interrupted goes on, and nothing starts that overruns --flops."""
+    name = f"{Path(args.dataset).name}-{args.seq_len}-{args.seed}-{args.lr:g}"
+    path = args.folder / name / "runs.json"  # of each setting, so that no fit mixes two
     try: ledger = {r["name"]: r for r in json.loads(path.read_text())} if path.exists() else {}
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: got {e}, wanted what {args.command} writes; restore or remove it")
-    points = [(C, math.sqrt(C / 6 / args.ratio) * f) for C in args.budgets
-              for f in np.geomspace(1 / 3, 3, args.sizes)]
-    if verify:
-        runs, C = read_runs(path.with_name("run.json"), least=6), 4 * max(args.budgets)
-        laws = parametric(runs, resamples(len(runs.N), args.resamples))
-        points = [(C, laws.optimum(C)[0][0])]
-        if not points[0][1] > 0: raise UserError(
-            f"{path}: got no law with an optimum from run.json, wanted both powers positive; run "
-            "more --sizes and --budgets")
+        raise UserError(f"{path}: got {e}, wanted what `run` writes; restore or remove it")
     corpus = prepare(args.dataset, "byte")
-    models = family(args.seq_len, corpus.tokenizer.vocab_size)
-    jobs = {j["name"]: j for j in (job(models, *point, args.seq_len) for point in points)}
-    total = sum(r["flops"] for r in (jobs | ledger).values())
-    print(f"{len(jobs)} runs; with all that {path} has {total:.4g} FLOPs", flush=True)
-    if total > args.flops:
-        raise UserError(f"flops: got {total:.4g} in all, wanted {args.flops:.4g} at most; nothing "
-                        "was started; raise --flops, or give fewer --budgets or --sizes")
     def keep():
         with atomic_write(path, "w") as f: json.dump([*ledger.values()], f, indent=1)
-    for name in jobs:
-        entry = ledger.setdefault(name, jobs[name])
-        keep()
-        if "loss" not in entry: train_one(entry, models[entry["N"]], corpus, path.parent / name, args)
-        keep()
-        print("  N {N:9,.0f}  D {D:11,d}  {flops:.2e} FLOPs {steps:6d} steps of {batch:3d}  loss "
-              "{loss:.4f} {seconds:6.1f} s  {epochs:.2f} epochs".format(**entry), flush=True)
-    if not verify: return report(read_runs(path), (), args.resamples, path.with_suffix(".png"))
-    losses = laws.loss(entry["N"], entry["D"])
-    print(f"at 4 times the largest budget: loss {entry['loss']:.4f}, predicted {losses[0]:.4f} "
-          f"{interval(losses[1:])}, off by {entry['loss'] / losses[0] - 1:+.2%}")
+    def do(points):
+        jobs = jobs_of(points, args.seq_len, corpus.tokenizer.vocab_size)
+        total = sum(({name: job["flops"] for name, (job, _) in jobs.items()}
+                     | {name: entry["flops"] for name, entry in ledger.items()}).values())
+        print(f"{len(jobs)} runs; with all that {path} has {total:.4g} FLOPs", flush=True)
+        if total > args.flops: raise UserError(
+            f"flops: got {total:.4g} in all, wanted {args.flops:.4g} at most; none of these was "
+            "started; raise --flops, or give fewer --budgets or --sizes")
+        for name, (entry, model_cfg) in jobs.items():
+            entry = ledger.setdefault(name, entry)
+            keep()
+            if "loss" not in entry: train_one(entry, model_cfg, corpus, path.parent / name, args)
+            keep()
+            print("  N {N:9,.0f}  D {D:11,d}  {flops:.2e} FLOPs {steps:6d} steps of {batch:3d}  "
+                  "loss {loss:.4f} {seconds:6.1f} s {epochs:5.2f} epochs".format(**entry))
+        return Runs(*np.array([[ledger[name][key] for key in Runs._fields] for name in jobs]).T)
+    C, spread = 4 * max(args.budgets), np.geomspace(1 / 3, 3, args.sizes)
+    runs = do([(C, math.sqrt(C / 6 / args.ratio) * f) for C in args.budgets for f in spread])
+    if args.command == "run":
+        return report(runs, (), args.resamples, path.with_suffix(".png"))
+    laws = parametric(runs, resamples(len(runs.N), args.resamples))
+    if not (N := laws.optimum(C)[0][0]) > 0: raise UserError(
+        f"{path}: got no law with an optimum, wanted one; run more --sizes and --budgets")
+    (N,), (D,), (loss,) = do([(C, N)])
+    predicted = laws.loss(N, D)
+    print(f"at 4 times the largest budget: loss {loss:.4f}, predicted {predicted[0]:.4f} "
+          f"{interval(predicted[1:])}, off by {loss / predicted[0] - 1:+.2%}")
 
 # -----------------------------------------------------------------------------
 # A game: the large run follows a law that is hidden behind queries, which cost FLOPs
@@ -518,33 +517,32 @@ def careful(query, budget, target):
     """Knows only what `query` answers -> (predicted loss, Query). Learning rates at small sizes,
     then batch and aspect there; then IsoFLOP curves with these, of ever fewer and larger runs, each
     about the best size told by L(N, D) through those before."""
-    rates, sizes = np.geomspace(1e-4, 2e-2, 10), ((3e6, 1000), (8e6, 300), (2e7, 80))
     best = []  # (N, lr)
-    for tries in ([query_of(N, 64, 32, lr, budget // part) for lr in rates] for N, part in sizes):
+    for N, part in (3e6, 1000), (8e6, 300), (2e7, 80):
+        tries = [query_of(N, 64, 32, lr, budget // part) for lr in np.geomspace(1e-4, 2e-2, 10)]
         x, y = np.log([(q.lr, query(q)) for q in tries]).T
-        near = y < y.min() + 0.06  # the parabola's neighbourhood: beyond it runs diverge
+        near = y < y.min() + 0.06  # further off it is no parabola, or has diverged
         best.append((tries[0].N, math.exp(vertex(x[near], y[near]))))
     c, a = power_law(*zip(*best))
-    def tuned(N, aspect, batch_size, flops):
+    def tuned(N, aspect, batch_size, flops, seed=0):
         q = query_of(N, aspect, batch_size, 1.0, flops)
         lr = c * q.N ** a * (batch_size / 32) ** 0.5  # Adam's rule
-        return q._replace(lr=min(max(lr, 1e-5), 1e-1))
-    small = lambda aspect, batch_size: sum(query(tuned(8e6, aspect, batch_size, budget // 300)
-                                                 ._replace(seed=seed)) for seed in (0, 1))
+        return q._replace(lr=min(max(lr, 1e-5), 1e-1), seed=seed)
+    small = lambda *how: sum(query(tuned(8e6, *how, budget // 300, seed)) for seed in (0, 1))
     batch_size = min((32, 64, 128, 256, 512), key=lambda b: small(64, b))
     aspects = np.geomspace(12, 192, 5)
-    middle = vertex(np.log(aspects), [small(aspect, batch_size) for aspect in aspects])
-    aspect = 64 if math.isnan(middle) else math.exp(middle)
-    rows, N = [], math.sqrt(budget / 250 / 120)  # 20 tokens a parameter
-    for seed, (part, reach, count) in enumerate((
-            (250, 4, 6), (60, 4, 4), (16, 2.5, 3), (5, 1, 1), (5, 1, 1))):
+    aspect = math.exp(vertex(np.log(aspects), [small(r, batch_size) for r in aspects]))
+    if math.isnan(aspect): aspect = 64
+    rows, size = [], lambda C: math.sqrt(C / 120)  # 20 tokens a parameter
+    stages = (250, 4, 6), (60, 4, 4), (16, 2.5, 3), (5, 1, 1), (5, 1, 1)
+    for seed, (part, reach, count) in enumerate(stages):
         C = budget // part
-        if rows: N = law.optimum(C)[0]
-        for f in np.geomspace(1 / reach, reach, count):
-            q = tuned(N * f, aspect, batch_size, C)._replace(seed=seed)
+        for N in size(C) * np.geomspace(1 / reach, reach, count):
+            q = tuned(N, aspect, batch_size, C, seed)
             rows.append((q.N, C / 6 / q.N, query(q)))
         law = parametric(Runs(*np.array(rows).T))
-    q = tuned(law.optimum(target)[0], aspect, batch_size, target)
+        size = lambda C: law.optimum(C)[0]
+    q = tuned(size(target), aspect, batch_size, target)
     return law.loss(q.N, target / 6 / q.N), q
 
 def naive(query, budget, target):
@@ -559,17 +557,14 @@ def naive(query, budget, target):
 
 PLAYERS = {"careful": careful, "naive": naive}
 
-def game(args):
-    if not 1e17 <= args.budget <= 2e18:
-        raise UserError(f"budget: got {args.budget:g}, wanted 1e17 to 2e18, as queries are of 1e13 "
-                        "to 1e19 FLOPs; set --budget")
+def game(args, budget=2e18):
     for name, play in PLAYERS.items():
-        games = [Game(seed, args.budget) for seed in range(args.seed, args.seed + args.trials)]
-        scores = np.abs([g.submit(*play(g.query, args.budget, 5 * args.budget)) for g in games])
-        spent = np.mean([g.spent for g in games]) / args.budget
-        print("{:8s} {} laws, {:.0%} of {:.1e} FLOPs spent. At 5 times that the loss is {:.2%} "
-              "above the best, {:.2%} off the predicted (medians; worst {:.2%}, {:.2%})".format(
-                  name, args.trials, spent, args.budget, *np.median(scores, 0), *scores.max(0)))
+        games = [Game(seed, budget) for seed in range(args.seed, args.seed + args.trials)]
+        scores = np.abs([g.submit(*play(g.query, budget, 5 * budget)) for g in games])
+        spent = np.mean([g.spent for g in games]) / budget
+        print("{:8s}{} laws, {:.0%} of {:.1e} FLOPs spent. At 5 times that the loss is {:.2%} above "
+              "the best, {:.2%} off the predicted (medians; worst {:.2%}, {:.2%})".format(
+                  name, args.trials, spent, budget, *np.median(scores, 0), *scores.max(0)))
 
 # -----------------------------------------------------------------------------
 # What small scale cannot tell: a score that is sharp in the loss looks like nothing until it looks
@@ -599,7 +594,7 @@ def lesson():
     print(f"\nFITS of runs of Besiroglu's law with noise of 1 %; N* is {BEST.optimum(1e22)[0]:.4g}")
     report(simulate(BEST, np.random.default_rng(0)), [1e22], 200)
     print("\nTHE GAME")
-    game(argparse.Namespace(seed=0, trials=3, budget=2e18))
+    game(argparse.Namespace(seed=0, trials=3))
     print("\nEMERGENCE")
     emergence()
 
@@ -608,7 +603,6 @@ COMMANDS = {  # name: (function, what it does, {option: (default, help)}); None:
         "flops": (0.0, "budget; 0: that of gpus and hours"), "gpus": (8, "number of GPUs"),
         "gpu": ("H100", ", ".join(LINKS)), "hours": (336.0, "hours"), "mfu": (0.4, "part of peak"),
         "served": (0.0, "tokens to serve over the model's life"), "seq_len": (4096, "context"),
-        "batch": (0.0, "tokens a step; 0: DeepSeek's law"), "show": (8, "cluster plans to print"),
         "runs": ("", "file of runs whose law to use")}),
     "fit": (lambda args: report(read_runs(args.file, args.drop), args.at, args.resamples, Path(
         args.file).with_suffix(".png")), "fit laws to runs", {
@@ -617,13 +611,18 @@ COMMANDS = {  # name: (function, what it does, {option: (default, help)}); None:
         "drop": (0, "runs of highest loss to leave out")}),
     **dict.fromkeys(("run", "verify"), (study, "a grid of small models; the best at 4 times that", {
         "budgets": ([1e11, 3e11, 1e12, 3e12], "FLOPs of a run"), "sizes": (5, "models a budget"),
-        "ratio": (20.0, "D/N in the middle of the sizes"), "lr": (0.04, "of Muon"), "resamples": (500, "of the bootstrap"),
+        "ratio": (20.0, "D/N in the middle of the sizes"), "lr": (0.04, "of Muon"),
+        "resamples": (500, "of the bootstrap"), "device": ("auto", "cpu, cuda or mps"),
         "flops": (1e14, "FLOPs allowed for all of the ledger"), "seq_len": (128, "context"),
         "folder": (Path(train.RUNS, "study"), "where it is kept"),
-        "dataset": ("stdlib", "whose bytes, as in train.py"), "seed": (0, "of all"),
-        "device": ("auto", "cpu, cuda or mps")})),
+        "dataset": ("stdlib", "whose bytes, as in train.py"), "seed": (0, "of all")})),
     "game": (game, "players on hidden laws", {
-        "trials": (20, "laws"), "seed": (0, "of the first"), "budget": (2e18, "FLOPs")})}
+        "trials": (20, "laws"), "seed": (0, "of the first")})}
+
+def positive(kind, default, text):
+    with contextlib.suppress(ValueError):
+        if 0 < (x := kind(text)) < math.inf or x == default == 0: return x
+    raise argparse.ArgumentTypeError(f"got {text}, wanted a positive {kind.__name__}")
 
 def build_parser():
     parser = argparse.ArgumentParser(description="Scaling laws. Without a command: the lesson.")
@@ -631,22 +630,16 @@ def build_parser():
     for name, (_, about, options) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
         for option, (default, about) in options.items():
-            kind = dict(type=type(default))
-            if isinstance(default, list): kind = dict(type=float, nargs="+")
+            many, one = ("+", 1.0) if isinstance(default, list) else (None, default)
+            kind = partial(positive, type(one), one) if isinstance(one, (int, float)) else type(one)
             if default is None: command.add_argument(option, help=about)
-            else: command.add_argument(f"--{option}", default=default, **kind,
+            else: command.add_argument(f"--{option}", default=default, type=kind, nargs=many,
                                        help=f"{about} (default: {default})")
     return parser
 
 def main(args):
     if not args.command: return lesson()
     print("scaling.py:", vars(args))
-    options = COMMANDS[args.command][2]
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, list) else [value]:
-            if isinstance(x, (int, float)) and not (0 < x < math.inf or x == options[name][0] == 0):
-                raise UserError(f"{name}: got {x}, wanted a positive number (0 where that is "
-                                f"the default); set --{name}")
     COMMANDS[args.command][0](args)
 
 if __name__ == "__main__":
