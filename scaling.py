@@ -102,22 +102,15 @@ REACHED = 0.53
 # and up of a SwiGLU, in 16 bits; what is elementwise is computed again (after 2205.05198).
 ACTIVATION = 2 * (2 + 4 + 2 * 8 / 3)
 
-def shape(N, aspect=128, multiple=128):
-    """(n_layers, d_model) with about N = 12 L d^2 parameters in blocks, d about `aspect` times L
-    (GPT-3 and Llama 3 405B: 128 and 130): 174e9 -> (96, 12288)."""
-    L = max(1, round((N / 12 / aspect ** 2) ** (1 / 3)))
-    return L, multiple * max(1, round(math.sqrt(N / 12 / L) / multiple))
-
 def cluster_plan(L, d, seq_len, sequences, gpus, gpu, tp, pp, v, micro, zero, again):
     """Estimate of one plan -> dict with bytes a GPU, seconds a step, MFU; None if it cannot be laid
     out. Layers are cut into pp stages of v pieces (interleaved 1F1B), matrices over tp GPUs of a
     node, sequences over dp replicas, `micro` at a time; zero 1 shards the optimizer's state over
     dp, 3 weights and gradients too; again: activations are computed a second time."""
-    dp = gpus // (tp * pp)
-    M, left = divmod(sequences, dp * micro)
+    dp, uneven = divmod(gpus, tp * pp)
     layers = v * -(-L // (pp * v))  # of the fullest stage
-    if (left or not M or gpus % (tp * pp) or layers > L or v > 1 and (pp == 1 or M % pp)
-            or zero == 3 and pp > 1): return None
+    M, left = (0, 0) if uneven else divmod(sequences, dp * micro)
+    if not M or left or layers > L or v > 1 and (pp == 1 or M % pp) or zero == 3 and pp > 1: return
     (room, inside, between), peak = LINKS[gpu], DEVICES[gpu][0]
     tokens, own = micro * seq_len, 12 * layers * d * d / tp  # of a micro-batch; weights of a GPU
     ring = lambda n, n_bytes, rate: (n - 1) / n * n_bytes / rate  # an all-gather, or reduce-scatter
@@ -164,12 +157,13 @@ def plan(args):
     law = laws.get("fitted here", BEST)
     N, D = law.optimum(C)
     if args.served:
-        cost = lambda N, D: N * (6 * D + 2 * args.served)
-        old, (N, D) = cost(N, D), law.served(C, args.served)
+        (n, d), (N, D) = (N, D), law.served(C, args.served)
+        part = N * (3 * D + args.served) / (n * (3 * d + args.served))
         print(f"to serve {args.served:.3g} tokens as well: N {N:.3g}, D {D:.3g} ({D / N:.0f} N) "
-              f"has the same loss for {6 * N * D:.3g} FLOPs; all {1 - cost(N, D) / old:.1%} less")
-    (L, d), tokens = shape(N), 0.2920 * C ** 0.3271  # 2401.02954, eq. 1
-    sequences = 2 ** max(0, round(math.log2(tokens / T)))
+              f"has the same loss for {6 * N * D:.3g} FLOPs; with serving {1 - part:.1%} less")
+    L = max(1, round((N / 12 / 128 ** 2) ** (1 / 3)))  # 12 L d^2 = N, d = 128 L as GPT-3's
+    d = 128 * max(1, round(math.sqrt(N / 12 / L) / 128))
+    sequences = 2 ** max(0, round(math.log2(0.2920 * C ** 0.3271 / T)))  # 2401.02954, eq. 1
     plans = cluster_plans(L, d, T, sequences, args.gpus, args.gpu)
     print(f"shape: {L} layers of {d}; batch {sequences * T / 1e6:,.2f} M tokens, AdamW's lr "
           f"{0.3118 * C ** -0.125:.1e} (DeepSeek's laws)\nGB, embeddings left out: weights "
@@ -208,11 +202,10 @@ def read_runs(path, drop=0, least=4):
             rows = json.load(f) if Path(path).suffix == ".json" else csv.DictReader(f)
             rows = [{plain(k): v for k, v in row.items()} for row in rows]
     except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise UserError(f"{path}: got {type(e).__name__} {e}; wanted CSV with a line of names, or "
-                        "a JSON list of objects, such as `run` writes; check the path")
-    if len(rows) - drop < least:
-        raise UserError(f"{path}: got {len(rows)} runs, {drop} to drop; wanted {least} (of 4 "
-                        "a power law can be told, of 6 L(N, D)); add runs")
+        raise UserError(f"{path}: got {type(e).__name__} {e}; wanted a CSV file with a line of "
+                        "names, or a JSON list of objects; check the path")
+    if len(rows) - drop < least: raise UserError(
+        f"{path}: got {len(rows)} runs, {drop} to drop; wanted {least}; add runs")
     names = {k: next((w for w in ws.split() if w in rows[0]), None) for k, ws in COLUMNS.items()}
     del names["C" if names["D"] or not names["C"] else "D"]
     if missing := ["D or C" if key == "D" else key for key in names if not names[key]]:
@@ -240,9 +233,7 @@ def vertex(x, y):
     best = np.mean(x) - b / (2 * a) if a > 0 else math.inf
     return best if min(x) <= best <= max(x) else math.nan
 
-def lowest(x, y):
-    """One of the x tried; of many near a flat minimum it is the one whose noise was luckiest."""
-    return x[np.argmin(y)]
+lowest = lambda x, y: x[np.argmin(y)]  # of many near a flat minimum the one of luckiest noise
 
 def isoflop(runs, weights, best=vertex):
     """Approach 2 of 2203.15556: a line through the best size of each budget, log against log."""
@@ -264,7 +255,7 @@ def objective(x, logN, logD, logL, weights, delta=1e-3):
     loss = F.huber_loss(terms.logsumexp(0), logL.expand(len(x), -1), reduction="none", delta=delta)
     return (weights * loss).sum(-1)
 
-def minimize(x, data, weights, steps=400):
+def minimize(x, data, weights, steps=800):
     """The rows of x (B, 5), each moved to a least objective of its weights: L-BFGS of their sum,
     which is least where each of them is. Scaled up, as torch's takes no notice of small changes."""
     x = x.clone().requires_grad_()
@@ -332,13 +323,12 @@ def report(runs, at=(), count=500, picture=None):
     """Prints what each fit says, with 90 % intervals, and the best sizes at the budgets `at`."""
     weights, budgets = resamples(len(runs.N), count), runs.budgets()
     print(f"{len(runs.N)} runs of {len(budgets)} budgets; {count} resamples, intervals of 90 %")
-    least = [(C, math.exp(lowest(np.log(runs.N[g]), runs.loss[g])),
-              math.exp(vertex(np.log(runs.N[g]), runs.loss[g])), runs.loss[g].min())
-             for C, g in budgets]
-    for row in least if len(least) < 20 else ():
+    least = np.array([(C, *(math.exp(best(np.log(runs.N[g]), runs.loss[g])) for best in (
+        lowest, vertex)), runs.loss[g].min()) for C, g in budgets])
+    for row in least[:20]:
         print("    {:8.3g} FLOPs: N {:.4g}; by a parabola {:.4g}; least loss {:.4f}".format(*row))
     if len(least) > 1: print("    least losses: {:.4g} C^{:.4f}, were there no E below them".format(
-        *power_law(*np.array(least).T[[0, 3]])))
+        *power_law(*least.T[[0, 3]])))
     laws, last = {name: fit(runs, weights) for name, fit in FITS.items()}, budgets[-1][1]
     law = Law(*(z[0] for z in laws["parametric"]))
     for name, z in zip(Law._fields, laws["parametric"]):
@@ -364,8 +354,7 @@ def report(runs, at=(), count=500, picture=None):
         residuals.plot(N, 100 * (loss / law.loss(N, D) - 1), "o")
     curves.set(xscale="log", xlabel="N", ylabel="loss, nats a token; lines: L(N, D)")
     residuals.set(xscale="log", xlabel="N", ylabel="% of the loss off L(N, D)")
-    figure.savefig(picture, dpi=120)
-    print("picture:", picture)
+    print("picture:", picture, figure.savefig(picture, dpi=120) or "")
 
 # -----------------------------------------------------------------------------
 # Experiments: small models through train.fit, under a budget of FLOPs
@@ -419,12 +408,12 @@ def study(args):
         with atomic_write(path, "w") as f: json.dump([*ledger.values()], f, indent=1)
     def do(points):
         jobs = jobs_of(points, args.seq_len, corpus.tokenizer.vocab_size)
-        total = sum(({name: job["flops"] for name, (job, _) in jobs.items()}
-                     | {name: entry["flops"] for name, entry in ledger.items()}).values())
+        known = {name: entry for name, (entry, _) in jobs.items()} | ledger
+        total = sum(entry["flops"] for entry in known.values())
         print(f"{len(jobs)} runs; with all that {path} has {total:.4g} FLOPs", flush=True)
         if total > args.flops: raise UserError(
             f"flops: got {total:.4g} in all, wanted {args.flops:.4g} at most; none of these was "
-            "started; raise --flops, or give fewer --budgets or --sizes")
+            "started; raise --flops, or give fewer --budgets")
         for name, (entry, model_cfg) in jobs.items():
             entry = ledger.setdefault(name, entry)
             keep()
@@ -448,8 +437,8 @@ def study(args):
 # -----------------------------------------------------------------------------
 # A game: the large run follows a law that is hidden behind queries, which cost FLOPs
 
-class Query(namedtuple("Query", "d_model n_layers n_heads batch_size lr flops seed",
-                       defaults=[0])):
+FIELDS = "d_model n_layers n_heads batch_size lr flops seed"
+class Query(namedtuple("Query", FIELDS, defaults=[0])):
     N = property(lambda self: 12 * self.n_layers * self.d_model ** 2)
 
 RANGES = Query((64, 1024), (2, 24), (1, 16), (32, 512), (1e-5, 1e-1), (1e13, 1e19), (0, 99))
@@ -486,24 +475,23 @@ class Game:
     def query(self, q):
         """Loss of a Query."""
         for name, x, (low, high) in zip(Query._fields, q, RANGES):
-            if not (low <= x <= high and (x % 1 == 0 or name == "lr")):
-                raise UserError(f"{name}: got {x}, wanted {low:g} to {high:g}; not charged")
-        if q.d_model % q.n_heads:
-            raise UserError(f"n_heads: got {q.n_heads}, wanted a divisor of d_model; not charged")
+            whole = x % 1 == 0 or name == "lr"
+            if not (low <= x <= high and whole) or name == "n_heads" and q.d_model % x:
+                raise UserError(f"{name}: got {x}, wanted {low:g} to {high:g} (n_heads a divisor "
+                                "of d_model); not charged")
         if q not in self.asked:
-            if self.spent + q.flops > self.budget:
-                raise UserError(f"flops: got {q.flops:.3g}, wanted at most what is left, "
-                                f"{self.budget - self.spent:.3g}; not charged")
+            if q.flops > (left := self.budget - self.spent):
+                raise UserError(f"flops: got {q.flops:.3g}, wanted up to {left:.3g}; not charged")
             self.spent += q.flops
             digest = hashlib.sha256(repr((self.seed, *map(float, q))).encode()).digest()
-            z = np.random.default_rng([*digest]).standard_normal()
-            self.asked[q] = self.truth(q) * math.exp(self.noise * z)
+            noise = self.noise * np.random.default_rng([*digest]).standard_normal()
+            self.asked[q] = self.truth(q) * math.exp(noise)
         return self.asked[q]
 
     def submit(self, predicted, q):
         """-> (part by which the true loss of q exceeds the best there is, error predicted)."""
-        every = (Query(d, L, d // 64, b, 1, q.flops) for d in range(64, 1025, 64)
-                 for L in range(2, 25) for b in (32, 64, 128, 512))
+        every = (Query(d, L, 1, b, 1, q.flops) for d, L, b in itertools.product(
+            range(64, 1025, 64), range(2, 25), (32, 64, 128, 512)))
         best = min(self.truth(other._replace(lr=self.lr(other))) for other in every)
         return self.truth(q) / best - 1, predicted / self.truth(q) - 1
 
@@ -534,7 +522,7 @@ def careful(query, budget, target):
     aspect = math.exp(vertex(np.log(aspects), [small(r, batch_size) for r in aspects]))
     if math.isnan(aspect): aspect = 64
     rows, size = [], lambda C: math.sqrt(C / 120)  # 20 tokens a parameter
-    stages = (250, 4, 6), (60, 4, 4), (16, 2.5, 3), (5, 1, 1), (5, 1, 1)
+    stages = (100, 3, 6), (40, 2.5, 4), (16, 2, 3), (5, 1, 1), (5, 1, 1)
     for seed, (part, reach, count) in enumerate(stages):
         C = budget // part
         for N in size(C) * np.geomspace(1 / reach, reach, count):
@@ -547,13 +535,12 @@ def careful(query, budget, target):
 
 def naive(query, budget, target):
     """A grid at a usual learning rate, the least loss of each budget, and lines through these."""
-    best = []
-    for C in (budget // 1000, budget // 300, budget // 50):
-        tries = [query_of(N, 64, 128, 1e-3, C) for N in np.geomspace(1e6, 2e8, 12)]
-        best.append((C, *min((query(q), q.N) for q in tries)))
-    C, losses, N = zip(*best)
+    ask = lambda N, C: query_of(N, 64, 128, 1e-3, C)
+    C = budget // np.array([1000, 300, 50])
+    losses, N = zip(*(min((query(q := ask(n, c)), q.N) for n in np.geomspace(1e6, 2e8, 12))
+                      for c in C))
     (c, a), (k, b) = power_law(C, losses), power_law(C, N)
-    return c * target ** a, query_of(k * target ** b, 64, 128, 1e-3, target)
+    return c * target ** a, ask(k * target ** b, target)
 
 PLAYERS = {"careful": careful, "naive": naive}
 
@@ -561,10 +548,9 @@ def game(args, budget=2e18):
     for name, play in PLAYERS.items():
         games = [Game(seed, budget) for seed in range(args.seed, args.seed + args.trials)]
         scores = np.abs([g.submit(*play(g.query, budget, 5 * budget)) for g in games])
-        spent = np.mean([g.spent for g in games]) / budget
-        print("{:8s}{} laws, {:.0%} of {:.1e} FLOPs spent. At 5 times that the loss is {:.2%} above "
-              "the best, {:.2%} off the predicted (medians; worst {:.2%}, {:.2%})".format(
-                  name, args.trials, spent, budget, *np.median(scores, 0), *scores.max(0)))
+        print("{:8s} {} laws. At 5 times the budget the loss is {:.2%} above the best, {:.2%} off "
+              "the predicted (medians; worst {:.2%}, {:.2%})".format(
+                  name, args.trials, *np.median(scores, 0), *scores.max(0)))
 
 # -----------------------------------------------------------------------------
 # What small scale cannot tell: a score that is sharp in the loss looks like nothing until it looks
@@ -619,27 +605,26 @@ COMMANDS = {  # name: (function, what it does, {option: (default, help)}); None:
     "game": (game, "players on hidden laws", {
         "trials": (20, "laws"), "seed": (0, "of the first")})}
 
-def positive(kind, default, text):
-    with contextlib.suppress(ValueError):
-        if 0 < (x := kind(text)) < math.inf or x == default == 0: return x
-    raise argparse.ArgumentTypeError(f"got {text}, wanted a positive {kind.__name__}")
-
 def build_parser():
     parser = argparse.ArgumentParser(description="Scaling laws. Without a command: the lesson.")
     commands = parser.add_subparsers(dest="command")
     for name, (_, about, options) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
         for option, (default, about) in options.items():
-            many, one = ("+", 1.0) if isinstance(default, list) else (None, default)
-            kind = partial(positive, type(one), one) if isinstance(one, (int, float)) else type(one)
+            kind = dict(type=type(default))
+            if isinstance(default, list): kind = dict(type=float, nargs="+")
             if default is None: command.add_argument(option, help=about)
-            else: command.add_argument(f"--{option}", default=default, type=kind, nargs=many,
+            else: command.add_argument(f"--{option}", default=default, **kind,
                                        help=f"{about} (default: {default})")
     return parser
 
 def main(args):
     if not args.command: return lesson()
     print("scaling.py:", vars(args))
+    for name, (default, _) in COMMANDS[args.command][2].items():
+        for x in np.ravel(getattr(args, name)):
+            if isinstance(x, np.number) and not (0 < x < math.inf or x == default == 0):
+                raise UserError(f"{name}: got {x}, wanted a positive number; set --{name}")
     COMMANDS[args.command][0](args)
 
 if __name__ == "__main__":
