@@ -506,7 +506,7 @@ def careful(query, budget, target):
     then batch and aspect there; then IsoFLOP curves with these, of ever fewer and larger runs, each
     about the best size told by L(N, D) through those before."""
     best = []  # (N, lr)
-    for N, part in (3e6, 1000), (8e6, 300), (2e7, 80):
+    for N, part in (3e6, 1000), (8e6, 300), (2e7, 160):
         tries = [query_of(N, 64, 32, lr, budget // part) for lr in np.geomspace(1e-4, 2e-2, 10)]
         x, y = np.log([(q.lr, query(q)) for q in tries]).T
         near = y < y.min() + 0.06  # further off it is no parabola, or has diverged
@@ -522,7 +522,7 @@ def careful(query, budget, target):
     aspect = math.exp(vertex(np.log(aspects), [small(r, batch_size) for r in aspects]))
     if math.isnan(aspect): aspect = 64
     rows, size = [], lambda C: math.sqrt(C / 120)  # 20 tokens a parameter
-    stages = (100, 3, 6), (40, 2.5, 4), (16, 2, 3), (5, 1, 1), (5, 1, 1)
+    stages = (64, 2.5, 6), (24, 2, 3), (12, 1.6, 2), (5, 1, 1), (5, 1, 1)
     for seed, (part, reach, count) in enumerate(stages):
         C = budget // part
         for N in size(C) * np.geomspace(1 / reach, reach, count):
