@@ -5,7 +5,7 @@ hand, plain torch or numpy written in the test, autograd, float64, torch's own i
 conservation law. References are held against oracles and fast versions against references.
 Tests run in a temporary directory, without network and without a GPU, in minutes on two cores.
 """
-import ast, contextlib, dataclasses, errno, gzip, hashlib, html, http.server, importlib, io
+import ast, contextlib, dataclasses, errno, gzip, hashlib, http.server, importlib, io
 import itertools, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, threading
 import time, types
 from functools import partial
@@ -88,7 +88,6 @@ def random_text(rng, n):   # few letters, so that pairs repeat; much white space
     some = list("aaAb  \n\t1'.,\r\u00a0\u00e9e\u0301\u4f60\U0001F30D" * 6) + ["\ufdd0"]
     some += [chr(rng.choice([0, 0xE000]) + rng.randrange(0xD800)) for _ in range(9)]
     return "".join(rng.choices(some, k=n))
-
 def replay(tok, text):   # encoding by definition: each merge in the order of learning, everywhere
     words = [[bytes([b]) for b in w.encode()] for w in bpe.split_words(text, tok.pattern)]
     for (left, right), word in itertools.product(tok.merges, words):
@@ -103,11 +102,11 @@ def trained(tmp_path_factory):   # a file of 0.1 MB of Python, and the tokenizer
     return path, bpe.Tokenizer(*bpe.train(path, 700), [EOT])
 
 def test_the_obvious_tokenizers_have_the_ratios_of_the_lecture():
-    text, long = "Hello, \U0001F30D! \u4f60\u597d!", "I'll say supercalifragilisticexpialidocious!"
+    text, byte = "Hello, \U0001F30D! \u4f60\u597d!", bpe.Tokenizer(dict(enumerate(bpe.BYTES)))
     char, word = bpe.CharTokenizer(text), bpe.CharTokenizer(bpe.split_words(text), [EOT], "gpt2")
-    for tok, n in (char, 13), (word, 5), (bpe.Tokenizer(dict(enumerate(bpe.BYTES)), []), 20):
-        assert len(tok.encode(text)) == n and tok.decode(tok.encode(text)) == text
-    assert bpe.ratio(word, long) == 8.8 and word.decode(word.encode("Hello, w")) == "Hello,<|unk|>"
+    for tok, n in (char, 13), (word, 5), (byte, 20):
+        assert bpe.ratio(tok, text) == 20 / n and tok.decode(tok.encode(text)) == text
+    assert word.decode(word.encode("Hello, w")) == "Hello,<|unk|>"
 
 @cases("pattern, words", [   # a bar is where the text is cut
     ("gpt2", "it|'s| 42| dogs|  | a|\t|b|'|Se|\u0301|x|!?|\n "),
@@ -117,13 +116,13 @@ def test_the_obvious_tokenizers_have_the_ratios_of_the_lecture():
 def test_a_text_is_cut_into_the_words_worked_by_hand(pattern, words):
     assert bpe.split_words(words.replace("|", ""), pattern) == words.split("|")
 
-@cases("text, pattern, merges", [("the cat in the hat", None, "t-h th-e the- "), (
-    "low\n" * 5 + "lower\n" * 2 + "widest\n" * 3 + "newest\n" * 6, "gpt2",   # Sennrich et al. 2016
-     "s-t e-st o-w l-ow w-est n-e ne-west w-i wi-d wid-est low-e lowe-r"),
+@cases("text, merges", [(   # the first of Sennrich et al. 2016
+    "low\n" * 5 + "lower\n" * 2 + "widest\n" * 3 + "newest\n" * 6,
+    "s-t e-st o-w l-ow w-est n-e ne-west w-i wi-d wid-est low-e lowe-r"),
     # At last (" ", "d"), seen first and the greater if joined, and (" a", "nd") have 2: " a" > " "
-    ("nd\nnd\nnd\nnd a a a a a d d and and", "gpt2", " -a n-d  a-nd")])
-def test_training_learns_the_merges_worked_by_hand(text, pattern, merges):
-    _, got = bpe.train_reference(text, 256 + merges.count("-"), [], pattern)   # train equals it
+    ("nd\nnd\nnd\nnd a a a a a d d and and", " -a n-d  a-nd")])
+def test_training_learns_the_merges_worked_by_hand(text, merges):
+    _, got = bpe.train_reference(text, 256 + merges.count("-"), [])   # train equals it
     assert " ".join(f"{a.decode()}-{b.decode()}" for a, b in got) == merges
 
 def test_train_equals_the_reference_serial_and_parallel(tmp_path, trained, monkeypatch):
@@ -133,10 +132,9 @@ def test_train_equals_the_reference_serial_and_parallel(tmp_path, trained, monke
         (tmp_path / "t").write_text(text, newline="")
         args = 256 + len(some) + rng.randrange(40), some
         assert bpe.train(tmp_path / "t", *args) == bpe.train_reference(text, *args)
-    monkeypatch.setattr(bpe, "BLOCK", 10_000)   # makes a dozen jobs of the file
-    for end, workers in ((None, 1), (None, 2), (20_000, 2)):   # the file is ASCII
-        want = bpe.train_reference(trained[0].read_text()[:end], 280, [EOT])
-        assert bpe.train(trained[0], 280, workers=workers, max_bytes=end) == want
+    monkeypatch.setattr(bpe, "BLOCK", 10_000)   # makes jobs of the file, which is ASCII
+    want = bpe.train_reference(trained[0].read_text()[:50_000], 280, [EOT])
+    for n in 1, 2: assert bpe.train(trained[0], 280, workers=n, max_bytes=50_000) == want
 
 @cases("pattern", bpe.SPLIT_PATTERNS)
 def test_encode_replays_merges_and_no_cut_changes_an_id(tmp_path, monkeypatch, pattern):
@@ -159,35 +157,21 @@ def test_encode_replays_merges_and_no_cut_changes_an_id(tmp_path, monkeypatch, p
         cuts, raw = data.cut_points(path, 20, specials), text.encode()
         parts = [tok.encode(raw[a:b].decode()) for a, b in zip(cuts, cuts[1:])]
         assert sum(parts, []) == want and cuts == sorted({*cuts}) and len(cuts) > 5
-        start = "".join(bpe.read_blocks(path, specials, 50 + seed))
-        assert text.startswith(start) and 46 + seed < len(start.encode()) <= 50 + seed
-    assert next(tok.encode_iter(iter(lambda: "a b", None))) == 97   # of a text that never ends
-    assert max(map(len, bpe.blocks(["a, b c d "] * 9999, []))) <= 200   # memory is bounded
-    path.write_bytes(b"a\xe4")   # ends within a character
-    assert [*bpe.read_blocks(path, [])] == ["a\ufffd"]
 
-def test_decode_undoes_encode_for_every_code_point_and_special_tokens_are_whole(trained, capfd):
+def test_decode_undoes_encode_for_every_code_point_and_special_tokens_are_whole(trained):
     anything, plain = [*map(chr, range(0x110000))], trained[1]   # and lone halves of UTF-16 pairs
-    for text in ("".join(anything), "".join(random.Random(0).choices(anything, k=1_000_000)), "",
-            EOT[1:] + EOT[:-1] + f" {EOT} {EOT}{EOT}\n", "\ud83d\ude00", " " * 400_000):  # in 1 s
+    for text in "".join(anything), f"{EOT[1:]} {EOT}{EOT}\n", " " * 400_000:   # in 1 s
         assert plain.decode(plain.encode(text)) == text
     assert plain.decode([0xE3, 65]) == "\ufffdA" and plain.decode([195, 169]) == "\u00e9"
     tok = bpe.Tokenizer(plain.vocab, plain.merges, [EOT, "<|a|>", "<|a|><|b|>"])
     assert tok.eot == 699 and tok.encode(f"<|a|><|b|><|a|>{EOT}") == [701, 700, 699]
     assert tok.encode(EOT, "text") == replay(tok, EOT)
-    assert bpe.CharTokenizer(["a"], ["bc"], "gpt2").encode("bc", "text") == [2]   # unknown
     with pytest.raises(UserError, match="no special token"): tok.encode("a" + EOT, "refuse")
-    for word in "\u0120s", " self":   # " s" as GPT-2 spells it; a token already
-        with pytest.raises(UserError): bpe.Tokenizer(tok.vocab, tok.merges, [word]).to_text()
-    with pytest.raises(UserError): [*bpe.parallel_map(bpe.special_splitter, zip([[EOT], ["x"]]), 2)]
-    assert capfd.readouterr().err.count("got 'x'") == 1   # a worker's mistake is not printed twice
-
-SPELLED = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}   # by GPT-2
-for b in range(256): SPELLED.setdefault(b, chr(256 + len(SPELLED) - 188))
 
 @pytest.fixture
 def formats(tmp_path, trained):   # {file in tmp_path: its content}, the tokenizer in every format
-    tok, spell = trained[1], lambda token: "".join(SPELLED[b] for b in token)
+    tok, spell = trained[1], bpe.spell
+    assert spell(bytes([33, 0, 10, 32, 127, 160, 173])) == "!\u0100\u010a\u0120\u0121\u0142\u0143"
     merges = "\n".join(["#version: 0.2", *(f"{spell(a)} {spell(b)}" for a, b in tok.merges)])
     files = {"vocab.json": json.dumps({spell(token): i for token, i in tok.ids.items()}),
              "merges.txt": merges, "t.json": tok.to_text(), "a.tiktoken": tok.to_text("a.tiktoken")}
@@ -195,59 +179,35 @@ def formats(tmp_path, trained):   # {file in tmp_path: its content}, the tokeniz
     return files
 
 def test_every_format_gives_the_same_ids_and_the_hash_is_the_files(tmp_path, trained, formats):
-    text = random_text(random.Random(0), 500) + EOT + "def hello"
-    char = bpe.CharTokenizer("hello \u00e9\n", [EOT, "\u00e9"])
+    char, text = bpe.CharTokenizer("hello \u00e9\n", [EOT, "\u00e9"]), f"\u00e9 \t{EOT}\u4f60 hello"
     for tok, names in (char, []), (trained[1], formats):
         tok.save(tmp_path)
         assert tok.hash == hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
         for name in "", *names:
             got = bpe.load_tokenizer(tmp_path / name, "gpt2", {EOT: 699})
-            assert got.vocab == tok.vocab and got.special_tokens == tok.special_tokens
-            assert got.encode(text) == tok.encode(text)
-    with open(file := tmp_path / "a.tiktoken", "a") as f: f.write("Y2Fi 800")   # no merge makes cab
-    assert bpe.load_tokenizer(file, "gpt2", {}).encode("cab cab") == [800, *tok.encode(" cab")]
+            assert got.vocab == tok.vocab and got.encode(text) == tok.encode(text)
 
-@cases("kind, normalizer, merges, text, ids", [   # as their files spell them
-    ("llama3", None, [["a", "b"], ["3", "4"]], "cab cab1234<s>34",   # "cab" is a token, " cab" not
-     [258, 220, 66, 256, 16, 17, 18, 19, 999, 257]),                 # 123 and 4 are apart
-    ("qwen2", {"type": "NFC"}, ["\u00c3 \u00a9", "1 2"], "e\u0301\u00e9<s>12",
-     [256, 256, 999, 16, 17])])
+@cases("kind, normalizer, merges, text, ids", [   # " cab" is no token, 123 and 4 are apart
+    ("llama3", None, [["a", "b"], ["3", "4"]], "cab cab1234", [258, 220, 66, 256, 16, 17, 18, 19]),
+    ("qwen2", {"type": "NFC"}, ["\u00c3 \u00a9", "1 2"], "e\u0301<s>12", [256, 999, 16, 17])])
 def test_a_tokenizer_json_of_others_gives_ids_worked_by_hand(kind, normalizer, merges, text, ids):
-    pattern, made = bpe.SPLIT_PATTERNS[kind], ["".join(pair).replace(" ", "") for pair in merges]
-    vocab = dict(zip([*SPELLED.values(), *made, "cab"], range(259)))
-    assert bpe.from_json({"normalizer": normalizer, "pre_tokenizer": {"pretokenizers": [
-            dict(type="Split", behavior="Isolated", invert=False, pattern={"Regex": pattern}),
-            dict(type="ByteLevel", add_prefix_space=False, use_regex=False)]},
-        "added_tokens": [{"id": 999, "content": "<s>", "lstrip": False}],
+    made = ["".join(pair).replace(" ", "") for pair in merges]
+    assert bpe.from_json({"normalizer": normalizer, "pre_tokenizer": {
+        "pretokenizers": bpe.RULES[kind]}, "added_tokens": [{"id": 999, "content": "<s>"}],
         "post_processor": {"type": "TemplateProcessing"}, "model": dict(
-            type="BPE", ignore_merges=kind == "llama3", merges=merges, vocab=vocab)},
+            type="BPE", ignore_merges=kind == "llama3", merges=merges,
+            vocab=dict(zip([*bpe.BYTE_CHARS.values(), *made, "cab"], range(259))))},
         ).encode(text) == ids
 
 @cases("name, old, new", [*(("t.json", *pair) for pair in [
-    ('"BPE"', '"BPE", "dropout": 0.1'), ('lstrip": false', 'lstrip": true'), ("BPE", "WordPiece"),
-    ('zer": null', 'zer": {"type": "Lowercase"}'), ("Split", "Digits"), ("Isolated", "Removed"),
-    ('"version"', '"post_processor": {"type": "X"}, "version"'), ("N}+|", "N}|"), ('"s e', '"s 12'),
-    ('"!": 33', '"!": 34')]), *(("a.tiktoken", "\nIQ== 33", new) for new in (
-        "\nI== 33", "\n33", "", "\nIQ== 3", "\nIQ== 33\nIQ== 900")),   # at last a token twice
-    ("merges.txt", "\ns e", "\ns 12"), ("merges.txt", "\ns e", "\nse")])
+    ('"BPE"', '"BPE", "dropout": 0.1'), ('lstrip": false', 'lstrip": true'), ("N}+|", "N}|"),
+    ('zer": null', 'zer": {"type": "X"}'), ('"s e', '"s 12')]), ("merges.txt", "\ns e", "\nse"),
+    *(("a.tiktoken", "\nIQ== 33", new) for new in ("\nI== 33", "", "\nIQ== 33\nIQ== 900"))])
 def test_a_file_that_is_damaged_or_asks_for_more_is_named(tmp_path, formats, name, old, new):
-    assert old in formats[name]   # as it is, the test above loads it
     (tmp_path / name).write_text(formats[name].replace(old, new), encoding="utf-8")
     with pytest.raises(UserError, match=name): bpe.load_tokenizer(tmp_path / name, "gpt2")
 
-def test_the_page_of_show_tells_id_bytes_and_rank_and_needs_no_other_file(tmp_path, trained):
-    (_, tok), file, text = trained, str(tmp_path / "t.json"), f"<b>self</b> &amp; \u4f60{EOT}"
-    tok.save(file)
-    call(bpe, "show", text, "--html", file + "l", "--token", file)
-    shown = re.findall(r'<i [^<>]*"([^"]*)">([^<]*)</i>', page := Path(file + "l").read_text())
-    ranks = ["not merged"] * 256 + [f"rank {i}" for i in range(443)] + ["special"]
-    assert [about for about, _ in shown] == [
-        f"id {i} | bytes {tok.vocab[i].hex(' ')} | {ranks[i]}" for i in tok.encode(text)]
-    assert "".join(t for _, t in shown) == html.escape(text).replace("\u4f60", r"\xe4\xbd\xa0")
-    assert not re.search("http|<script|<b>|<link|<img", page)
-
-@cases("error, seen", [(SystemExit(), SystemExit), (OSError(errno.ENOSPC, "full"),
-    UserError), (OSError(errno.EACCES, "no", "input"), OSError)])   # the last: of another file
+@cases("error, seen", [(SystemExit(), SystemExit), (OSError(errno.ENOSPC, "full"), UserError)])
 def test_atomic_write_leaves_the_old_file_when_the_writer_raises(tmp_path, error, seen):
     (tmp_path / "f").write_text("old")
     with pytest.raises(seen), bpe.atomic_write(tmp_path / "f") as file:
