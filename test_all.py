@@ -687,7 +687,7 @@ GPU = partial(pytest.param, "cuda", marks=pytest.mark.skipif("not torch.cuda.is_
 @cases("device, dtype, most", [
     ("cpu", "float32", 1e-5), GPU("float32", 1e-4), GPU("float16", 4e-3), GPU("bfloat16", 2e-2)])
 def test_attention_kernel_equals_float64_and_a_model_trains_through_it(device, dtype, most):
-    out, said = child(f"kind, new = torch.{dtype}, lambda *n: torch.randn(n, device={device!r})" + """
+    out, said = child(f"kind, new = torch.{dtype}, lambda *n: torch.randn(n).to({device!r})" + """
 import model
 if K.INTERPRET:  # Triton 3.6 with NumPy 2.4 cannot take a range of a tensor
     import triton.runtime.interpreter as I
