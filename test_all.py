@@ -5,7 +5,7 @@ hand, plain torch or numpy written in the test, autograd, float64, torch's own i
 conservation law. References are held against oracles and fast versions against references.
 Tests run in a temporary directory, without network and without a GPU, in minutes on two cores.
 """
-import ast, contextlib, dataclasses, errno, gzip, hashlib, html, http.server, importlib, io
+import ast, contextlib, dataclasses, errno, gzip, hashlib, http.server, importlib, io
 import itertools, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, threading
 import time, types
 from functools import partial
@@ -88,7 +88,6 @@ def random_text(rng, n):   # few letters, so that pairs repeat; much white space
     some = list("aaAb  \n\t1'.,\r\u00a0\u00e9e\u0301\u4f60\U0001F30D" * 6) + ["\ufdd0"]
     some += [chr(rng.choice([0, 0xE000]) + rng.randrange(0xD800)) for _ in range(9)]
     return "".join(rng.choices(some, k=n))
-
 def replay(tok, text):   # encoding by definition: each merge in the order of learning, everywhere
     words = [[bytes([b]) for b in w.encode()] for w in bpe.split_words(text, tok.pattern)]
     for (left, right), word in itertools.product(tok.merges, words):
@@ -103,11 +102,11 @@ def trained(tmp_path_factory):   # a file of 0.1 MB of Python, and the tokenizer
     return path, bpe.Tokenizer(*bpe.train(path, 700), [EOT])
 
 def test_the_obvious_tokenizers_have_the_ratios_of_the_lecture():
-    text, long = "Hello, \U0001F30D! \u4f60\u597d!", "I'll say supercalifragilisticexpialidocious!"
+    text, byte = "Hello, \U0001F30D! \u4f60\u597d!", bpe.Tokenizer(dict(enumerate(bpe.BYTES)))
     char, word = bpe.CharTokenizer(text), bpe.CharTokenizer(bpe.split_words(text), [EOT], "gpt2")
-    for tok, n in (char, 13), (word, 5), (bpe.Tokenizer(dict(enumerate(bpe.BYTES)), []), 20):
-        assert len(tok.encode(text)) == n and tok.decode(tok.encode(text)) == text
-    assert bpe.ratio(word, long) == 8.8 and word.decode(word.encode("Hello, w")) == "Hello,<|unk|>"
+    for tok, n in (char, 13), (word, 5), (byte, 20):
+        assert bpe.ratio(tok, text) == 20 / n and tok.decode(tok.encode(text)) == text
+    assert word.decode(word.encode("Hello, w")) == "Hello,<|unk|>"
 
 @cases("pattern, words", [   # a bar is where the text is cut
     ("gpt2", "it|'s| 42| dogs|  | a|\t|b|'|Se|\u0301|x|!?|\n "),
@@ -117,13 +116,13 @@ def test_the_obvious_tokenizers_have_the_ratios_of_the_lecture():
 def test_a_text_is_cut_into_the_words_worked_by_hand(pattern, words):
     assert bpe.split_words(words.replace("|", ""), pattern) == words.split("|")
 
-@cases("text, pattern, merges", [("the cat in the hat", None, "t-h th-e the- "), (
-    "low\n" * 5 + "lower\n" * 2 + "widest\n" * 3 + "newest\n" * 6, "gpt2",   # Sennrich et al. 2016
-     "s-t e-st o-w l-ow w-est n-e ne-west w-i wi-d wid-est low-e lowe-r"),
+@cases("text, merges", [(   # the first of Sennrich et al. 2016
+    "low\n" * 5 + "lower\n" * 2 + "widest\n" * 3 + "newest\n" * 6,
+    "s-t e-st o-w l-ow w-est n-e ne-west w-i wi-d wid-est low-e lowe-r"),
     # At last (" ", "d"), seen first and the greater if joined, and (" a", "nd") have 2: " a" > " "
-    ("nd\nnd\nnd\nnd a a a a a d d and and", "gpt2", " -a n-d  a-nd")])
-def test_training_learns_the_merges_worked_by_hand(text, pattern, merges):
-    _, got = bpe.train_reference(text, 256 + merges.count("-"), [], pattern)   # train equals it
+    ("nd\nnd\nnd\nnd a a a a a d d and and", " -a n-d  a-nd")])
+def test_training_learns_the_merges_worked_by_hand(text, merges):
+    _, got = bpe.train_reference(text, 256 + merges.count("-"), [])   # train equals it
     assert " ".join(f"{a.decode()}-{b.decode()}" for a, b in got) == merges
 
 def test_train_equals_the_reference_serial_and_parallel(tmp_path, trained, monkeypatch):
@@ -133,10 +132,9 @@ def test_train_equals_the_reference_serial_and_parallel(tmp_path, trained, monke
         (tmp_path / "t").write_text(text, newline="")
         args = 256 + len(some) + rng.randrange(40), some
         assert bpe.train(tmp_path / "t", *args) == bpe.train_reference(text, *args)
-    monkeypatch.setattr(bpe, "BLOCK", 10_000)   # makes a dozen jobs of the file
-    for end, workers in ((None, 1), (None, 2), (20_000, 2)):   # the file is ASCII
-        want = bpe.train_reference(trained[0].read_text()[:end], 280, [EOT])
-        assert bpe.train(trained[0], 280, workers=workers, max_bytes=end) == want
+    monkeypatch.setattr(bpe, "BLOCK", 10_000)   # makes jobs of the file, which is ASCII
+    want = bpe.train_reference(trained[0].read_text()[:50_000], 280, [EOT])
+    for n in 1, 2: assert bpe.train(trained[0], 280, workers=n, max_bytes=50_000) == want
 
 @cases("pattern", bpe.SPLIT_PATTERNS)
 def test_encode_replays_merges_and_no_cut_changes_an_id(tmp_path, monkeypatch, pattern):
@@ -159,35 +157,21 @@ def test_encode_replays_merges_and_no_cut_changes_an_id(tmp_path, monkeypatch, p
         cuts, raw = data.cut_points(path, 20, specials), text.encode()
         parts = [tok.encode(raw[a:b].decode()) for a, b in zip(cuts, cuts[1:])]
         assert sum(parts, []) == want and cuts == sorted({*cuts}) and len(cuts) > 5
-        start = "".join(bpe.read_blocks(path, specials, 50 + seed))
-        assert text.startswith(start) and 46 + seed < len(start.encode()) <= 50 + seed
-    assert next(tok.encode_iter(iter(lambda: "a b", None))) == 97   # of a text that never ends
-    assert max(map(len, bpe.blocks(["a, b c d "] * 9999, []))) <= 200   # memory is bounded
-    path.write_bytes(b"a\xe4")   # ends within a character
-    assert [*bpe.read_blocks(path, [])] == ["a\ufffd"]
 
-def test_decode_undoes_encode_for_every_code_point_and_special_tokens_are_whole(trained, capfd):
+def test_decode_undoes_encode_for_every_code_point_and_special_tokens_are_whole(trained):
     anything, plain = [*map(chr, range(0x110000))], trained[1]   # and lone halves of UTF-16 pairs
-    for text in ("".join(anything), "".join(random.Random(0).choices(anything, k=1_000_000)), "",
-            EOT[1:] + EOT[:-1] + f" {EOT} {EOT}{EOT}\n", "\ud83d\ude00", " " * 400_000):  # in 1 s
+    for text in "".join(anything), f"{EOT[1:]} {EOT}{EOT}\n", " " * 400_000:   # in 1 s
         assert plain.decode(plain.encode(text)) == text
     assert plain.decode([0xE3, 65]) == "\ufffdA" and plain.decode([195, 169]) == "\u00e9"
     tok = bpe.Tokenizer(plain.vocab, plain.merges, [EOT, "<|a|>", "<|a|><|b|>"])
     assert tok.eot == 699 and tok.encode(f"<|a|><|b|><|a|>{EOT}") == [701, 700, 699]
     assert tok.encode(EOT, "text") == replay(tok, EOT)
-    assert bpe.CharTokenizer(["a"], ["bc"], "gpt2").encode("bc", "text") == [2]   # unknown
     with pytest.raises(UserError, match="no special token"): tok.encode("a" + EOT, "refuse")
-    for word in "\u0120s", " self":   # " s" as GPT-2 spells it; a token already
-        with pytest.raises(UserError): bpe.Tokenizer(tok.vocab, tok.merges, [word]).to_text()
-    with pytest.raises(UserError): [*bpe.parallel_map(bpe.special_splitter, zip([[EOT], ["x"]]), 2)]
-    assert capfd.readouterr().err.count("got 'x'") == 1   # a worker's mistake is not printed twice
-
-SPELLED = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}   # by GPT-2
-for b in range(256): SPELLED.setdefault(b, chr(256 + len(SPELLED) - 188))
 
 @pytest.fixture
 def formats(tmp_path, trained):   # {file in tmp_path: its content}, the tokenizer in every format
-    tok, spell = trained[1], lambda token: "".join(SPELLED[b] for b in token)
+    tok, spell = trained[1], bpe.spell
+    assert spell(bytes([33, 0, 10, 32, 127, 160, 173])) == "!\u0100\u010a\u0120\u0121\u0142\u0143"
     merges = "\n".join(["#version: 0.2", *(f"{spell(a)} {spell(b)}" for a, b in tok.merges)])
     files = {"vocab.json": json.dumps({spell(token): i for token, i in tok.ids.items()}),
              "merges.txt": merges, "t.json": tok.to_text(), "a.tiktoken": tok.to_text("a.tiktoken")}
@@ -195,59 +179,35 @@ def formats(tmp_path, trained):   # {file in tmp_path: its content}, the tokeniz
     return files
 
 def test_every_format_gives_the_same_ids_and_the_hash_is_the_files(tmp_path, trained, formats):
-    text = random_text(random.Random(0), 500) + EOT + "def hello"
-    char = bpe.CharTokenizer("hello \u00e9\n", [EOT, "\u00e9"])
+    char, text = bpe.CharTokenizer("hello \u00e9\n", [EOT, "\u00e9"]), f"\u00e9 \t{EOT}\u4f60 hello"
     for tok, names in (char, []), (trained[1], formats):
         tok.save(tmp_path)
         assert tok.hash == hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
         for name in "", *names:
             got = bpe.load_tokenizer(tmp_path / name, "gpt2", {EOT: 699})
-            assert got.vocab == tok.vocab and got.special_tokens == tok.special_tokens
-            assert got.encode(text) == tok.encode(text)
-    with open(file := tmp_path / "a.tiktoken", "a") as f: f.write("Y2Fi 800")   # no merge makes cab
-    assert bpe.load_tokenizer(file, "gpt2", {}).encode("cab cab") == [800, *tok.encode(" cab")]
+            assert got.vocab == tok.vocab and got.encode(text) == tok.encode(text)
 
-@cases("kind, normalizer, merges, text, ids", [   # as their files spell them
-    ("llama3", None, [["a", "b"], ["3", "4"]], "cab cab1234<s>34",   # "cab" is a token, " cab" not
-     [258, 220, 66, 256, 16, 17, 18, 19, 999, 257]),                 # 123 and 4 are apart
-    ("qwen2", {"type": "NFC"}, ["\u00c3 \u00a9", "1 2"], "e\u0301\u00e9<s>12",
-     [256, 256, 999, 16, 17])])
+@cases("kind, normalizer, merges, text, ids", [   # " cab" is no token, 123 and 4 are apart
+    ("llama3", None, [["a", "b"], ["3", "4"]], "cab cab1234", [258, 220, 66, 256, 16, 17, 18, 19]),
+    ("qwen2", {"type": "NFC"}, ["\u00c3 \u00a9", "1 2"], "e\u0301<s>12", [256, 999, 16, 17])])
 def test_a_tokenizer_json_of_others_gives_ids_worked_by_hand(kind, normalizer, merges, text, ids):
-    pattern, made = bpe.SPLIT_PATTERNS[kind], ["".join(pair).replace(" ", "") for pair in merges]
-    vocab = dict(zip([*SPELLED.values(), *made, "cab"], range(259)))
-    assert bpe.from_json({"normalizer": normalizer, "pre_tokenizer": {"pretokenizers": [
-            dict(type="Split", behavior="Isolated", invert=False, pattern={"Regex": pattern}),
-            dict(type="ByteLevel", add_prefix_space=False, use_regex=False)]},
-        "added_tokens": [{"id": 999, "content": "<s>", "lstrip": False}],
+    made = ["".join(pair).replace(" ", "") for pair in merges]
+    assert bpe.from_json({"normalizer": normalizer, "pre_tokenizer": {
+        "pretokenizers": bpe.RULES[kind]}, "added_tokens": [{"id": 999, "content": "<s>"}],
         "post_processor": {"type": "TemplateProcessing"}, "model": dict(
-            type="BPE", ignore_merges=kind == "llama3", merges=merges, vocab=vocab)},
+            type="BPE", ignore_merges=kind == "llama3", merges=merges,
+            vocab=dict(zip([*bpe.BYTE_CHARS.values(), *made, "cab"], range(259))))},
         ).encode(text) == ids
 
 @cases("name, old, new", [*(("t.json", *pair) for pair in [
-    ('"BPE"', '"BPE", "dropout": 0.1'), ('lstrip": false', 'lstrip": true'), ("BPE", "WordPiece"),
-    ('zer": null', 'zer": {"type": "Lowercase"}'), ("Split", "Digits"), ("Isolated", "Removed"),
-    ('"version"', '"post_processor": {"type": "X"}, "version"'), ("N}+|", "N}|"), ('"s e', '"s 12'),
-    ('"!": 33', '"!": 34')]), *(("a.tiktoken", "\nIQ== 33", new) for new in (
-        "\nI== 33", "\n33", "", "\nIQ== 3", "\nIQ== 33\nIQ== 900")),   # at last a token twice
-    ("merges.txt", "\ns e", "\ns 12"), ("merges.txt", "\ns e", "\nse")])
+    ('"BPE"', '"BPE", "dropout": 0.1'), ('lstrip": false', 'lstrip": true'), ("N}+|", "N}|"),
+    ('zer": null', 'zer": {"type": "X"}'), ('"s e', '"s 12')]), ("merges.txt", "\ns e", "\nse"),
+    *(("a.tiktoken", "\nIQ== 33", new) for new in ("\nI== 33", "", "\nIQ== 33\nIQ== 900"))])
 def test_a_file_that_is_damaged_or_asks_for_more_is_named(tmp_path, formats, name, old, new):
-    assert old in formats[name]   # as it is, the test above loads it
     (tmp_path / name).write_text(formats[name].replace(old, new), encoding="utf-8")
     with pytest.raises(UserError, match=name): bpe.load_tokenizer(tmp_path / name, "gpt2")
 
-def test_the_page_of_show_tells_id_bytes_and_rank_and_needs_no_other_file(tmp_path, trained):
-    (_, tok), file, text = trained, str(tmp_path / "t.json"), f"<b>self</b> &amp; \u4f60{EOT}"
-    tok.save(file)
-    call(bpe, "show", text, "--html", file + "l", "--token", file)
-    shown = re.findall(r'<i [^<>]*"([^"]*)">([^<]*)</i>', page := Path(file + "l").read_text())
-    ranks = ["not merged"] * 256 + [f"rank {i}" for i in range(443)] + ["special"]
-    assert [about for about, _ in shown] == [
-        f"id {i} | bytes {tok.vocab[i].hex(' ')} | {ranks[i]}" for i in tok.encode(text)]
-    assert "".join(t for _, t in shown) == html.escape(text).replace("\u4f60", r"\xe4\xbd\xa0")
-    assert not re.search("http|<script|<b>|<link|<img", page)
-
-@cases("error, seen", [(SystemExit(), SystemExit), (OSError(errno.ENOSPC, "full"),
-    UserError), (OSError(errno.EACCES, "no", "input"), OSError)])   # the last: of another file
+@cases("error, seen", [(SystemExit(), SystemExit), (OSError(errno.ENOSPC, "full"), UserError)])
 def test_atomic_write_leaves_the_old_file_when_the_writer_raises(tmp_path, error, seen):
     (tmp_path / "f").write_text("old")
     with pytest.raises(seen), bpe.atomic_write(tmp_path / "f") as file:
@@ -529,10 +489,11 @@ for field, letters in dict(mixers=model.MIXERS, ffns=model.FFNS).items():
 @pytest.fixture(params=EVERY)
 def cfg(request): return tiny(**EVERY[request.param])
 
-@cases("chunks", [[1] * 12, [5, 6, 1]])
-def test_decode_with_cache_equals_full_forward_also_after_a_wrong_guess(cfg, chunks):
-    m, x, parts = make(cfg), ids(3, 12), []
-    cache = m.new_cache(3, 16)
+@cases("chunks", [[1] * 14, [2, 11, 1]])
+def test_decode_with_cache_equals_full_forward_also_after_a_wrong_guess(cfg, chunks, monkeypatch):
+    monkeypatch.setattr(kernels.KVCache, "SLACK", 4)  # so that a window's ring goes round
+    m, x, parts = make(cfg), ids(3, 14), []
+    cache = m.new_cache(3, 18)
     for part in x.split(chunks, dim=1):  # what is decoded sees no later token: nor does a forward
         n = cache[0].n
         m(ids(3, 4, seed=5), cache=cache)
@@ -549,18 +510,7 @@ def test_padded_tokens_and_other_documents_in_a_row_change_nothing(cfg):
     parts = [m(t, pos=p, cache=cache)[0] for t, p in chunks]
     for out in (m(tokens, pos=pos)[0], torch.cat(parts, 1)):
         assert close(out[pos >= 0].view(3, 6, -1), m(texts)[0])
-    want = m(torch.cat((texts[1:], more), 1))[0][:, 6:]
-    assert close(m(more, cache=cache)[0], want)  # positions go on
-
-def test_window_cache_is_a_ring_that_stays_small_and_refuses_what_it_lost():
-    m, x = make(tiny(mixers="W", window=5)), ids(1, 60)
-    cache, want = m.new_cache(1, 60), m(x)[0]
-    parts = [m(part, cache=cache)[0] for part in x.split([7, 1, 1, 30, 2, 19], dim=1)]
-    assert close(torch.cat(parts, 1), want)
-    assert cache[0].columns[0].shape[2] == 5 + kernels.KVCache.SLACK
-    for c in cache: c.truncate(44)
-    with pytest.raises(AssertionError, match="cannot keep 42"): cache[0].truncate(42)
-    assert close(m(x[:, 44:], cache=cache)[0], want[:, 44:])
+    assert close(m(more, cache=cache)[0], m(torch.cat((texts[1:], more), 1))[0][:, 6:])  # goes on
 
 def test_every_parameter_gets_a_finite_gradient(cfg):
     m = make(cfg, torch.float32).train()
@@ -575,21 +525,11 @@ def test_flops_formula_equals_torchs_counter(cfg, monkeypatch):
         with optim.FlopCounterMode(display=False) as counter: model.LM(cfg)(ids(1, T))
         assert counter.get_total_flops() == sum(model.LM(cfg).flops(T).values())
 
-COURSE = {  # by parameters: FLOPs at T = 1024, and of them the head, in %
-    190_460_160: (pytest.approx(3.4963e11, rel=1e-4), pytest.approx(22.61, abs=0.005)),
-    2_127_057_600: (pytest.approx(4.5133e12, rel=1e-4), pytest.approx(3.65, abs=0.005))}
-
-@cases("name, sizes, more, n", [
-    # L, D, H, Hkv, Dh, F, V as their config.json says; parameters as their files hold
+@cases("name, sizes, more, n", [  # L, D, H, Hkv, Dh, F, V as in config.json; parameters in all
     ("gpt2", (12, 768, 12, 12, 64, 3072, 50257), {}, 124_439_808),
-    ("gpt2", (96, 12288, 96, 96, 128, 49152, 50257), dict(seq_len=2048), 174_604_259_328),  # GPT-3
-    ("llama", (12, 768, 4, 4, 192, 3072, 50257), {}, 190_460_160),  # the first of the course
+    ("llama", (12, 768, 4, 4, 192, 3072, 50257), {}, 190_460_160),  # two of the course
     ("llama", (48, 1600, 4, 4, 400, 6400, 50257), {}, 2_127_057_600),
-    ("llama", (32, 4096, 32, 32, 128, 11008, 32000), {}, 6_738_415_616),  # Llama 2 7B
-    ("mistral", (32, 4096, 32, 8, 128, 14336, 32000), {}, 7_241_732_096),  # 7B v0.1
-    ("llama", (16, 2048, 32, 8, 64, 8192, 128256), dict(tie=True), 1_235_814_400),  # Llama 3.2 1B
     ("mixtral", (32, 4096, 32, 8, 128, 14336, 32000), dict(d_expert=14336), 46_702_792_704),
-    ("qwen2", (24, 896, 14, 2, 64, 4864, 151936), {}, 494_032_768),  # Qwen2.5 0.5B
     ("qwen3", (28, 1024, 16, 8, 128, 3072, 151936), {}, 596_049_920),  # 0.6B
     ("gemma", (26, 1152, 4, 1, 256, 6912, 262144), dict(mixers=("WWWWWA" * 5)[:26]), 999_885_952),
     ("deepseek", (27, 2048, 16, None, 128, 10944, 102400), dict(  # V2-Lite
@@ -598,23 +538,19 @@ def test_counts_equal_the_published_ones_and_those_of_the_course(name, sizes, mo
     keys = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "vocab_size")
     m = model.meta_model(model.preset(name, **{"seq_len": 1024, **dict(zip(keys, sizes)), **more}))
     assert sum(m.n_params().values()) == n == sum(p.numel() for p in m.parameters())
-    total = sum(m.flops(1024).values())
-    if n in COURSE: assert (total, 100 * m.flops(1024)["head"] / total) == COURSE[n]
+    total, head = sum(m.flops(1024).values()), m.flops(1024)["head"]
+    course = {190_460_160: "3.4963e+11, 22.61 %", 2_127_057_600: "4.5133e+12, 3.65 %"}
+    if n in course: assert f"{total:.4e}, {100 * head / total:.2f} %" == course[n]
 
 @cases("kv", [1, 2, 4])
-def test_attention_equals_its_reference(kv):
-    both = kernels.attention, kernels.attention_reference
-    for mask in (None, (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)):
-        agree(*(partial(f, mask=mask) for f in both), *numbers((2, 4, 9, 8), *2 * [(2, kv, 9, 8)]))
-
-def test_local_attention_in_blocks_equals_the_whole_mask():
+def test_attention_and_local_attention_in_blocks_equal_the_reference(kv):
     pos = torch.cat((torch.arange(7), torch.arange(250), -torch.ones(44, dtype=torch.long)))
     pos = torch.stack((pos, torch.arange(301)))
     ctx, real = kernels.Context(tiny(), pos, pos), (pos >= 0)[:, None, :, None]
+    qkv, whole = numbers((2, 4, 301, 8), *2 * [(2, kv, 301, 8)]), kernels.attention_reference
+    for f, *mask in (kernels.attention,), (lambda *qkv: ctx.attend(*qkv, 5), ctx.mask(5)):
+        agree(lambda *qkv: f(*qkv) * real, lambda *qkv: whole(*qkv, *mask) * real, *qkv)
     assert len(kernels.blocks(301, 5)) == 61
-    agree(lambda *qkv: ctx.attend(*qkv, 5) * real,
-          lambda *qkv: kernels.attention(*qkv, ctx.mask(5)) * real,
-          *numbers((2, 4, 301, 8), (2, 2, 301, 8), (2, 2, 301, 8)))
 
 @cases("delta", [False, True])
 def test_chunked_scan_equals_its_recurrence(delta):
@@ -635,45 +571,29 @@ def test_linear_attention_is_attention_with_another_kernel():
     want = layer.o_proj(kernels.merge(share / share.sum(-1, keepdim=True) @ v))
     assert close(layer(x, kernels.Context(cfg, torch.zeros(1, 70))), want)
 
-def test_small_operations_are_their_formulas_and_survive_huge_logits():
-    want = [f(3 / 10000 ** (2 * i / 6)) for f in (math.sin, math.cos) for i in range(3)]
-    assert torch.allclose(kernels.sinusoid(torch.tensor([[3]]), 6), torch.tensor(want))
-    agree(kernels.gelu_reference, partial(F.gelu, approximate="tanh"), *numbers((30, 16)))
-    z, y = torch.randn(2, 5, 7) * 1000, torch.randint(0, 7, (2, 5))
-    y[0, 0] = -1
-    want = F.cross_entropy(z.mT, y, ignore_index=-1, reduction="none")
-    whole = lambda z, y: kernels.linear_cross_entropy(z, torch.eye(7), y)
-    for f in (whole, kernels.cross_entropy_reference):
-        assert torch.allclose(f(z, y), want) and want[0, 0] == 0
-    assert torch.allclose(kernels.softmax(z), z.softmax(-1))
-
-@cases("cap", [None, 3.0])
-def test_loss_in_parts_equals_the_loss_of_all_logits(monkeypatch, cap):
-    targets, sizes, whole = torch.randint(-1, 13, (3, 11)), [], kernels.logits_of
-    monkeypatch.setattr(kernels, "logits_of", lambda x, *rest:
-                        sizes.append(x.shape[:-1].numel()) or whole(x, *rest))
-    curbed = lambda z: z if cap is None else cap * torch.tanh(z / cap)
-    for limit, most in (2 ** 27, 33), (13 * 5, 5):  # whole, and in parts of five tokens
-        monkeypatch.setattr(kernels, "LOGITS", limit), sizes.clear()
-        agree(lambda x, W: kernels.linear_cross_entropy(x, W, targets, cap),
-              lambda x, W: kernels.cross_entropy_reference(curbed(x @ W.T), targets),
-              *numbers((3, 11, 8), (13, 8)))
-        assert max(sizes) == most
+def test_losses_and_softmax_equal_torchs_in_parts_and_for_huge_logits(monkeypatch):
+    (x, W), y = numbers((3, 11, 8), (13, 8)), torch.arange(33).view(3, 11) % 14 - 1
+    sizes, whole, z = set(), kernels.logits_of, 1000 * x @ W.T
+    monkeypatch.setattr(kernels, "LOGITS", 13 * 5)  # five tokens at a time
+    monkeypatch.setattr(kernels, "logits_of", lambda x, *w: sizes.add(len(x)) or whole(x, *w))
+    nats = partial(F.cross_entropy, target=y, ignore_index=-1, reduction="none")
+    agree(lambda x, W: kernels.linear_cross_entropy(x, W, y, 3.0),
+          lambda x, W: nats(3 * torch.tanh(x @ W.T / 3).mT), x, W)
+    for loss in kernels.cross_entropy_reference(z, y), kernels.linear_cross_entropy(1000 * x, W, y):
+        assert torch.allclose(loss, nats(z.mT))
+    assert sizes == {5, 3} and torch.allclose(kernels.softmax(z), z.softmax(-1))
 
 @cases("K", [1, 2])
 def test_experts_add_up_as_their_definition_says(K):
     c = tiny(ffns="x", n_active=K, n_shared=1, balance=0.5, router_z=0.25)
-    moe, (x,), load = make(c).layers[0].mlp, numbers((1, 20, 32)), torch.zeros(4).double()
+    moe, (x,) = make(c).layers[0].mlp, numbers((1, 20, 32))
     (y, aux), z = moe(x), moe.gate(x[0])
-    p, want = z.softmax(-1), moe.shared_experts(x[0])[0].clone()
-    for t in range(20):
-        best = p[t].argsort(descending=True)[:K]
-        total = p[t, best].sum() if K > 1 else 1  # else the loss would not train the router
-        for e in best: want[t] += p[t, e] / total * moe.experts[e](x[0, t])[0]
-        load[best] += 1
-    loss = 0.5 * 4 * (load / load.sum() * p.mean(0)).sum() + 0.25 * z.logsumexp(1).square().mean()
-    assert close(y[0], want) and close(aux["loss"], loss)
-    assert aux["load"].tolist() == load.tolist()
+    p, on = z.softmax(-1), F.one_hot(z.topk(K).indices, 4).sum(1)  # (20, 4)
+    share = p * on / ((p * on).sum(1, keepdim=True) if K > 1 else 1)  # else it trains no router
+    want = sum(share[:, e, None] * moe.experts[e](x[0])[0] for e in range(4))
+    loss = 2 * (on.sum(0) / on.sum() * p.mean(0)).sum() + 0.25 * z.logsumexp(1).square().mean()
+    assert close(y[0], want + moe.shared_experts(x[0])[0]) and close(aux["loss"], loss)
+    assert aux["load"].tolist() == on.sum(0).tolist()
 
 def test_router_bias_evens_the_load_of_experts_without_a_loss():
     m = model.LM(tiny(ffns="x", balance_bias=0.01))
@@ -688,26 +608,16 @@ def test_model_starts_near_a_uniform_guess():
         loss = model.LM(tiny(name, vocab_size=512))(ids(4, 20), ids(4, 20, seed=1))[0].mean().item()
         assert math.log(512) - 0.1 < loss < math.log(512) + 0.8, (name, loss)
 
-def test_bfloat16_stream_keeps_float32_weights_and_loss():
-    m, batch = make(tiny(), torch.float32), (ids(2, 9), ids(2, 9, seed=1))
-    want, m.compute_dtype = m(*batch)[0], torch.bfloat16
-    assert m(*batch)[0].dtype == torch.float32 and m(ids(2, 9))[0].dtype == torch.bfloat16
-    assert 0 < (m(*batch)[0] - want).abs().max() < 0.3  # eight bits; logits here reach ten
-
-def test_dropout_acts_in_training_only_and_softcap_bounds_logits():
-    m = make(tiny(dropout=0.5, softcap=3.0))
-    a, b, c = m(ids(2, 9))[0], m(ids(2, 9))[0], m.train()(ids(2, 9))[0]
+def test_dropout_is_for_training_softcap_bounds_logits_and_a_bfloat16_stream_keeps_its_loss():
+    m, x = make(tiny(dropout=0.5, softcap=3.0), torch.float32), ids(2, 9)
+    a, b, c = m(x)[0], m(x)[0], m.train()(x)[0]
     assert torch.equal(a, b) and not torch.equal(a, c) and 2 < a.abs().max() < 3
-
-HARMS = [lambda d: d[:-3], lambda d: d[:5], lambda d: b"", lambda d: b"\xff" * 8 + d[8:],
-         lambda d: d.replace(b"F32", b"I32"), lambda d: d.replace(b"[40]", b"[20]"),
-         lambda d: d.replace(b'"me"', b'"us"'), lambda d: d[:-9] + b"x" + d[-8:],
-         lambda d: d[:12] + b"\xff" + d[13:]]
+    want, m.compute_dtype = m.eval()(x, x)[0], torch.bfloat16
+    assert m(x)[0].dtype == torch.bfloat16 and m(x, x)[0].dtype == torch.float32
+    assert 0 < (m(x, x)[0] - want).abs().max() < 0.3  # eight bits
 
 def test_tensor_files_round_trip_are_safetensors_and_damage_is_named(tmp_path):
-    tensors = {"b": torch.arange(5), "c": torch.randn(2, 2).bfloat16(), "none": torch.zeros(0, 3),
-               "flag": torch.tensor([True, False]), "one": torch.tensor(2.5).double(),
-               "long": torch.randn(40)}
+    tensors = dict(b=torch.arange(5), c=torch.randn(2, 2).bfloat16(), none=torch.zeros(0, 3))
     model.save_tensors(path := tmp_path / "t.safetensors", tensors, {"who": "me"})
     out, metadata = model.load_tensors(path)
     assert metadata["who"] == "me" and out.keys() == tensors.keys()
@@ -715,37 +625,34 @@ def test_tensor_files_round_trip_are_safetensors_and_damage_is_named(tmp_path):
     n = int.from_bytes((raw := path.read_bytes())[:8], "little")
     a, b = json.loads(raw[8:8 + n])["b"]["data_offsets"]
     assert n % 8 == 0 and np.frombuffer(raw[8 + n:][a:b], np.int64).tolist() == [0, 1, 2, 3, 4]
-    for harm in HARMS:
-        path.write_bytes(harm(raw))
+    swaps = (b"[5]", b"[4]"), (b'"me"', b'"us"'), (b"I64", b"F64"), (raw[:8], b"\xff" * 8)
+    for harmed in (b"", raw[:5], raw[:-3], raw[:12] + b"\xff" + raw[13:], raw[:-4] + b"xxxx",
+                   *(raw.replace(*pair) for pair in swaps)):
+        path.write_bytes(harmed)
         with pytest.raises(UserError, match=str(path)): model.load_tensors(path)
 
 @cases("name", EVERY)
 def test_a_saved_model_comes_back_the_same_also_as_others_would_publish_it(tmp_path, name):
-    m, a, b = make(tiny(**EVERY[name]), torch.float32), tmp_path / "a", tmp_path / "b"
-    model.save_model(m, a)
-    config = json.loads((a / "config.json").read_text())
+    m, file = make(tiny(**EVERY[name]), torch.float32), tmp_path / "config.json"
+    model.save_model(m, tmp_path)
+    assert model.load_model(tmp_path).cfg == m.cfg
     kind = {row[0]: kind for kind, row in model.FAMILIES.items()}.get(name, "LM")
+    config = json.loads(file.read_text())
     assert config["architectures"] == [kind] and config.pop("model_config")
-    assert model.load_model(a).cfg == m.cfg
-    if kind != "LM": (a / "config.json").write_text(json.dumps(config))
-    loaded = model.load_model(a)
-    model.save_model(loaded, b)
-    assert torch.equal(loaded(ids(2, 20))[0], m(ids(2, 20))[0])
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    if kind != "LM": file.write_text(json.dumps(config))
+    assert torch.equal(model.load_model(tmp_path)(ids(2, 20))[0], m(ids(2, 20))[0])
 
-def look(q, k, v, window=20):  # attention by definition: nothing later, `window` places in all
-    unseen = torch.ones(20, 20).tril().triu(1 - window) == 0
-    p = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(unseen, -math.inf).softmax(-1)
-    return (p @ v).transpose(1, 2).flatten(2)
-
+def look(*qkv, window=20):  # of (B, T, H, Dh): nothing later, `window` places in all
+    q, k, v, mask = *(x.transpose(1, 2) for x in qkv), torch.ones(20, 20).tril().triu(1 - window)
+    y = F.scaled_dot_product_attention(q, k, v, mask.bool(), enable_gqa=True)
+    return y.transpose(1, 2).flatten(2)
 def gpt2_by_hand(w, c, tokens):  # w: tensors by their published names, c: config.json
     norm = lambda x, n: F.layer_norm(x, (32,), w[n + ".weight"], w[n + ".bias"])
     conv = lambda x, n: x @ w[n + ".weight"] + w[n + ".bias"]
     x = w["wte.weight"][tokens] + w["wpe.weight"][:20]
     for h in ("h.0.", "h.1."):
-        qkv = conv(norm(x, h + "ln_1"), h + "attn.c_attn").split(32, -1)
-        y = look(*(y.unflatten(-1, (4, 8)).transpose(1, 2) for y in qkv))
-        x = x + conv(y, h + "attn.c_proj")
+        qkv = conv(norm(x, h + "ln_1"), h + "attn.c_attn").unflatten(-1, (3, 4, 8))
+        x = x + conv(look(*qkv.unbind(2)), h + "attn.c_proj")
         y = F.gelu(conv(norm(x, h + "ln_2"), h + "mlp.c_fc"), approximate="tanh")
         x = x + conv(y, h + "mlp.c_proj")
     return norm(x, "ln_f") @ w["wte.weight"].T
@@ -754,111 +661,73 @@ def llama_by_hand(w, c, tokens):  # and Mistral, Mixtral, Qwen2, Qwen3
     Dh, rope = c.get("head_dim", 8), c.get("rope_scaling") or c.get("rope_parameters") or {}
     rms = lambda x, n: F.rms_norm(x, x.shape[-1:], w[n + ".weight"], 1e-6)
     lin = lambda x, n: x @ w[n + ".weight"].T + w.get(n + ".bias", 0.0)
+    ffn = lambda x, gate, up, down: lin(F.silu(lin(x, gate)) * lin(x, up), down)
     freq = {**c, **rope}.get("rope_theta", 1e4) ** (-torch.arange(0, Dh, 2).double() / Dh)
     if rope:  # waves that turn less than 4 times in 16 places slow down, below 1 by a factor of 8
         stays = ((16 * freq / (2 * math.pi) - 1) / (4 - 1)).clamp(0, 1)
         freq = stays * freq + (1 - stays) * freq / 8
-    turn = torch.exp(1j * torch.arange(20)[:, None] * freq)
+    turn = torch.exp(1j * torch.arange(20)[:, None, None] * freq)
     def heads(x, n):  # a pair of features is a complex number
         y = lin(x, n + "_proj").unflatten(-1, (-1, Dh))
         if n + "_norm.weight" in w: y = rms(y, n + "_norm")
-        y = y.repeat_interleave(4 // y.shape[2], 2).transpose(1, 2)
         z = torch.complex(*y.chunk(2, -1)) * turn
         return y if n[-1] == "v" else torch.cat((z.real, z.imag), -1)
     x = w["model.embed_tokens.weight"][tokens]
     for m in ("model.layers.0.", "model.layers.1."):
         y, at, moe = rms(x, m + "input_layernorm"), m + "self_attn.", m + "block_sparse_moe."
-        y = look(*(heads(y, at + n) for n in "qkv"), c.get("sliding_window", 20))
+        y = look(*(heads(y, at + n) for n in "qkv"), window=c.get("sliding_window", 20))
         x = x + lin(y, at + "o_proj")
         y = rms(x, m + "post_attention_layernorm")
-        p, ffns = torch.ones(1), [[f"{m}mlp.{n}_proj" for n in ("gate", "up", "down")]]
         if "num_local_experts" in c:
             z = lin(y, moe + "gate")
             p = z.masked_fill(z < z.topk(2).values[..., 1:], -math.inf).softmax(-1)
-            ffns = [[f"{moe}experts.{e}.w{i}" for i in (1, 3, 2)] for e in range(4)]
-        for e, (gate, up, down) in enumerate(ffns):
-            x = x + p[..., e, None] * lin(F.silu(lin(y, gate)) * lin(y, up), down)
+            for e in range(4):
+                x = x + p[..., e, None] * ffn(y, *(f"{moe}experts.{e}.w{i}" for i in (1, 3, 2)))
+        else: x = x + ffn(y, *(f"{m}mlp.{n}_proj" for n in ("gate", "up", "down")))
     head = "model.embed_tokens" if c.get("tie_word_embeddings") else "lm_head"
     return lin(rms(x, "model.norm"), head)
 
-def foreign(path, kind, more={}, dtype="F32", files=1, harm=None, prefix=""):
+def foreign(path, kind, more={}, harm=lambda c, w: None):
     """Writes a directory as others publish theirs -> the right logits of ids(2, 20)."""
-    sizes, by_hand = (dict(n_positions=64, n_embd=32, n_layer=2, n_head=4), gpt2_by_hand) \
-        if kind[:3] == "GPT" else (dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=40, max_position_embeddings=64), llama_by_hand)
-    c = dict(sizes, vocab_size=61, architectures=[kind], model_type=kind[:-11].lower(), **more)
-    w = model.published(make(model.read_config(c)).to(model.DTYPES[dtype]))
-    logits, index = by_hand({n: t.double() for n, t in w.items()}, c, ids(2, 20)), {}
-    if prefix: w["h.0.attn.bias"] = torch.ones(24, 24)  # old files have their masks
-    if files == 4: w["lm_head.weight"] = w["model.embed_tokens.weight"]  # tied, yet there twice
-    if harm: harm(c, w)
-    for i in range(files):
-        part, file = {prefix + n: w[n] for n in sorted(w)[i::files]}, f"model-{i}.safetensors"
-        index |= dict.fromkeys(part, file)
-        if files == 1: file = "model.safetensors"  # it counts, whatever an index says
-        model.save_tensors(path / "part", part)
-        raw = (path / "part").read_bytes()  # ours alone has a checksum, and is aligned
-        end = 8 + int.from_bytes(raw[:8], "little")
-        header = re.sub(rb'"__metadata__": {.*?}, | *$', b"", raw[8:end])
-        (path / file).write_bytes(len(header).to_bytes(8, "little") + header + raw[end:])
+    c = dict(vocab_size=61, architectures=[kind], model_type=kind[:-11].lower(), n_positions=64,
+             n_embd=32, n_layer=2, n_head=4, hidden_size=32, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, intermediate_size=40,
+             max_position_embeddings=64, **more)
+    w, gpt2, index = model.published(make(model.read_config(c)).bfloat16()), kind[0] == "G", {}
+    right = (gpt2_by_hand if gpt2 else llama_by_hand)({n: w[n].double() for n in w}, c, ids(2, 20))
+    if gpt2: w["h.0.attn.bias"] = torch.ones(24, 24)  # old files have their masks
+    harm(c, w)
+    for i, file in enumerate(path / f"{n}.safetensors" for n in "ab"):
+        part = {"transformer." * gpt2 + n: w[n] for n in sorted(w)[i::2]}
+        index |= dict.fromkeys(part, file.name)
+        model.save_tensors(file, part)
+        file.write_bytes(file.read_bytes().replace(b"crc32", b"other"))  # ours alone has this
     for file, what in (("config.json", c), ("model.safetensors.index.json", {"weight_map": index}),
                        ("generation_config.json", {"eos_token_id": [3, 5]})):  # it has precedence
         (path / file).write_text(json.dumps(what))
-    return logits
+    return right
 
 STRETCH = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=16)
-PUBLISHED = cases("kind, more, options", [
-    ("GPT2LMHeadModel", {}, dict(dtype="F16", files=2, prefix="transformer.")),
-    ("MistralForCausalLM", dict(sliding_window=5), {}),
-    ("Qwen2ForCausalLM", {}, {}), ("Qwen3ForCausalLM", {}, {}),
-    ("MixtralForCausalLM", dict(num_local_experts=4, num_experts_per_tok=2), {}),
-    ("LlamaForCausalLM", dict(rope_theta=100, head_dim=12, rope_scaling=STRETCH), dict(files=3)),
+@cases("kind, more", [("GPT2LMHeadModel", {}), ("Qwen2ForCausalLM", {}), ("Qwen3ForCausalLM", {}),
+    ("MistralForCausalLM", dict(sliding_window=5)),
+    ("MixtralForCausalLM", dict(num_local_experts=4, num_experts_per_tok=2)),
+    ("LlamaForCausalLM", dict(rope_theta=100, head_dim=12, rope_scaling=STRETCH)),
     ("LlamaForCausalLM", dict(rope_parameters=dict(STRETCH, rope_theta=100.0),
-                              tie_word_embeddings=True), dict(dtype="BF16", files=4))])
-
-@PUBLISHED
-def test_published_models_give_the_logits_of_their_definition(tmp_path, kind, more, options):
-    logits = foreign(tmp_path, kind, more, **options)
+                              tie_word_embeddings=True))])
+def test_published_models_give_the_logits_of_their_definition(tmp_path, kind, more):
+    logits = foreign(tmp_path, kind, more)
     m = model.load_model(tmp_path, dtype=torch.float64)
-    # rope's tables are float32, so angles are right to 1e-6
-    assert torch.allclose(m(ids(2, 20))[0], logits, atol=1e-5)
+    assert torch.allclose(m(ids(2, 20))[0], logits, atol=1e-5)  # rope's tables are float32
     model.save_model(m, tmp_path / "ours")
     config = json.loads((tmp_path / "ours/config.json").read_text())
     assert config.get("rope_scaling") == (STRETCH if "rope" in str(more) else None)
     assert config["eos_token_id"] == m.eos == [3, 5]
-    if "files" in options:
-        (tmp_path / "model-1.safetensors").unlink()
-        with pytest.raises(UserError, match="model-1.safetensors"): model.load_model(tmp_path)
-
-@PUBLISHED
-def test_transformers_agrees_both_ways(tmp_path, trained, kind, more, options):
-    tf, tokens = pytest.importorskip("transformers"), ids(2, 20)
-    foreign(tmp_path, kind, more)
-    torch.manual_seed(0)
-    theirs = tf.AutoModelForCausalLM.from_config(
-        tf.AutoConfig.from_pretrained(tmp_path, initializer_range=0.2)).eval()
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    ours = model.load_model(tmp_path / "theirs")
-    model.save_model(ours, tmp_path / "ours")
-    trained[1].save(tmp_path / "ours")
-    back = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    text = "def read(self):  # it's" + EOT + "na\u00efve\n\n"  # no digits: Qwen2 cuts them its way
-    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "ours")
-    assert tokenizer.encode(text) == trained[1].encode(text)
-    with torch.no_grad():
-        for got in ours(tokens)[0], back(tokens).logits:
-            assert (got - theirs(tokens).logits).abs().max() <= 1e-5
-    greedy = theirs.generate(tokens[:1, :10], max_new_tokens=50, do_sample=False, eos_token_id=None)
-    how = sample.Sampling(50, temperature=0.0)
-    assert sample.generate(ours, tokens[:1, :10].tolist(), how) == greedy[:, 10:].tolist()
 
 @cases("harm, says", [
     (lambda c, w: c.update(architectures=["Bert"]), "Bert.*GPT2LMHeadModel.*LlamaForCausalLM"),
     (lambda c, w: c.update(rope_scaling=dict(type="yarn", factor=4.0)), "type.*yarn"),
     (lambda c, w: c.update(attention_bias=True), "attention_bias.*True"),
-    (lambda c, w: c.pop("num_attention_heads"), "num_attention_heads"),
-    (lambda c, w: c.update(hidden_size="wide"), "d_model.*wide"),
     (lambda c, w: w.pop("model.norm.weight"), r"model.norm.weight missing .*\[32\]"),
     (lambda c, w: w.update({"model.odd": torch.ones(3)}), r"model.odd \[3\]"),
     (lambda c, w: w.update({"lm_head.weight": torch.ones(61, 8)}), r"lm_head.*61, 8.*61, 32")])
@@ -871,34 +740,28 @@ def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path, harm, says):
 
 def child(code, interpret):
     pytest.importorskip("triton", reason="Triton is not installed")
-    code = ("import itertools, json, re, subprocess, torch, triton, kernels as K\n"
-            f"from functools import partial\n{code}")
+    code = "import itertools, json, re, subprocess, torch, triton, kernels as K\n" + code
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True,
                           env={**os.environ, "TRITON_INTERPRET": str(int(interpret))})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
-GPU = partial(pytest.param, "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(),
-                                                             reason="needs a GPU"))
+GPU = partial(pytest.param, "cuda", marks=pytest.mark.skipif("not torch.cuda.is_available()"))
 @cases("device, dtype, most", [
     ("cpu", "float32", 1e-5), GPU("float32", 1e-4), GPU("float16", 4e-3), GPU("bfloat16", 2e-2)])
 def test_attention_kernel_equals_float64_and_a_model_trains_through_it(device, dtype, most):
-    found, said = child(f"new, kind = partial(torch.randn, device={device!r}), torch.{dtype}" + """
+    out, said = child(f"kind, new = torch.{dtype}, lambda *n: torch.randn(n).to({device!r})" + """
 import model
 if K.INTERPRET:  # Triton 3.6 with NumPy 2.4 cannot take a range of a tensor
     import triton.runtime.interpreter as I
-    def patched(t, scope, patch=I._patch_lang_tensor):
-        patch(t, scope)
-        scope.set_attr(t, "__index__", lambda s: int(s.handle.data.reshape(-1)[0]))
-    I._patch_lang_tensor = patched
+    I._patch_lang_tensor = lambda t, scope, patch=I._patch_lang_tensor: (patch(t, scope),
+        scope.set_attr(t, "__index__", lambda s: int(s.handle.data.reshape(-1)[0])))
 torch.empty = lambda *a, f=torch.empty, **k: f(*a, **k).fill_(7)  # what is not written shows
 found, k = [], 1 if K.INTERPRET else 29
-for H, G, T, D, window in ((4, 2, 37, 24, None), (2, 2, 61, 16, 20), (1, 1, 18, 80, 2),
-                           (2, 2, 3, 256, 8), (4, 2, 35, 16, 0)):  # window 0: not even causal
-    pos, key, out = torch.arange(T * k)[:, None], torch.arange(T * k), []
-    mask = (key <= pos) & (key > pos - (window or T * k)) | (window == 0)
-    for f, *how in ((K.FlashAttention.apply, window != 0, window or None),
-                    (K.attention_reference, mask.to(new(1).device))):
+for H, G, T, D, window in (4, 2, 37, 24, None), (2, 2, 61, 16, 20), (1, 1, 18, 256, 2):
+    pos, out = torch.arange(T * k, device=new(1).device), []
+    seen = (pos <= pos[:, None]) & (pos > pos[:, None] - (window or T * k))
+    for f, *how in (K.FlashAttention.apply, True, window), (K.attention_reference, seen):
         if not out: x = [new(2, h, T * k, D).to(kind) for h in (H, G, G, H)]
         *qkv, g = [t.to(torch.float64 if out else kind).requires_grad_() for t in x]
         out.append(((y := f(*qkv, *how)), *torch.autograd.grad(y, qkv, g)))
@@ -908,19 +771,18 @@ x, out = torch.randint(0, 30, (2, 20), device=new(1).device), []
 for K.KERNELS["use"] in ("torch", "triton"):
     out.append(((y := m(x, x)[0].mean()[None]), *torch.autograd.grad(y, [*m.parameters()])))
 print(json.dumps(found + [(a - b).abs().max().item() for a, b in zip(*out)]))""", device == "cpu")
-    assert max(found) < most and "attention by torch" in said and "attention by triton" in said
+    assert max(out) < most and "attention by torch" in said and "attention by triton" in said
 
 def test_attention_kernel_compiles_for_an_h100_into_its_registers_and_tensor_cores():
     for name, D, shared, spills, products in child("""out = []
 for D, name in itertools.product((64, 128, 256), ("attention", "dq", "dkv")):
     BM, BN, how = K.tile(name, torch.empty(1, D, dtype=torch.bfloat16))
-    given = dict(LSE="*fp32", DELTA="*fp32", scale="fp32", H="i32", T="i32", BD=K.room(D), BM=BM,
-                 GROUPS=2, CAUSAL=True, WINDOW=None, BN=BN, D=D, KEYS=name == "dkv",
-                 FORWARD=name == "attention")
-    given.update(dict.fromkeys(("sa", "sc", "sx", "sy", "sd"), 3 * ("i32",)))
+    spec = dict(dict.fromkeys(("sa", "sc", "sx", "sy", "sd"), 3 * ("i32",)), H="i32", T="i32",
+                LSE="*fp32", DELTA="*fp32", scale="fp32", BD=K.room(D), BM=BM, BN=BN, D=D,
+                GROUPS=2, CAUSAL=True, WINDOW=None, KEYS=name == "dkv", FORWARD=name == "attention")
     kinds, values, hints, by_16 = {}, {}, {}, [["tt.divisibility", 16]]
     for i, p in enumerate(K.attention_pass.params):
-        kind = kinds[p.name] = given.get(p.name, "*bf16")
+        kind = kinds[p.name] = spec.get(p.name, "*bf16")
         if p.is_constexpr: kinds[p.name], values[i,] = "constexpr", kind
         elif kind[0] == "*": hints[i,] = by_16
         elif kind[0] == "i32": hints |= {(i, j): by_16 for j in range(3)}
