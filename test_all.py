@@ -596,6 +596,7 @@ def test_experts_add_up_as_their_definition_says(K):
     assert aux["load"].tolist() == on.sum(0).tolist()
 
 def test_router_bias_evens_the_load_of_experts_without_a_loss():
+    torch.manual_seed(0)
     m = model.LM(tiny(ffns="x", balance_bias=0.01))
     spread = lambda: m(ids(8, 24))[1]["load"][0].float().std()
     first = spread()
