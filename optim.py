@@ -143,8 +143,8 @@ class Adam(Optimizer):
         g, m = turn(g), turn(m)                                       # SOAP: into its eigenbasis
         v.mul_(h["beta2"]).addcmul_(g, g, value=1 - h["beta2"])       # v = b2 v + (1 - b2) g^2
         denom = v.sqrt().div_(math.sqrt(1 - h["beta2"] ** t)).add_(h["eps"])
-        u = back(torch.div(m, denom, out=denom))
-        p.sub_(u, alpha=lr / (1 - h["beta1"] ** t))                   # algorithm 1 of 1412.6980
+        u = back(torch.div(m, denom, out=denom))                      # algorithm 1 of 1412.6980
+        p.sub_(u.mul_(lr / (1 - h["beta1"] ** t)))  # not by alpha: a shard rounds as the whole does
 
 class AdamW(Adam):
     """Adam with decoupled weight decay. Put into the gradient, decay would be divided by sqrt(v)

@@ -29,7 +29,7 @@ EXERCISE  Empty `one_f_one_b`; fill it until `pytest test_all.py -k schedule` is
 import argparse, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,9 +80,10 @@ def read_plan(text: str | None, world: int):
         axis, _, n = part.partition("=")
         refuse(axis in plan and n.isdigit() and int(n), "plan", part, "dp=2,tp=2 and the like")
         plan[axis] = int(n)
-    rest = plan["pp"] * plan["cp"] * plan["tp"]
-    if "dp=" not in (text or ""): plan["dp"] = max(1, world // rest)
-    n = plan["dp"] * rest
+    n = plan["dp"] * plan["pp"] * plan["cp"] * plan["tp"]
+    if "dp=" not in (text or ""):
+        plan["dp"] = max(1, world // n)
+        n *= plan["dp"]
     refuse(n == world, "plan", f"{text}, a product of {n}", f"{world}, the number of processes",
            f"set --plan, or --nproc_per_node {n}")
     refuse(plan["dp"] % plan["ep"] == 0, "plan", text, f"an ep that divides dp {plan['dp']}")
@@ -121,21 +122,19 @@ def one_f_one_b(stage, p, m):
 
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b}
 
-def simulate(schedule, p, m, forward=1.0, backward=2.0):
-    """(fraction of the time that stages idle, most activations that each holds) in virtual time."""
-    left, done, clock = [schedule(s, p, m) for s in range(p)], {}, [0.0] * p
-    most = [max(sum(1 if kind == "F" else -1 for kind, _ in order[:i + 1]) for i in range(2 * m))
-            for order in left]
-    needs = lambda s, kind, i: (("F", i, s - 1) if kind == "F" else
-                                ("B", i, s + 1) if s < p - 1 else ("F", i, s))
-    ready = lambda s: left[s] and (needs(s, *left[s][0]) in done or needs(s, *left[s][0])[2] < 0)
-    while any(left):  # a schedule that waits for itself finds no stage that is ready
-        s = next(filter(ready, range(p)))
-        (kind, i), *left[s] = left[s]
-        clock[s] = max(clock[s], done.get(needs(s, kind, i), 0.0)) + (
-            forward if kind == "F" else backward)
-        done[kind, i, s] = clock[s]
-    return 1 - m * (forward + backward) / max(clock), most
+def simulate(schedule, p, m):
+    """(part of the time that stages idle, most activations that each holds) in virtual time, of
+    which a forward takes 1 and a backward 2."""
+    orders = [schedule(s, p, m) for s in range(p)]
+    @cache
+    def end(s, kind, i):  # when it is done; what waits for itself recurses without end
+        needs = [(s, *work) for work in orders[s][:orders[s].index((kind, i))][-1:]]
+        if kind == "F" and s: needs.append((s - 1, "F", i))
+        if kind == "B": needs.append((s + 1, "B", i) if s < p - 1 else (s, "F", i))
+        return max((end(*work) for work in needs), default=0) + (1 if kind == "F" else 2)
+    most = [max(itertools.accumulate(1 if kind == "F" else -1 for kind, _ in order))
+            for order in orders]
+    return 1 - 3 * m / max(end(s, *order[-1]) for s, order in enumerate(orders)), most
 
 # -----------------------------------------------------------------------------
 # Tensors: the width of every layer, divided
@@ -250,10 +249,9 @@ def remote_experts(moe, g, rows, load):
 # -----------------------------------------------------------------------------
 # The engine: a finished model and its optimizer, divided, and what `fit` calls instead of its own
 
-def own_part(modules, g):
-    n = len(modules) // g.n
-    own = range(g.rank * n, (g.rank + 1) * n)  # under their names in the whole model
-    return nn.ModuleDict({str(i): modules[i] for i in own})
+def own_part(modules, g):  # under their names in the whole model
+    first, n = g.rank * len(modules) // g.n, len(modules) // g.n
+    return nn.ModuleDict([*modules.named_children()][first:first + n])
 
 class Engine(nn.Module):
     """`model` and `optimizer`, whole and the same on all ranks, become this rank's part."""
@@ -281,7 +279,7 @@ class Engine(nn.Module):
     def divide(self, optimizer, cuts, parts, whole):
         """Makes `units`, the buckets of each layer and, last, of the rest, and their `pieces`."""
         mesh, shard, units = self.mesh, self.how.shard, {math.inf: {}}
-        self.units, self.pieces, self.split, self.sums = [], [], [], {"tp": [], "ends": []}
+        self.units, self.pieces, self.split, self.sums = [], [], [], {}
         part = lambda name, p, *ends: Place(name, cuts.get(p), mesh.tp.rank, mesh.tp.n, *ends)
         self.fixed = [(part(f"model/{name}", p), p, whole[name].shape) for name, p in [
             *self.model.named_buffers(), *self.model.named_parameters()] if not p.requires_grad]
@@ -308,8 +306,8 @@ class Engine(nn.Module):
                     x = nn.Parameter(w.view(p.shape) if end is None else w, requires_grad=False)
                     x.total, x.place = g.view(x.shape), part(name, p, lo, end)
                     self.pieces.append(x)
-                    if p in parts: self.sums["tp"].append(x)
-                    if ends: self.sums["ends"].append(x)
+                    for axis in ["tp"] * (p in parts) + ["ends"] * ends:
+                        self.sums.setdefault(axis, []).append(x)
                     held = [x]
                     if undivided and p in cuts:  # all of it, on every rank of tp
                         held.append(x := nn.Parameter(whole[name].to(w.device, copy=True)))
@@ -417,11 +415,9 @@ class Engine(nn.Module):
         self.land()
         for b in sum(self.units, []) if self.how.shard == "none" else (): b.arrive()
         for x in self.pieces: x.grad = x.total
-        for axis, some in self.sums.items():
-            if not some: continue
+        for axis, some in sorted(self.sums.items()):
             flat = getattr(mesh, axis).all_reduce(torch.cat([x.grad.view(-1) for x in some]))
-            sums = flat.split([x.numel() for x in some])
-            for x, g in zip(some, sums): x.grad.copy_(g.view(x.shape))
+            for x, g in zip(some, flat.split([x.numel() for x in some])): x.grad.view(-1).copy_(g)
         for x, master in self.split: master.grad = pairs(self.mesh.tp, x.place.dim).gather(x.grad)
         for bias, load in zip(self.model.buffers(), loads):
             load = mesh.dp.small(*load.tolist())
@@ -448,28 +444,26 @@ class Engine(nn.Module):
 
 def save_shards(run, engine, optimizer, now):
     """checkpoint-STEP/RANK.safetensors; the directory gets that name when all of it is there."""
-    tensors, places, world = {}, {}, engine.mesh.world
-    def keep(place, x, shape):
-        key = str(len(places))
-        tensors[key], places[key] = x, [[*shape], *place]
-    for fixed in engine.fixed: keep(*fixed)
+    kept, world = [*engine.fixed], engine.mesh.world  # [(place, tensor, shape of the whole)]
     for p, state in ((p, s) for g, some in zip(optimizer.groups, optimizer.state)
                      for p, s in zip(g["params"], some) if p.saved):
-        keep(p.place._replace(name=f"model/{p.place.name}"), p, p.whole)
-        for k, x in state.items():
-            x, name = torch.as_tensor(x), f"optimizer/{p.key}.{k}"  # Shampoo's l, r; t:
-            if x.shape != p.shape: keep(Place(name), x, x.shape)
-            else: keep(p.place._replace(name=name), x, p.whole)
-    path = Path(run) / f"checkpoint-{now.step:08d}"
+        for name, x in {f"model/{p.place.name}": p, **{
+                f"optimizer/{p.key}.{k}": torch.as_tensor(x) for k, x in state.items()}}.items():
+            part = x.shape == p.shape  # Shampoo's l and r, and t, are not
+            kept.append((p.place._replace(name=name), x, p.whole) if part else
+                        (Place(name), x, x.shape))
+    tensors = {str(i): x for i, (_, x, _) in enumerate(kept)}
+    places = {str(i): [[*shape], *place] for i, (place, _, shape) in enumerate(kept)}
+    path, part = (Path(run) / f"checkpoint-{now.step:08d}{end}" for end in ("", ".part"))
     if world.rank == 0:  # what a kill in the midst of a save has left
         for old in Path(run).glob("checkpoint-*.part"): shutil.rmtree(old)
     world.small(0.0)
-    save_tensors(Path(f"{path}.part") / f"{world.rank:05d}.safetensors", tensors, {
+    save_tensors(part / f"{world.rank:05d}.safetensors", tensors, {
         "places": json.dumps(places), "ranks": str(world.n), "progress": json.dumps(vars(now))})
     world.small(0.0)  # all have written
     if world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
-        os.rename(f"{path}.part", path)
+        part.rename(path)
         train.keep_two(run)
 
 # -----------------------------------------------------------------------------
@@ -526,15 +520,9 @@ def memory_and_traffic(rank):
             f"{x:11.3f}" for x in sizes), f"{'-' if axis == 'ep' else formula:>11s} {sent:11.4f} "
             f"{gap:11.0e}", flush=True)
 
-def on_wire(send, takes, wire):
-    """A collective on a simulated wire: it waits for those before it, then takes a time."""
-    def later(*args):
-        wait, wire[0] = send(*args), max(wire[0], time.perf_counter()) + takes
-        return lambda until=wire[0]: (time.sleep(max(0, until - time.perf_counter())), wait())[1]
-    return later
-
 def idle_and_hidden(rank, forward=0.05, backward=0.1):
-    """The work of a layer is to sleep, so that ranks do not compete for processors."""
+    """The work of a layer is to sleep, so that ranks do not compete for processors; the wire is
+    simulated: a collective waits for those before it, then takes a time."""
     nap = lambda s: lambda x: (time.sleep(s), same(x))[1]
     def timed(text, micro, wire=0.0, **how):
         *_, engine, batches = divided(text, 8, micro, ParallelConfig(**how), d_model=16, n_heads=2,
@@ -542,9 +530,12 @@ def idle_and_hidden(rank, forward=0.05, backward=0.1):
         for layer in engine.model.layers.values():
             layer.register_forward_hook(lambda _, args, out: (
                 Both.apply(out[0], nap(forward), nap(backward)), out[1]))
-        g, line = engine.mesh.data, [0.0]
-        if wire: g.reduce_scatter, g.all_gather = (
-            on_wire(f, wire, line) for f in (g.reduce_scatter, g.all_gather))
+        g = engine.mesh.data
+        def slow(send, *args):
+            wait, g.until = send(*args), max(g.until, time.perf_counter()) + wire
+            return lambda at=g.until: (time.sleep(max(0, at - time.perf_counter())), wait())[1]
+        g.until, g.reduce_scatter, g.all_gather = 0.0, *(
+            partial(slow, f) for f in (g.reduce_scatter, g.all_gather))
         engine.mesh.world.small(0.0)
         start = time.perf_counter()
         engine.step(None, batches)
@@ -570,15 +561,14 @@ def teach(rank, lesson, n, path):
 
 def agree(world, x):
     """The largest x of all ranks: a number, a bool, or a signal's name, which outranks None."""
-    named = x is None or isinstance(x, str)
-    top = world.small(float(signal.Signals[x] if isinstance(x, str) else x or 0), op=MAX).item()
-    return (signal.Signals(int(top)).name if top else None) if named else type(x)(top)
+    names = [None, "SIGINT", "SIGTERM"]
+    if x in names: return names[agree(world, names.index(x))]
+    return type(x)(world.small(float(x), op=MAX).item())
 
 def micro_batch(cfg, plan):
     """Sequences that a data rank takes at once: all, or for a pipeline four turns for a stage."""
-    rows = cfg.batch_size // plan["dp"]
-    most = max(1, rows // (4 * plan["pp"] if plan["pp"] > 1 else 1))
-    micro = cfg.micro_batch or math.gcd(rows, most)
+    rows, turns = cfg.batch_size // plan["dp"], 4 * plan["pp"] if plan["pp"] > 1 else 1
+    micro = cfg.micro_batch or math.gcd(rows, max(1, rows // turns))
     for name, got, n in (("batch_size", cfg.batch_size, plan["dp"]), ("micro_batch", rows, micro)):
         refuse(got % n == 0, name, got, f"a multiple of {n}, for the plan {plan}")
     refuse(not cfg.compile, "compile", cfg.compile, "none or false on many devices")
