@@ -180,7 +180,7 @@ class Shampoo(AdamW):
         take_factors(s, g, h["beta2"])
         m = kept(s, "m", p).lerp_(g, 1 - h["beta1"])
         if s["t"] % h["every"] == 1 or h["every"] == 1:
-            for k in "lr":
+            for k in ("l", "r"):
                 values, Q = torch.linalg.eigh(s[k])
                 s[k + "_root"] = (Q * values.clamp(min=1e-6 * values[-1] + 1e-30) ** -0.25) @ Q.mT
         u = s["l_root"] @ m @ s["r_root"]  # (m,m) @ (m,n) @ (n,n)
@@ -196,7 +196,7 @@ class SOAP(AdamW):
     def update(self, p, g, s, h, lr):
         if not is_matrix(p, h): return super().update(p, g, s, h, lr)
         take_factors(s, g, h["beta2"])
-        for k in "lr":
+        for k in ("l", "r"):
             if k + "_basis" not in s or s["t"] == h["every"]:  # (at first gradients may be zero)
                 basis = torch.linalg.eigh(s[k]).eigenvectors  # largest last; as iterated, first
                 s[k + "_basis"] = basis.flip(-1).contiguous()
@@ -281,13 +281,13 @@ class Group:
                                             dist.P2POp(dist.irecv, out, self.near(-by), self.pg)]):
             work.wait()
         return out
+    def start(self, collective, out, x, *op):  # one of torch's
+        work = collective(out.view(-1), x.view(-1), *op, self.pg, async_op=True)
+        return lambda: (work.wait(), out)[1]
     def reduce_scatter(self, x, op=SUM):
         """(n, ...) -> (...): row `rank` of all members' x, added up."""
         n, r, x = self.n, self.rank, x.contiguous()
-        if n > 1 and not self.own:
-            out = torch.empty_like(x[0])
-            work = REDUCE_SCATTER(out.view(-1), x.view(-1), op, self.pg, async_op=True)
-            return lambda: (work.wait(), out)[1]
+        if n > 1 and not self.own: return self.start(REDUCE_SCATTER, torch.empty_like(x[0]), x, op)
         part = x[r - 1]  # sets out here, and is complete n - 1 ranks further on
         for i in range(2, n + 1):
             part, mine = self.shift(part), x[(r - i) % n]
@@ -297,9 +297,7 @@ class Group:
         """(...) -> (n, ...): all members' x, in order."""
         n, r, x = self.n, self.rank, x.contiguous()
         if out is None: out = x.new_empty(n, *x.shape)
-        if n > 1 and not self.own:
-            work = ALL_GATHER(out.view(-1), x.view(-1), self.pg, async_op=True)
-            return lambda: (work.wait(), out)[1]
+        if n > 1 and not self.own: return self.start(ALL_GATHER, out, x)
         out[r] = x
         for i in range(1, n): out[(r - i) % n] = x = self.shift(x)
         return lambda: out
@@ -340,7 +338,6 @@ class Mesh:
                 pg = dist.new_group(row) if len(row) > 1 else None  # all ranks make all groups
                 if me in row: setattr(self, name, Group(name, row, me, pg))
         self.first, self.last = self.pp.rank == 0, self.pp.rank == pp - 1
-        self.alone = Group("alone", [me], me, None)
 
 def bench(rank, device="cpu"):
     """Times the collectives of all ranks by size: torch's, and then the rings."""
