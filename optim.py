@@ -179,7 +179,7 @@ class Shampoo(AdamW):
         if not is_matrix(p, h): return super().update(p, g, s, h, lr)
         take_factors(s, g, h["beta2"])
         m = kept(s, "m", p).lerp_(g, 1 - h["beta1"])
-        if s["t"] % h["every"] == 1 or h["every"] == 1:
+        if (s["t"] - 1) % h["every"] == 0:
             for k in ("l", "r"):
                 values, Q = torch.linalg.eigh(s[k])
                 s[k + "_root"] = (Q * values.clamp(min=1e-6 * values[-1] + 1e-30) ** -0.25) @ Q.mT
@@ -235,18 +235,17 @@ class Muon(AdamW):
     lrs = dict(embedding=0.2, head=0.01, vector=0.01)  # of AdamW for all else [measured on a CPU]
     orthogonalize = staticmethod(orthogonalize)  # or a compiled one
     def move(self, live, h, lr):
+        super().move([of for of in live if not is_matrix(of[0], h)], h, lr)
         shapes = {}
-        for p, s in live: shapes.setdefault((is_matrix(p, h), p.shape), []).append((p, s))
-        for (matrix, (m, *n)), some in shapes.items():
-            if not matrix:
-                super().move(some, h, lr)
-                continue
+        for p, s in live:
+            if is_matrix(p, h): shapes.setdefault(p.shape, []).append((p, s))
+        for (m, n), some in shapes.items():
             sums = [kept(s, "m", p).lerp_(p.grad, 1 - h["momentum"]) for p, s in some]
             G = torch.stack([p.grad.lerp(x, h["momentum"]) for (p, _), x in zip(some, sums)])
             half = G.is_cuda and G.dtype == torch.float32
             U = self.orthogonalize(G.bfloat16() if half else G).to(G.dtype)  # (count, m, n)
             for (p, s), u in zip(some, U):
-                p.mul_(1 - lr * h["weight_decay"]).sub_(u, alpha=lr * max(1, m / n[0]) ** 0.5)
+                p.mul_(1 - lr * h["weight_decay"]).sub_(u, alpha=lr * max(1, m / n) ** 0.5)
 
 OPTIMIZERS = {"sgd": SGD, "momentum": Momentum, "adagrad": AdaGrad, "rmsprop": RMSProp,
               "adam": Adam, "adamw": AdamW, "shampoo": Shampoo, "soap": SOAP, "muon": Muon}
@@ -487,8 +486,7 @@ def param_groups(model, weight_decay=None, base_width=None, **lrs):
         group = groups.setdefault((ROLES.index(r), width), {"role": r, "params": []})
         group["params"].append(p)
         if weight_decay is not None: group["weight_decay"] = weight_decay if r == "matrix" else 0.0
-        lr = lrs.get(r) or lrs.get("matrix")
-        if lr: group["lr"] = lr * width
+        if lr := lrs.get(r) or lrs.get("matrix"): group["lr"] = lr * width
     return [groups[key] for key in sorted(groups)]
 
 # -----------------------------------------------------------------------------
@@ -577,15 +575,14 @@ SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}
 # -----------------------------------------------------------------------------
 # The lesson: a valley a hundred times steeper across than along
 
-def valley(turned, d=10, curvature=100.0):
-    """Loss 1/2 w^T A w of w (d, 1), A with eigenvalues from 1 to `curvature`, and a start; the
+def valley(turned):
+    """Loss 1/2 w^T A w of w (10, 1), A with eigenvalues from 1 to 100, and a start; the
     eigenvectors are the axes, or random directions if `turned`."""
     rng = torch.Generator().manual_seed(0)
-    basis, _ = torch.linalg.qr(torch.randn(d, d, generator=rng, dtype=torch.float64))
-    if not turned: basis = torch.eye(d, dtype=torch.float64)
-    curvatures = torch.logspace(0, math.log10(curvature), d, dtype=torch.float64)
-    A = basis @ torch.diag(curvatures) @ basis.T
-    start = basis @ torch.randn(d, 1, generator=rng, dtype=torch.float64)
+    basis, _ = torch.linalg.qr(torch.randn(10, 10, generator=rng, dtype=torch.float64))
+    if not turned: basis = torch.eye(10, dtype=torch.float64)
+    A = basis @ torch.logspace(0, 2, 10, dtype=torch.float64).diag() @ basis.T
+    start = basis @ torch.randn(10, 1, generator=rng, dtype=torch.float64)
     return lambda w: 0.5 * (w * (A @ w)).sum(), start
 
 def steps_needed(make, loss, start, limit=1600):

@@ -273,7 +273,7 @@ class Engine(nn.Module):
             moe.run = partial(remote_experts, moe, mesh.ep)
         cuts, parts = cut_tensors(model, tp, how.sequence) if tp.n > 1 else ({}, ())
         for name, p in model.named_parameters():
-            if p in cuts: p.data = Place(name, cuts[p], tp.rank, tp.n).take(p.data).clone()
+            if p in cuts: p.data = Place(name, cuts[p], tp.rank, tp.n).take(p.data)
         model.to(device)
         self.divide(optimizer, cuts, parts, whole)
     def divide(self, optimizer, cuts, parts, whole):
@@ -625,8 +625,8 @@ def train_ranks(args, how, given):
     def step(_, batches):
         try: return engine.step(None, batches)
         except torch.OutOfMemoryError:  # others are in the midst of a step: no way to try again
-            raise UserError(f"micro_batch: got {cfg.micro_batch}, which does not fit into the memory "
-                            f"of rank {rank}, wanted less; set that, --shard or --recompute")
+            raise UserError(f"micro_batch: got {cfg.micro_batch}, which rank {rank} has no memory "
+                            "for, wanted less; set --micro_batch, --shard or --recompute")
     loader = Loader(train.open_tokens(corpus.train), model_cfg.seq_len, cfg.batch_size, cfg.seed,
                     mesh.dp.rank, mesh.dp.n)
     tokens, n_bytes = validation(corpus, cfg.eval_tokens)
