@@ -35,10 +35,8 @@ RUN       python optim.py    # costs, a narrow valley, muP; last line: "best lr 
 REFERENCES
     Polyak 1964 (momentum); Duchi et al. 2011 (AdaGrad); Tieleman, Hinton 2012 (RMSProp); Kingma, Ba
     2015 (1412.6980, Adam); Loshchilov, Hutter 2019 (1711.05101, AdamW; 1608.03983, cosine); Pascanu
-    et al. 2013 (1211.5063, clipping); Hu et al. 2024 (2404.06395, warm-up, stable, decay); Gupta et
-    al. 2018 (1802.09568, Shampoo); Vyas et al. 2024 (2409.11321, SOAP); Jordan et al. 2024 (Muon);
-    Amsel et al. 2025 (2505.16932, Polar Express); Yang et al. 2022 (2203.03466, muP); McCandlish et
-    al. 2018 (1812.06162, gradient noise)
+    et al. 2013 (1211.5063, clipping); Hu et al. 2024 (2404.06395, wsd); Yang et al. 2022
+    (2203.03466, muP); those of the matrices, and McCandlish et al. 2018, stand where they are used
 EXERCISE  Empty `Adam.update` and `wsd`; fill them until
           `pytest test_all.py -k "optimizer or schedule"` is green again.
 """
@@ -65,7 +63,6 @@ class Optimizer:
     """params: tensors, or groups as dicts {"params": [...], **what differs}. `step(scale)` moves
     every parameter that has a gradient by its group's lr times `scale` (the schedule)."""
     defaults, lrs = {}, {}  # lrs: of roles, where one learning rate does not suit all
-
     def __init__(self, params, **hyper):
         params = list(params)
         if not isinstance(params[0], dict): params = [{"params": params}]
@@ -74,31 +71,22 @@ class Optimizer:
             assert not unknown, f"{type(self).__name__} has {list(self.defaults)}, not {unknown}"
         self.groups = [{**self.defaults, **hyper, **g, "params": list(g["params"])} for g in params]
         self.state = [[{} for _ in g["params"]] for g in self.groups]
-
     @torch.no_grad()
     def step(self, scale=1.0):
         for group, states in zip(self.groups, self.state):  # a frozen parameter has no gradient
             live = [(p, s) for p, s in zip(group["params"], states) if p.grad is not None]
             for _, s in live: s["t"] = s.get("t", 0) + 1
             self.move(live, group, group["lr"] * scale)
-
     def move(self, live, h, lr):
         """Moves [(parameter, its state)]; h: the group's hyperparameters."""
-        for p, s in live: self.update(p, p.grad, s, h, lr)
-
+        for p, s in live: self.update(p, p.grad, s, h, lr)  # what a class defines
     def zero_grad(self):
         for group in self.groups:
             for p in group["params"]: p.grad = None
-
-    def update(self, p, g, s, h, lr):
-        """Moves p in place. g: its gradient; s: its state; h: the group's hyperparameters."""
-        raise NotImplementedError
-
     def state_tensors(self):
         """All state as {"group.index.name": tensor}: what a checkpoint must keep."""
         return {f"{i}.{j}.{k}": torch.as_tensor(x) for i, states in enumerate(self.state)
                 for j, s in enumerate(states) for k, x in s.items()}
-
     def load_state_tensors(self, tensors):
         """The inverse; after it the next step is the one that would have come, bit for bit."""
         self.state = [[{} for _ in states] for states in self.state]
@@ -107,6 +95,8 @@ class Optimizer:
             p = self.groups[i]["params"][j]
             assert {*x.shape} <= {*p.shape}, f"state {name}: {x.shape} for {p.shape}"
             self.state[i][j][k] = int(x) if k == "t" else x.to(p.device)
+
+def same(x): return x.view_as(x)
 
 def kept(s, name, p):
     """The state tensor `name` of parameter p; zeros before its first use."""
@@ -117,7 +107,6 @@ class SGD(Optimizer):
     """The steepest way down. It converges while lr < 2 / (largest curvature), and then creeps along
     the flattest direction: the more steps, the larger the ratio of curvatures."""
     defaults = dict(lr=0.1)
-
     def update(self, p, g, s, h, lr):
         p.add_(g, alpha=-lr)
 
@@ -125,7 +114,6 @@ class Momentum(Optimizer):
     """A heavy ball: noise averages out over 1 / (1 - beta) steps, and a steady slope adds up to
     1 / (1 - beta) times itself: lr must be as much smaller than that of an average."""
     defaults = dict(lr=0.1, beta=0.9)
-
     def update(self, p, g, s, h, lr):
         m = kept(s, "m", p).mul_(h["beta"]).add_(g)
         p.add_(m, alpha=-lr)
@@ -134,7 +122,6 @@ class AdaGrad(Optimizer):
     """Each weight gets its own step, the smaller the larger its gradients were: rare features keep
     large steps. The sum never shrinks, so in a long run learning dies."""
     defaults = dict(lr=0.1, eps=1e-10)
-
     def update(self, p, g, s, h, lr):
         v = kept(s, "v", p).addcmul_(g, g)
         p.addcdiv_(g, v.sqrt().add_(h["eps"]), value=-lr)
@@ -142,7 +129,6 @@ class AdaGrad(Optimizer):
 class RMSProp(Optimizer):
     """AdaGrad that forgets: a moving average in place of the sum."""
     defaults = dict(lr=0.01, beta=0.99, eps=1e-8)
-
     def update(self, p, g, s, h, lr):
         v = kept(s, "v", p).mul_(h["beta"]).addcmul_(g, g, value=1 - h["beta"])
         p.addcdiv_(g, v.sqrt().add_(h["eps"]), value=-lr)
@@ -151,23 +137,23 @@ class Adam(Optimizer):
     """RMSProp with momentum, both averages corrected for starting at zero. The first step is lr
     times the gradient's sign, whatever the units of the loss; lr bounds the later ones roughly."""
     defaults = dict(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8)
-
-    def update(self, p, g, s, h, lr):
+    def update(self, p, g, s, h, lr, turn=same, back=same):
         m, v, t = kept(s, "m", p), kept(s, "v", p), s["t"]
         m.lerp_(g, 1 - h["beta1"])                                    # m = b1 m + (1 - b1) g
+        g, m = turn(g), turn(m)                                       # SOAP: into its eigenbasis
         v.mul_(h["beta2"]).addcmul_(g, g, value=1 - h["beta2"])       # v = b2 v + (1 - b2) g^2
         denom = v.sqrt().div_(math.sqrt(1 - h["beta2"] ** t)).add_(h["eps"])
-        p.addcdiv_(m, denom, value=-lr / (1 - h["beta1"] ** t))       # algorithm 1 of 1412.6980
+        u = back(torch.div(m, denom, out=denom))                      # algorithm 1 of 1412.6980
+        p.sub_(u.mul_(lr / (1 - h["beta1"] ** t)))  # not by alpha: a shard rounds as the whole does
 
 class AdamW(Adam):
     """Adam with decoupled weight decay. Put into the gradient, decay would be divided by sqrt(v)
     and shrink quiet weights more than busy ones; outside, it pulls all alike (1711.05101; times lr,
     as torch has it)."""
     defaults = dict(Adam.defaults, lr=3e-3, weight_decay=0.1)  # lr [measured on a CPU]
-
-    def update(self, p, g, s, h, lr):
+    def update(self, p, g, s, h, lr, *turn):
         p.mul_(1 - lr * h["weight_decay"])
-        super().update(p, g, s, h, lr)
+        super().update(p, g, s, h, lr, *turn)
 
 # -----------------------------------------------------------------------------
 # Preconditioners that see a matrix
@@ -178,20 +164,23 @@ class AdamW(Adam):
 
 def is_matrix(p, h): return p.ndim == 2 and h.get("role", "matrix") == "matrix"
 
+def take_factors(s, g, beta):
+    """Into the averages L of G G^T (m, m) and R of G^T G (n, n) of a state."""
+    for k, square in (("l", g @ g.mT), ("r", g.mT @ g)):
+        s[k] = s[k].lerp_(square, 1 - beta) if k in s else square
+
 class Shampoo(AdamW):
     """Gupta et al. 2018 (1802.09568): W -= lr L^(-1/4) M R^(-1/4), with L the average of G G^T, R
     of G^T G. AdaGrad's square root of gradients' second moments, but of whole rows and columns. The
     roots are taken anew every `every` steps. An update is made 1 an entry long, about Adam's
     longest (grafting, 2002.09018)."""
     defaults = dict(AdamW.defaults, every=10)
-
     def update(self, p, g, s, h, lr):
         if not is_matrix(p, h): return super().update(p, g, s, h, lr)
+        take_factors(s, g, h["beta2"])
         m = kept(s, "m", p).lerp_(g, 1 - h["beta1"])
-        sides = (("l", g @ g.mT), ("r", g.mT @ g))
-        for k, square in sides: s[k] = s[k].lerp_(square, 1 - h["beta2"]) if k in s else square
-        if s["t"] % h["every"] == 1 or h["every"] == 1:
-            for k, _ in sides:
+        if (s["t"] - 1) % h["every"] == 0:
+            for k in ("l", "r"):
                 values, Q = torch.linalg.eigh(s[k])
                 s[k + "_root"] = (Q * values.clamp(min=1e-6 * values[-1] + 1e-30) ** -0.25) @ Q.mT
         u = s["l_root"] @ m @ s["r_root"]  # (m,m) @ (m,n) @ (n,n)
@@ -204,23 +193,17 @@ class SOAP(AdamW):
     every step, while the basis is refreshed every `every` steps by one step of power iteration,
     Q = qr(L Q). With the identity for a basis it is Adam."""
     defaults = dict(AdamW.defaults, every=10)
-
     def update(self, p, g, s, h, lr):
         if not is_matrix(p, h): return super().update(p, g, s, h, lr)
-        p.mul_(1 - lr * h["weight_decay"])
-        for k, square in (("l", g @ g.mT), ("r", g.mT @ g)):
-            s[k] = s[k].lerp_(square, 1 - h["beta2"]) if k in s else square
+        take_factors(s, g, h["beta2"])
+        for k in ("l", "r"):
             if k + "_basis" not in s or s["t"] == h["every"]:  # (at first gradients may be zero)
                 basis = torch.linalg.eigh(s[k]).eigenvectors  # largest last; as iterated, first
                 s[k + "_basis"] = basis.flip(-1).contiguous()
             elif s["t"] % h["every"] == 0:
                 s[k + "_basis"] = torch.linalg.qr(s[k] @ s[k + "_basis"]).Q.contiguous()
-        Ql, Qr, t = s["l_basis"], s["r_basis"], s["t"]
-        m, v = kept(s, "m", p).lerp_(g, 1 - h["beta1"]), kept(s, "v", p)
-        turned = Ql.mT @ g @ Qr
-        v.mul_(h["beta2"]).addcmul_(turned, turned, value=1 - h["beta2"])
-        u = (Ql.mT @ m @ Qr).div_(v.sqrt().div_(math.sqrt(1 - h["beta2"] ** t)).add_(h["eps"]))
-        p.sub_(Ql @ u @ Qr.mT, alpha=lr / (1 - h["beta1"] ** t))
+        Ql, Qr = s["l_basis"], s["r_basis"]
+        super().update(p, g, s, h, lr, lambda x: Ql.mT @ x @ Qr, lambda x: Ql @ x @ Qr.mT)
 
 # Five quintic polynomials whose composition maps (0.001, 1] to within 0.16 of 1: each the best for
 # the interval that the one before leaves. Amsel et al. 2025 (2505.16932), a margin of 2 % in them.
@@ -251,20 +234,18 @@ class Muon(AdamW):
     defaults = dict(AdamW.defaults, lr=0.02, momentum=0.95)
     lrs = dict(embedding=0.2, head=0.01, vector=0.01)  # of AdamW for all else [measured on a CPU]
     orthogonalize = staticmethod(orthogonalize)  # or a compiled one
-
     def move(self, live, h, lr):
+        super().move([of for of in live if not is_matrix(of[0], h)], h, lr)
         shapes = {}
-        for p, s in live: shapes.setdefault((is_matrix(p, h), p.shape), []).append((p, s))
-        for (matrix, (m, *n)), some in shapes.items():
-            if not matrix:
-                super().move(some, h, lr)
-                continue
+        for p, s in live:
+            if is_matrix(p, h): shapes.setdefault(p.shape, []).append((p, s))
+        for (m, n), some in shapes.items():
             sums = [kept(s, "m", p).lerp_(p.grad, 1 - h["momentum"]) for p, s in some]
             G = torch.stack([p.grad.lerp(x, h["momentum"]) for (p, _), x in zip(some, sums)])
             half = G.is_cuda and G.dtype == torch.float32
             U = self.orthogonalize(G.bfloat16() if half else G).to(G.dtype)  # (count, m, n)
             for (p, s), u in zip(some, U):
-                p.mul_(1 - lr * h["weight_decay"]).sub_(u, alpha=lr * max(1, m / n[0]) ** 0.5)
+                p.mul_(1 - lr * h["weight_decay"]).sub_(u, alpha=lr * max(1, m / n) ** 0.5)
 
 OPTIMIZERS = {"sgd": SGD, "momentum": Momentum, "adagrad": AdaGrad, "rmsprop": RMSProp,
               "adam": Adam, "adamw": AdamW, "shampoo": Shampoo, "soap": SOAP, "muon": Muon}
@@ -299,13 +280,13 @@ class Group:
                                             dist.P2POp(dist.irecv, out, self.near(-by), self.pg)]):
             work.wait()
         return out
+    def start(self, collective, out, x, *op):  # one of torch's
+        work = collective(out.view(-1), x.view(-1), *op, self.pg, async_op=True)
+        return lambda: (work.wait(), out)[1]
     def reduce_scatter(self, x, op=SUM):
         """(n, ...) -> (...): row `rank` of all members' x, added up."""
         n, r, x = self.n, self.rank, x.contiguous()
-        if n > 1 and not self.own:
-            out = torch.empty_like(x[0])
-            work = REDUCE_SCATTER(out.view(-1), x.view(-1), op, self.pg, async_op=True)
-            return lambda: (work.wait(), out)[1]
+        if n > 1 and not self.own: return self.start(REDUCE_SCATTER, torch.empty_like(x[0]), x, op)
         part = x[r - 1]  # sets out here, and is complete n - 1 ranks further on
         for i in range(2, n + 1):
             part, mine = self.shift(part), x[(r - i) % n]
@@ -315,9 +296,7 @@ class Group:
         """(...) -> (n, ...): all members' x, in order."""
         n, r, x = self.n, self.rank, x.contiguous()
         if out is None: out = x.new_empty(n, *x.shape)
-        if n > 1 and not self.own:
-            work = ALL_GATHER(out.view(-1), x.view(-1), self.pg, async_op=True)
-            return lambda: (work.wait(), out)[1]
+        if n > 1 and not self.own: return self.start(ALL_GATHER, out, x)
         out[r] = x
         for i in range(1, n): out[(r - i) % n] = x = self.shift(x)
         return lambda: out
@@ -358,7 +337,6 @@ class Mesh:
                 pg = dist.new_group(row) if len(row) > 1 else None  # all ranks make all groups
                 if me in row: setattr(self, name, Group(name, row, me, pg))
         self.first, self.last = self.pp.rank == 0, self.pp.rank == pp - 1
-        self.alone = Group("alone", [me], me, None)
 
 def bench(rank, device="cpu"):
     """Times the collectives of all ranks by size: torch's, and then the rings."""
@@ -380,8 +358,6 @@ class Both(torch.autograd.Function):
         return forward(x)
     @staticmethod
     def backward(ctx, g): return ctx.mirror(g), None, None
-
-def same(x): return x.view_as(x)
 
 def pairs(g, dim=1):
     """{name: function of a tensor}, over group g. What is the same on all ranks, but used for
@@ -510,8 +486,7 @@ def param_groups(model, weight_decay=None, base_width=None, **lrs):
         group = groups.setdefault((ROLES.index(r), width), {"role": r, "params": []})
         group["params"].append(p)
         if weight_decay is not None: group["weight_decay"] = weight_decay if r == "matrix" else 0.0
-        lr = lrs.get(r) or lrs.get("matrix")
-        if lr: group["lr"] = lr * width
+        if lr := lrs.get(r) or lrs.get("matrix"): group["lr"] = lr * width
     return [groups[key] for key in sorted(groups)]
 
 # -----------------------------------------------------------------------------
@@ -542,7 +517,6 @@ class Level:
     """The usual height of a loss and its usual deviation, averages over about 50 steps; a spike is
     a loss more than eight deviations above it [our choice]."""
     def __init__(self, n=0, mean=0.0, deviation=0.0): self.now = n, mean, deviation
-
     def spikes(self, loss):
         """Takes in a loss; whether it is a spike (never in the first 50 steps)."""
         (n, mean, deviation), gap, w = self.now, loss - self.now[1], 1 / min(self.now[0] + 1, 50)
@@ -601,38 +575,34 @@ SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}
 # -----------------------------------------------------------------------------
 # The lesson: a valley a hundred times steeper across than along
 
-def valley(turned, d=10, curvature=100.0):
-    """Loss 1/2 w^T A w of w (d, 1), A with eigenvalues from 1 to `curvature`, and a start; the
+def valley(turned):
+    """Loss 1/2 w^T A w of w (10, 1), A with eigenvalues from 1 to 100, and a start; the
     eigenvectors are the axes, or random directions if `turned`."""
     rng = torch.Generator().manual_seed(0)
-    basis, _ = torch.linalg.qr(torch.randn(d, d, generator=rng, dtype=torch.float64))
-    if not turned: basis = torch.eye(d, dtype=torch.float64)
-    curvatures = torch.logspace(0, math.log10(curvature), d, dtype=torch.float64)
-    A = basis @ torch.diag(curvatures) @ basis.T
-    start = basis @ torch.randn(d, 1, generator=rng, dtype=torch.float64)
+    basis, _ = torch.linalg.qr(torch.randn(10, 10, generator=rng, dtype=torch.float64))
+    if not turned: basis = torch.eye(10, dtype=torch.float64)
+    A = basis @ torch.logspace(0, 2, 10, dtype=torch.float64).diag() @ basis.T
+    start = basis @ torch.randn(10, 1, generator=rng, dtype=torch.float64)
     return lambda w: 0.5 * (w * (A @ w)).sum(), start
 
 def steps_needed(make, loss, start, limit=1600):
     """Fewest steps until the loss is a millionth of its start, over a grid of lr and of the steps
     in which lr falls to zero (25, 50, ... up to limit) -> (steps, lr), or (None, None)."""
-    allowed = 25
-    while allowed <= limit:
+    for allowed in (25 * 2 ** i for i in range(int(math.log2(limit / 25)) + 1)):
         found = []
         for lr in (10.0 ** torch.arange(-3, 1.1, 0.25, dtype=torch.float64)).tolist():
-            w = torch.nn.Parameter(start.clone())
+            w = nn.Parameter(start.clone())
             optimizer, first = make([w], lr=lr), loss(start).item()
             for i in range(allowed + 1):
-                optimizer.zero_grad()
-                value = loss(w)
-                if value.item() < 1e-6 * first: found.append((i, lr))
-                if found and found[-1][1] == lr or not value.item() < 1e3 * first: break
+                w.grad, value = None, loss(w)
+                if value < 1e-6 * first: found.append((i, lr))
+                if not 1e-6 * first <= value < 1e3 * first: break
                 value.backward()
                 optimizer.step(1 - i / allowed)
         if found: return min(found)
-        allowed *= 2
     return None, None
 
-def transfer(mup, widths=(32, 128, 512), steps=60):
+def transfer(mup, widths=(32, 128, 512)):
     """{width: (learning rate, loss) of the best lr} of a network of three matrices, trained by Adam
     to imitate another, over powers of two. With muP (base width 32) the best lr stays."""
     rng = torch.Generator().manual_seed(0)
@@ -644,12 +614,10 @@ def transfer(mup, widths=(32, 128, 512), steps=60):
             net = nn.ModuleDict({"embed": Linear(16, width), "hidden": Linear(width, width),
                                  "lm_head": Linear(width, 4, std=0.0)})
             adam = Adam(param_groups(net, base_width=32 if mup else None, matrix=lr))
-            for i in range(steps):
+            for i in range(60):
                 h = net["hidden"](net["embed"](x).relu()).relu()
                 loss = (net["lm_head"](h) - y).square().mean()
-                adam.zero_grad()
-                loss.backward()
-                adam.step(1 - i / steps)
+                adam.zero_grad(), loss.backward(), adam.step(1 - i / 60)
             best[width] = min(best.get(width, (0, math.inf)), (lr, loss.item()), key=lambda b: b[1])
     return best
 
@@ -661,8 +629,8 @@ def costs(make, m=512, n=128):
         for _ in range(20):
             w.grad = torch.randn(m, n)
             optimizer.step()
-    kept = sum(x.numel() * x.element_size() for x in optimizer.state_tensors().values() if x.ndim)
-    return counter.get_total_flops() / 20 / w.numel(), kept / w.numel()
+    size = sum(x.nbytes for x in optimizer.state_tensors().values() if x.ndim)
+    return counter.get_total_flops() / 20 / w.numel(), size / w.numel()
 
 def main(args):
     print("of a (512, 128) matrix, per parameter: FLOPs in products and bytes of state; then steps "
@@ -673,7 +641,7 @@ def main(args):
         flops, size = costs(make)
         print(f"{name:10s}{flops:7,.0f}{size:7.1f}", end="")
         for turned in (False, True):
-            n, lr = steps_needed(make, *valley(turned), args.limit)
+            n, lr = steps_needed(make, *valley(turned))
             print(f"{'never' if n is None else n:>9} (lr {lr or 0:7.4f})", end="", flush=True)
         print()
     print("Turning the valley is nothing to sgd and momentum. A divisor per weight is a diagonal\n"
@@ -686,10 +654,7 @@ def main(args):
         print(f"best lr of Adam by width, {'with muP' if mup else 'as it is'}: {found}")
 
 def build_parser():
-    parser = argparse.ArgumentParser(description="The ladder of optimizers in a narrow valley.")
-    parser.add_argument("--limit", type=int, default=1600,
-                        help="most steps tried, at least 25 (default: 1600)")
-    return parser
+    return argparse.ArgumentParser(description="The ladder of optimizers in a narrow valley.")
 
 if __name__ == "__main__":
     main(build_parser().parse_args())

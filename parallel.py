@@ -29,7 +29,7 @@ EXERCISE  Empty `one_f_one_b`; fill it until `pytest test_all.py -k schedule` is
 import argparse, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,9 +80,10 @@ def read_plan(text: str | None, world: int):
         axis, _, n = part.partition("=")
         refuse(axis in plan and n.isdigit() and int(n), "plan", part, "dp=2,tp=2 and the like")
         plan[axis] = int(n)
-    rest = plan["pp"] * plan["cp"] * plan["tp"]
-    if "dp=" not in (text or ""): plan["dp"] = max(1, world // rest)
-    n = plan["dp"] * rest
+    n = plan["dp"] * plan["pp"] * plan["cp"] * plan["tp"]
+    if "dp=" not in (text or ""):
+        plan["dp"] = max(1, world // n)
+        n *= plan["dp"]
     refuse(n == world, "plan", f"{text}, a product of {n}", f"{world}, the number of processes",
            f"set --plan, or --nproc_per_node {n}")
     refuse(plan["dp"] % plan["ep"] == 0, "plan", text, f"an ep that divides dp {plan['dp']}")
@@ -121,21 +122,19 @@ def one_f_one_b(stage, p, m):
 
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b}
 
-def simulate(schedule, p, m, forward=1.0, backward=2.0):
-    """(fraction of the time that stages idle, most activations that each holds) in virtual time."""
-    left, done, clock = [schedule(s, p, m) for s in range(p)], {}, [0.0] * p
-    most = [max(sum(1 if kind == "F" else -1 for kind, _ in order[:i + 1]) for i in range(2 * m))
-            for order in left]
-    needs = lambda s, kind, i: (("F", i, s - 1) if kind == "F" else
-                                ("B", i, s + 1) if s < p - 1 else ("F", i, s))
-    ready = lambda s: left[s] and (needs(s, *left[s][0]) in done or needs(s, *left[s][0])[2] < 0)
-    while any(left):  # a schedule that waits for itself finds no stage that is ready
-        s = next(filter(ready, range(p)))
-        (kind, i), *left[s] = left[s]
-        clock[s] = max(clock[s], done.get(needs(s, kind, i), 0.0)) + (
-            forward if kind == "F" else backward)
-        done[kind, i, s] = clock[s]
-    return 1 - m * (forward + backward) / max(clock), most
+def simulate(schedule, p, m):
+    """(part of the time that stages idle, most activations that each holds) in virtual time, of
+    which a forward takes 1 and a backward 2."""
+    orders = [schedule(s, p, m) for s in range(p)]
+    @cache
+    def end(s, kind, i):  # when it is done; what waits for itself recurses without end
+        needs = [(s, *work) for work in orders[s][:orders[s].index((kind, i))][-1:]]
+        if kind == "F" and s: needs.append((s - 1, "F", i))
+        if kind == "B": needs.append((s + 1, "B", i) if s < p - 1 else (s, "F", i))
+        return max((end(*work) for work in needs), default=0) + (1 if kind == "F" else 2)
+    most = [max(itertools.accumulate(1 if kind == "F" else -1 for kind, _ in order))
+            for order in orders]
+    return 1 - 3 * m / max(end(s, *order[-1]) for s, order in enumerate(orders)), most
 
 # -----------------------------------------------------------------------------
 # Tensors: the width of every layer, divided
@@ -184,8 +183,8 @@ def cut_tensors(model, g, sequence):
             m.register_forward_pre_hook(lambda _, args, go_in=p.gather if inside else p.copy: (
                 go_in(args[0]), *args[1:]))
         if isinstance(m, Attention):
-            heads = {k: getattr(m.cfg, k) // g.n for k in ("n_heads", "n_kv_heads")}
-            m.cfg = SimpleNamespace(**{**vars(m.cfg), **heads})
+            m.cfg = SimpleNamespace(**{**vars(m.cfg), "n_heads": m.cfg.n_heads // g.n,
+                                       "n_kv_heads": m.cfg.n_kv_heads // g.n})
         if isinstance(m, MoE) and sequence:  # a router sees all tokens, and does so on every rank
             m.register_forward_pre_hook(lambda _, args: p.whole(args[0]))
             m.register_forward_hook(lambda _, args, out: (p.mine(out[0]), out[1]))
@@ -250,10 +249,9 @@ def remote_experts(moe, g, rows, load):
 # -----------------------------------------------------------------------------
 # The engine: a finished model and its optimizer, divided, and what `fit` calls instead of its own
 
-def own_part(modules, g):
-    n = len(modules) // g.n
-    own = range(g.rank * n, (g.rank + 1) * n)  # under their names in the whole model
-    return nn.ModuleDict({str(i): modules[i] for i in own})
+def own_part(modules, g):  # under their names in the whole model
+    first, n = g.rank * len(modules) // g.n, len(modules) // g.n
+    return nn.ModuleDict([*modules.named_children()][first:first + n])
 
 class Engine(nn.Module):
     """`model` and `optimizer`, whole and the same on all ranks, become this rank's part."""
@@ -275,13 +273,13 @@ class Engine(nn.Module):
             moe.run = partial(remote_experts, moe, mesh.ep)
         cuts, parts = cut_tensors(model, tp, how.sequence) if tp.n > 1 else ({}, ())
         for name, p in model.named_parameters():
-            if p in cuts: p.data = Place(name, cuts[p], tp.rank, tp.n).take(p.data).clone()
+            if p in cuts: p.data = Place(name, cuts[p], tp.rank, tp.n).take(p.data)
         model.to(device)
         self.divide(optimizer, cuts, parts, whole)
     def divide(self, optimizer, cuts, parts, whole):
         """Makes `units`, the buckets of each layer and, last, of the rest, and their `pieces`."""
         mesh, shard, units = self.mesh, self.how.shard, {math.inf: {}}
-        self.units, self.pieces, self.split, self.sums = [], [], [], {"tp": [], "ends": []}
+        self.units, self.pieces, self.split, self.sums = [], [], [], {}
         part = lambda name, p, *ends: Place(name, cuts.get(p), mesh.tp.rank, mesh.tp.n, *ends)
         self.fixed = [(part(f"model/{name}", p), p, whole[name].shape) for name, p in [
             *self.model.named_buffers(), *self.model.named_parameters()] if not p.requires_grad]
@@ -308,18 +306,18 @@ class Engine(nn.Module):
                     x = nn.Parameter(w.view(p.shape) if end is None else w, requires_grad=False)
                     x.total, x.place = g.view(x.shape), part(name, p, lo, end)
                     self.pieces.append(x)
-                    if p in parts: self.sums["tp"].append(x)
-                    if ends: self.sums["ends"].append(x)
+                    for axis, ours in ("tp", p in parts), ("ends", ends):
+                        if ours: self.sums.setdefault(axis, []).append(x)
                     held = [x]
                     if undivided and p in cuts:  # all of it, on every rank of tp
                         held.append(x := nn.Parameter(whole[name].to(w.device, copy=True)))
                         x.place = Place(name)
                         self.split.append(held)
                     for y in held:
-                        y.matrix, tp = p.ndim == 2, mesh.tp if y.place.dim is None else mesh.alone
-                        y.key, y.whole = f"{i}.{j}", whole[name].shape
-                        y.saved = own and not (tp.rank or ends and not mesh.first)
-                        y.copies = (group.n if bucket.each else 1) * (1 + ends) * tp.n
+                        y.matrix, y.key, y.whole = p.ndim == 2, f"{i}.{j}", whole[name].shape
+                        alike = y.place.dim is None  # on the ranks of tp
+                        y.saved = own and not (alike and mesh.tp.rank or ends and not mesh.first)
+                        y.copies = (group.n ** bucket.each) * (1 + ends) * mesh.tp.n ** alike
                     self.optimizer.groups[i]["params"].append(x)
                     states[i].append({k: x.place.take(s).to(w.device) if torch.is_tensor(s)
                                       and s.shape == whole[name].shape else s
@@ -333,29 +331,27 @@ class Engine(nn.Module):
         for x, master in self.split: x.copy_(x.place.take(master))
         for b in sum(self.units, []) if self.how.shard == "optimizer" else ():
             b.group.all_gather(b.rows(b.flat)[b.group.rank].clone(), b.rows(b.flat))()
-    # Around each layer stand two identities, whose side effects move weights and gradients: those
-    # of a layer are complete when that of its input is, as it comes last.
+    # Before each layer, and behind all, stands an identity, whose side effects move weights and
+    # gradients: those of a layer are complete when a gradient comes to the one before it.
     def each(self, i, *names):
-        for b in self.units[i] if i >= 0 else ():
+        for b in self.units[i] if 0 <= i < len(self.units) else ():
             for name in names: getattr(b, name)()
     def enter(self, i, x):
+        self.each(i - 1, "free")
         self.each(i, "arrive")
         self.each(i + 1, "gather")  # while this one computes
         return same(x)
-    def leave(self, i, x):
-        self.each(i, "free")
-        return same(x)
-    def enter_again(self, i, g):
-        if {*self.flying} & {*self.units[i]}: self.land()
-        self.each(i, "arrive", *["open"] * (self.how.shard == "full"))
-        self.each(i - 1, "gather")
+    def back(self, i, g):
+        full = self.how.shard == "full"
+        if (full or self.syncing) and self.units[i] is not self.units[-1]: self.reduce(i)
+        if i and {*self.flying} & {*self.units[i - 1]}: self.land()
+        self.each(i - 1, "arrive", *["open"] * full)
+        self.each(i - 2, "gather")
         return g
-    def leave_again(self, i, g=None):
-        if self.how.shard == "full" or self.syncing:
-            self.land()
-            self.each(i, "reduce")
-            self.flying += self.units[i]
-        return g
+    def reduce(self, i):
+        self.land()
+        self.each(i, "reduce")
+        self.flying = [*self.units[i]]
     def land(self):
         for b in self.flying: b.land()
         self.flying = []
@@ -367,13 +363,13 @@ class Engine(nn.Module):
         self.each(len(self.units) - 1, "arrive")
         if mesh.first: x = p.mine(model.embed(ctx)) if how.sequence else model.embed(ctx)
         if torch.is_grad_enabled() and not x.requires_grad: x.requires_grad_()
+        at = lambda i, x: Both.apply(x, partial(self.enter, i), partial(self.back, i))
         for i, layer in enumerate(model.layers.values()):
-            x = Both.apply(x, partial(self.enter, i), partial(self.leave_again, i))
             run = partial(checkpoint, layer, use_reentrant=False) if how.recompute else layer
-            x, aux = run(x, ctx)
-            x = Both.apply(x, partial(self.leave, i), partial(self.enter_again, i))
+            x, aux = run(at(i, x), ctx)
             extra = extra + aux.get("loss", 0.0)
             if "load" in aux: loads.append(aux["load"])
+        x = at(len(model.layers), x)
         if not mesh.last: return x, extra, loads
         x, weight = model.norm(x), (model.lm_head or model.embed_tokens).weight
         if mesh.tp.n > 1: x = (p.gather if how.sequence else p.copy)(x)
@@ -413,15 +409,13 @@ class Engine(nn.Module):
                 torch.autograd.backward(*zip(*ends))
                 if not mesh.first: sent.append(mesh.back.send(x.grad, -1))
         for work, _ in sent: work.wait()
-        self.leave_again(len(self.units) - 1)
+        self.reduce(len(self.units) - 1)
         self.land()
         for b in sum(self.units, []) if self.how.shard == "none" else (): b.arrive()
         for x in self.pieces: x.grad = x.total
-        for axis, some in self.sums.items():
-            if not some: continue
+        for axis, some in sorted(self.sums.items()):  # in this order on all ranks
             flat = getattr(mesh, axis).all_reduce(torch.cat([x.grad.view(-1) for x in some]))
-            sums = flat.split([x.numel() for x in some])
-            for x, g in zip(some, sums): x.grad.copy_(g.view(x.shape))
+            for x, g in zip(some, flat.split([x.numel() for x in some])): x.grad.view(-1).copy_(g)
         for x, master in self.split: master.grad = pairs(self.mesh.tp, x.place.dim).gather(x.grad)
         for bias, load in zip(self.model.buffers(), loads):
             load = mesh.dp.small(*load.tolist())
@@ -448,28 +442,26 @@ class Engine(nn.Module):
 
 def save_shards(run, engine, optimizer, now):
     """checkpoint-STEP/RANK.safetensors; the directory gets that name when all of it is there."""
-    tensors, places, world = {}, {}, engine.mesh.world
-    def keep(place, x, shape):
-        key = str(len(places))
-        tensors[key], places[key] = x, [[*shape], *place]
-    for fixed in engine.fixed: keep(*fixed)
+    kept, world = [*engine.fixed], engine.mesh.world  # [(place, tensor, shape of the whole)]
     for p, state in ((p, s) for g, some in zip(optimizer.groups, optimizer.state)
                      for p, s in zip(g["params"], some) if p.saved):
-        keep(p.place._replace(name=f"model/{p.place.name}"), p, p.whole)
-        for k, x in state.items():
-            x, name = torch.as_tensor(x), f"optimizer/{p.key}.{k}"  # Shampoo's l, r; t:
-            if x.shape != p.shape: keep(Place(name), x, x.shape)
-            else: keep(p.place._replace(name=name), x, p.whole)
-    path = Path(run) / f"checkpoint-{now.step:08d}"
+        for name, x in {f"model/{p.place.name}": p, **{
+                f"optimizer/{p.key}.{k}": torch.as_tensor(x) for k, x in state.items()}}.items():
+            part = x.shape == p.shape  # Shampoo's l and r, and t, are not
+            kept.append((p.place._replace(name=name), x, p.whole) if part else
+                        (Place(name), x, x.shape))
+    tensors = {str(i): x for i, (_, x, _) in enumerate(kept)}
+    places = {str(i): [[*shape], *place] for i, (place, _, shape) in enumerate(kept)}
+    path, part = (Path(run) / f"checkpoint-{now.step:08d}{end}" for end in ("", ".part"))
     if world.rank == 0:  # what a kill in the midst of a save has left
         for old in Path(run).glob("checkpoint-*.part"): shutil.rmtree(old)
     world.small(0.0)
-    save_tensors(Path(f"{path}.part") / f"{world.rank:05d}.safetensors", tensors, {
+    save_tensors(part / f"{world.rank:05d}.safetensors", tensors, {
         "places": json.dumps(places), "ranks": str(world.n), "progress": json.dumps(vars(now))})
     world.small(0.0)  # all have written
     if world.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
-        os.rename(f"{path}.part", path)
+        part.rename(path)
         train.keep_two(run)
 
 # -----------------------------------------------------------------------------
@@ -488,12 +480,12 @@ def traffic(engine, batches):
         total += 2 * c.n_layers * 2 * stream
     return (total + 2 * stream * (mesh.pp.n > 1)) / 2  # a ring of two sends half of what it adds up
 
-def divided(text, rows, micro, how=ParallelConfig(), **fields):
-    """(whole llama, all rows, its engine with this plan, this rank's micro-batches of the rows)."""
+def divided(how, rows, micro, **fields):
+    """(whole llama, all rows, its engine of a plan, this rank's micro-batches of the rows)."""
     cfg = ModelConfig(**{**dict(vocab_size=512, seq_len=64, d_model=64), **fields})
     make = lambda: train.build(cfg, TrainConfig(optimizer="adamw"), train.Machine(
         torch.device("cpu"), torch.float64, False, 1.0, ""))
-    engine = Engine(*make(), Mesh(read_plan(text, dist.get_world_size()), how.ring), how)
+    engine = Engine(*make(), Mesh(read_plan(how.plan, dist.get_world_size()), how.ring), how)
     random, d = torch.Generator().manual_seed(0), engine.mesh.dp
     pair = torch.randint(0, cfg.vocab_size, (2, rows, cfg.seq_len), generator=random)
     return make()[0], pair, engine, [*zip(*(t.chunk(d.n)[d.rank].split(micro) for t in pair))]
@@ -504,11 +496,10 @@ def memory_and_traffic(rank):
         "far\nloss and gradients are from one process's. Llama, float64, AdamW\nplan          ",
         *map("{:>11s}".format, "weights gradients state activations formula sent differs".split()))
     of = lambda some: {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in some)}
-    rows = [("dp", dict(shard=shard)) for shard in SHARDS] + [("dp", dict(recompute=True))]
-    for axis, flags in rows + [(axis, {}) for axis in ("tp", "pp", "cp", "ep")]:
-        text, saved = f"{axis}=2", []
-        how = ParallelConfig(plan=text, ring=True, **flags)
-        whole, pair, engine, batches = divided(text, 8, 4, how, ffns="sx"[axis == "ep"])
+    rows = [("dp=2", dict(shard=shard)) for shard in SHARDS] + [("dp=2", dict(recompute=True))]
+    for text, flags in rows + [(text, {}) for text in ("tp=2", "pp=2", "cp=2", "ep=2")]:
+        how, saved = ParallelConfig(plan=text, ring=True, **flags), []
+        whole, pair, engine, batches = divided(how, 8, 4, ffns="sx"[text == "ep=2"])
         loss = train.local_step(whole, [*zip(*(t.split(4) for t in pair))])
         SENT.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], same):
@@ -520,31 +511,28 @@ def memory_and_traffic(rank):
         weights = of(t for b in buckets for t in (b.flat, b.master))
         kept = (weights, of(b.sum for b in buckets), of(engine.optimizer.state_tensors().values()),
                 {at: n for at, n in of(saved).items() if at not in weights})
-        sent, formula = sum(SENT.values()) / 1e6, f"{traffic(engine, batches) / 1e6:.4f}"
+        formula = "-" if text == "ep=2" else f"{traffic(engine, batches) / 1e6:.4f}"
         sizes = [sum(some.values()) / 8 / sum(p.numel() for p in params.values()) for some in kept]
         if rank == 0: print(f"{text} {'recompute' * how.recompute or how.shard:9s}", *(
-            f"{x:11.3f}" for x in sizes), f"{'-' if axis == 'ep' else formula:>11s} {sent:11.4f} "
+            f"{x:11.3f}" for x in sizes), f"{formula:>11s} {sum(SENT.values()) / 1e6:11.4f} "
             f"{gap:11.0e}", flush=True)
 
-def on_wire(send, takes, wire):
-    """A collective on a simulated wire: it waits for those before it, then takes a time."""
-    def later(*args):
-        wait, wire[0] = send(*args), max(wire[0], time.perf_counter()) + takes
-        return lambda until=wire[0]: (time.sleep(max(0, until - time.perf_counter())), wait())[1]
-    return later
-
 def idle_and_hidden(rank, forward=0.05, backward=0.1):
-    """The work of a layer is to sleep, so that ranks do not compete for processors."""
+    """The work of a layer is to sleep, so that ranks do not compete for processors; the wire is
+    simulated: a collective waits for those before it, then takes a time."""
     nap = lambda s: lambda x: (time.sleep(s), same(x))[1]
-    def timed(text, micro, wire=0.0, **how):
-        *_, engine, batches = divided(text, 8, micro, ParallelConfig(**how), d_model=16, n_heads=2,
-                                      seq_len=16, vocab_size=64, n_layers=8 if "d" in text else 4)
+    def timed(text, micro, wire=0.0, n_layers=4, **how):
+        *_, engine, batches = divided(ParallelConfig(plan=text, **how), 8, micro, d_model=16,
+                                      n_heads=2, seq_len=16, vocab_size=64, n_layers=n_layers)
         for layer in engine.model.layers.values():
             layer.register_forward_hook(lambda _, args, out: (
                 Both.apply(out[0], nap(forward), nap(backward)), out[1]))
-        g, line = engine.mesh.data, [0.0]
-        if wire: g.reduce_scatter, g.all_gather = (
-            on_wire(f, wire, line) for f in (g.reduce_scatter, g.all_gather))
+        g = engine.mesh.data
+        def slow(send, *args):
+            wait, g.until = send(*args), max(g.until, time.perf_counter()) + wire
+            return lambda at=g.until: (time.sleep(max(0, at - time.perf_counter())), wait())[1]
+        g.until, g.reduce_scatter, g.all_gather = 0.0, *(
+            partial(slow, f) for f in (g.reduce_scatter, g.all_gather))
         engine.mesh.world.small(0.0)
         start = time.perf_counter()
         engine.step(None, batches)
@@ -553,7 +541,7 @@ def idle_and_hidden(rank, forward=0.05, backward=0.1):
     for name in SCHEDULES:
         idle = 1 - 8 * (forward + backward) / timed("pp=4", 1, pipeline=name)
         if rank == 0: print(f"4 stages, 8 micro-batches, {name}: idle {idle:.3f}, by formula 0.273")
-    alone, together = timed("dp=4", 2), timed("dp=4", 2, wire=0.03)
+    alone, together = (timed("dp=4", 2, wire, n_layers=8) for wire in (0.0, 0.03))
     # 2 messages for each of 9 buckets; those of the lowest two come when all work is done
     hidden = (alone + 18 * 0.03 - together) / (14 * 0.03)
     if rank == 0: print(f"4 data ranks: work of {alone:.3f} s and 0.540 s on a simulated wire take "
@@ -570,15 +558,14 @@ def teach(rank, lesson, n, path):
 
 def agree(world, x):
     """The largest x of all ranks: a number, a bool, or a signal's name, which outranks None."""
-    named = x is None or isinstance(x, str)
-    top = world.small(float(signal.Signals[x] if isinstance(x, str) else x or 0), op=MAX).item()
-    return (signal.Signals(int(top)).name if top else None) if named else type(x)(top)
+    names = [None, "SIGINT", "SIGTERM"]
+    if x in names: return names[agree(world, names.index(x))]
+    return type(x)(world.small(float(x), op=MAX).item())
 
 def micro_batch(cfg, plan):
     """Sequences that a data rank takes at once: all, or for a pipeline four turns for a stage."""
-    rows = cfg.batch_size // plan["dp"]
-    most = max(1, rows // (4 * plan["pp"] if plan["pp"] > 1 else 1))
-    micro = cfg.micro_batch or math.gcd(rows, most)
+    rows, turns = cfg.batch_size // plan["dp"], 4 * plan["pp"] if plan["pp"] > 1 else 1
+    micro = cfg.micro_batch or math.gcd(rows, max(1, rows // turns))
     for name, got, n in (("batch_size", cfg.batch_size, plan["dp"]), ("micro_batch", rows, micro)):
         refuse(got % n == 0, name, got, f"a multiple of {n}, for the plan {plan}")
     refuse(not cfg.compile, "compile", cfg.compile, "none or false on many devices")
@@ -592,7 +579,7 @@ def prepared(args, given, lasting, store, rank, plan, how):
         run, budget = train.run_directory(args), {} if "steps" in given else {"minutes": 1.0}
         settings = train.resumed(run, given) if args.resume else train.settle({**budget, **given})
         cfg = TrainConfig(**settings["train"])  # a mistake is found before anything is written
-        micro_batch(cfg, plan)
+        micro = micro_batch(cfg, plan)
         with torch.device("meta"): check(LM(ModelConfig(**settings["model"])), plan, how)
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         refuse(here <= gpus or train.pick_device(cfg.device).type != "cuda", "nproc_per_node", here,
@@ -600,6 +587,7 @@ def prepared(args, given, lasting, store, rank, plan, how):
         lasting.set("run", str(run))
         corpus, _ = train.get_corpus(run, cfg, settings, args.resume)
         corpus.tokenizer.save(run / "tokenizer.json")
+        settings["train"]["micro_batch"] = micro
         store.set("ready", json.dumps([str(run), args.resume, settings]))
     store.wait(["ready"], timedelta(days=7))
     run, resume, settings = json.loads(store.get("ready"))
@@ -608,11 +596,11 @@ def prepared(args, given, lasting, store, rank, plan, how):
 
 def join(how, device, **where):
     """Makes this process a rank -> the type of its device."""
-    cuda = train.pick_device(device).type == "cuda"  # mps has no gloo
-    if cuda: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **where,
+    kind = "cuda" if train.pick_device(device).type == "cuda" else "cpu"  # mps has no gloo
+    if kind == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **where,
                             timeout=timedelta(seconds=how.timeout))
-    return "cuda" if cuda else "cpu"
+    return kind
 
 def train_ranks(args, how, given):
     lasting, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=how.timeout)))
@@ -621,11 +609,9 @@ def train_ranks(args, how, given):
     plan = read_plan(how.plan, world)
     run, resume, settings, corpus = prepared(args, given, lasting, store, rank, plan, how)
     cfg, tok, cpu = TrainConfig(**settings["train"]), corpus.tokenizer, torch.device("cpu")
-    micro = micro_batch(cfg, plan)
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     device = join(how, cfg.device, store=store, rank=rank, world_size=world)
-    cfg = dataclasses.replace(cfg, threads=cfg.threads or threads, micro_batch=micro, compile=False,
-                              device=device)
+    cfg = dataclasses.replace(cfg, threads=cfg.threads or threads, compile=False, device=device)
     machine, mesh = train.set_up(cfg), Mesh(plan, how.ring)
     machine.peak *= world
     model_cfg = ModelConfig(**{**settings["model"], "vocab_size": tok.vocab_size})
@@ -639,8 +625,8 @@ def train_ranks(args, how, given):
     def step(_, batches):
         try: return engine.step(None, batches)
         except torch.OutOfMemoryError:  # others are in the midst of a step: no way to try again
-            raise UserError(f"micro_batch: got {micro}, which does not fit into the memory of rank "
-                            f"{rank}, wanted less; set --micro_batch, --shard or --recompute")
+            raise UserError(f"micro_batch: got {cfg.micro_batch}, which rank {rank} has no memory "
+                            "for, wanted less; set --micro_batch, --shard or --recompute")
     loader = Loader(train.open_tokens(corpus.train), model_cfg.seq_len, cfg.batch_size, cfg.seed,
                     mesh.dp.rank, mesh.dp.n)
     tokens, n_bytes = validation(corpus, cfg.eval_tokens)
@@ -648,7 +634,7 @@ def train_ranks(args, how, given):
         print(f"{run}: plan {plan}, {how}", cfg, model_cfg, f"{machine.line}; {world} ranks",
               f"{n:,} parameters" + f"; the vocabulary is padded by {pad}" * (pad > 0), sep="\n")
     check = lambda engine: train.evaluate(engine, in_order(
-        tokens, model_cfg.seq_len, micro * mesh.dp.n), n_bytes, machine.device)
+        tokens, model_cfg.seq_len, cfg.micro_batch * mesh.dp.n), n_bytes, machine.device)
     now, result = train.fit(
         engine, engine.optimizer, loader, cfg, machine, run, resume, check, step, save_shards,
         lambda *_: now, partial(agree, mesh.world), not rank,

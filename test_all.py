@@ -1203,125 +1203,108 @@ def jolted(optimizer, fields):   # a whole model, no weight zero or equal to ano
     for p in m.parameters(): p.data += 0.1 * torch.randn_like(p)
     return m, opt
 
-def batch_of(step, micro, n=1, rank=0):
-    x, y = (ids(8, 16, seed=seed) for seed in (step, 100 + step))
-    y[5:, 3:] = -1  # micro-batches count unlike numbers of targets
-    return list(zip(*(t.chunk(n)[rank].split(micro) for t in (x, y))))
-
-def alone(optimizer, micro, fields):   # ten steps of one process: losses, norms, gradients, weights
-    m, opt = jolted(optimizer, fields)
-    losses, norms, named = [], [], dict(m.named_parameters())
-    for step in range(10):
+def ten_steps(m, opt, micro, step, params, norms=optim.norms, n=1, rank=0, steps=10):
+    """-> losses and norms; gradients of `params` in the first step; weights: [(place, tensor)]."""
+    told, moved = [], sum((g["params"] for g in opt.groups), [])
+    for i in range(steps):
+        x, y = (ids(8, 16, seed=seed) for seed in (i, 100 + i))
+        y[5:, 3:] = -1  # micro-batches count unlike numbers of targets
         opt.zero_grad()
-        losses.append(train.local_step(m, batch_of(step, micro)))
-        if not step: grads = {name: p.grad.clone() for name, p in named.items()}
-        norms.append(optim.clip_grad_norm(named.values(), 0.5))
+        told.append(step(m, [*zip(*(t.chunk(n)[rank].split(micro) for t in (x, y)))]))
+        if i == 0: first = [(p.place, p.grad.clone()) for p in params]
+        told.append(optim.clip_grad_norm(moved, 0.5, norms))
         opt.step(0.3)
-    return losses, norms, grads, {name: p.detach() for name, p in named.items()}
+    return told, first, [(p.place, p.detach()) for p in moved]
+
+def alone(optimizer, micro, fields):
+    m, opt = jolted(optimizer, fields)
+    for name, p in m.named_parameters(): p.place = optim.Place(name)
+    return ten_steps(m, opt, micro, train.local_step, [*m.parameters()])
+
+def divided(m, opt, text, **flags):
+    how = parallel.ParallelConfig(plan=text, **flags)
+    return parallel.Engine(m, opt, parallel.Mesh(parallel.read_plan(text, 4), how.ring), how)
 
 def run_plan(text, flags, optimizer, micro, fields, steps=10, want=None):
-    """-> engine, [largest difference from one process: of loss and gradients in the first step, of
-    losses, norms and weights in all]."""
-    how = parallel.ParallelConfig(plan=text, **flags)
-    mesh = parallel.Mesh(parallel.read_plan(text, 4), how.ring)
-    engine, losses, norms = parallel.Engine(*jolted(optimizer, fields), mesh, how), [], []
-    moved = sum((g["params"] for g in engine.optimizer.groups), [])
-    for step in range(steps):
-        engine.optimizer.zero_grad()
-        losses.append(engine.step(None, batch_of(step, micro, mesh.dp.n, mesh.dp.rank)))
-        if want and not step: first = [losses[0] - want[0][0], *(
-            p.grad - p.place.take(want[2][p.place.name]) for p in engine.pieces)]
-        norms.append(optim.clip_grad_norm(moved, 0.5, engine.norms))
-        engine.optimizer.step(0.3)
-    if not want: return engine
-    last = [p.detach() - p.place.take(want[3][p.place.name]) for p in moved]
-    last += [a - b for got, one in zip((losses, norms), want) for a, b in zip(got, one)]
-    return mesh.world.small(*(max(x.abs().max().item() for x in some) for some in (first, last)),
-                            op=optim.MAX).tolist()
+    """-> engine, largest difference from one process: (in the first step, in all)."""
+    engine = divided(*jolted(optimizer, fields), text, **flags)
+    told, *got = ten_steps(None, engine.optimizer, micro, engine.step, engine.pieces, engine.norms,
+                           engine.mesh.dp.n, engine.mesh.dp.rank, steps)
+    gaps = [abs(a - b).item() for a, b in zip(told, want[0])] if want else []
+    for some, whole in zip(got, want[1:] if want else ()):
+        whole = {place.name: x for place, x in whole}
+        gaps += [max((x - at.take(whole[at.name])).abs().max().item() for at, x in some)]
+    world = engine.mesh.world
+    return engine, want and world.small(max(gaps[0], gaps[-2]), max(gaps), op=optim.MAX).tolist()
 
-def kept(engine, folder, m=None, opt=None):   # saved, and loaded into a whole model
-    if engine: parallel.save_shards(folder, engine, engine.optimizer, train.Progress())
-    elif dist.get_rank() == 0: train.save_checkpoint(folder, m, opt, train.Progress())
+def saved(folder, m, opt):   # and read: all tensors of weights and optimizer
+    divided = isinstance(m, parallel.Engine)
+    save = parallel.save_shards if divided else train.save_checkpoint
+    if divided or dist.get_rank() == 0: save(folder, m, opt or m.optimizer, train.Progress())
     dist.barrier()
     return train.read_checkpoint(train.checkpoints(folder)[0])[0]
-
-def reshard(folder):
-    fields = dict(MODERN, n_kv_heads=4)
-    of, seen = [run_plan(*PLANS[2][:4], fields, steps=2)], []
-    for text in ("tp=4", "", "dp=4", None):
-        seen.append(kept(of[0], folder / f"to {text}", *of[1:]))
-        m, opt = jolted("muon", fields)
-        train.load_checkpoint(folder / f"to {text}", m, opt)
-        of = [None, m, opt] if not text else [parallel.Engine(m, opt, parallel.Mesh(
-            parallel.read_plan(text, 4)), parallel.ParallelConfig(shard="full"))]
-    return seen
 
 def rank_of_four(rank, folder, wants):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
-    found = {str(i): run_plan(*row, want=want) for i, (row, want) in enumerate(zip(PLANS, wants))}
+    gaps, true = [run_plan(*row, want=want)[1] for row, want in zip(PLANS, wants)], {}
+    equal = lambda some: len(some[0]) > 40 and all(
+        torch.equal(a[k], some[0][k]) for k in some[0] for a in some)
     (folder / "none/checkpoint-00000000.part").mkdir(parents=True, exist_ok=True)
     (folder / "none/checkpoint-00000000.part/00007.safetensors").touch()   # of a kill
-    shards = [kept(run_plan("dp=4", {"shard": s}, "adamw", 2, MODERN, 3), folder / s)
-              for s in parallel.SHARDS]
-    for name, some in dict(shards=shards, reshard=reshard(folder)).items():
-        found[name] = [len(some[0]) > 40 and all(torch.equal(a[k], some[0][k]) for k in some[0])
-                       for a in some]
-    for own in (False, True):
-        mesh, x = parallel.Mesh(parallel.read_plan("dp=4", 4), own), torch.arange(4.0) + rank
-        rows = [mesh.dp.reduce_scatter(x[:, None])().item(), *mesh.dp.all_reduce(x).tolist()]
-        found[f"sums {own}"] = mesh.dp.all_gather(torch.tensor(rows))().flatten().tolist()
-    log, reduce = [], parallel.Bucket.reduce
-    parallel.Bucket.reduce = lambda b: (log.append(min(b.params)), reduce(b))
-    for shard, micro in itertools.product(("full", "none"), (2, 1)):  # one micro-batch a rank, two
-        engine = parallel.Engine(*jolted("adamw", dict(preset="llama", n_layers=4)), mesh,
-                                 parallel.ParallelConfig(shard=shard))
-        for name, p in engine.model.named_parameters():
-            p.register_post_accumulate_grad_hook(lambda p, name=name: log.append("grad of " + name))
-        log.clear(), parallel.SENT.clear()
-        engine.step(None, batch_of(0, micro, 4, rank))
-        found[f"sent {shard} {micro}"], found["log"] = parallel.SENT["data"], [*log]
-    if rank == 0: (folder / "found.json").write_text(json.dumps(found))
+    true["sharded ranks equal plain ones bit for bit"] = equal([saved(folder / s, run_plan(
+        "dp=4", {"shard": s}, "adamw", 2, MODERN, 3)[0], None) for s in parallel.SHARDS])
+    fields, seen = dict(MODERN, n_kv_heads=4), []   # 4 heads, as many ranks
+    of = run_plan(*PLANS[2][:4], fields, steps=2)[0], None
+    for text in ("tp=4", "", "dp=4", None):
+        seen.append(saved(folder / f"to {text}", *of))
+        of = jolted("muon", fields)
+        train.load_checkpoint(folder / f"to {text}", *of)
+        if text: of = divided(*of, text, shard="full"), None
+    true["a checkpoint goes through other plans bit for bit"] = equal(seen)
+    sent, x, messages = {}, torch.arange(4.0) + rank, []
+    for ring, shard, micro in itertools.product((False, True), ("full", "none"), (1, 2)):
+        engine = divided(*jolted("adamw", dict(preset="llama", n_layers=4)), "", ring=ring,
+                         shard=shard)
+        g, messages[:] = engine.mesh.dp, ()
+        got = [g.reduce_scatter(x[:, None])().item(), *g.all_reduce(x), *g.all_gather(x)()[:, 0]]
+        true[f"collectives add up, {ring}"] = got == [6 + 4 * rank, 6, 10, 14, 18, 0, 1, 2, 3]
+        for b in sum(engine.units, []):  # when one is sent, has the lowest layer a gradient?
+            b.reduce = lambda b=b, reduce=b.reduce: (messages.append(
+                [min(b.params), engine.units[0][0].sum.any().item()]), reduce())
+        parallel.SENT.clear()
+        ten_steps(None, engine.optimizer, micro, engine.step, (), engine.norms, 4, rank, 1)
+        sent[shard, micro] = parallel.SENT["data"]
+    true["gradients travel once a step"] = sent["none", 1] == sent["none", 2] > 0
+    true["and once a micro-batch, if shards"] = sent["full", 1] > 1.8 * sent["full", 2]
+    true["while backward goes on"] = ".3." in messages[0][0] and not messages[0][1]
+    if rank == 0: (folder / "found.json").write_text(json.dumps([gaps, true]))
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
     wants = [alone(*row[2:]) for row in PLANS]
     mp.start_processes(rank_of_four, (folder, wants), nprocs=4, start_method="fork")
-    return {**json.loads((folder / "found.json").read_text()), "folder": folder}
+    return *json.loads((folder / "found.json").read_text()), folder
 
-@pytest.mark.parametrize("i", range(len(PLANS)), ids=[" ".join([p[0], *p[1]]) for p in PLANS])
+@cases("i", range(len(PLANS)), ids=[" ".join([p[0], *p[1]]) for p in PLANS])
 def test_a_plan_has_the_loss_gradients_and_ten_steps_of_one_process(four, i):
-    assert four[str(i)][0] < 1e-12 and four[str(i)][1] < 1e-10
+    assert four[0][i][0] < 1e-12 and four[0][i][1] < 1e-10
 
-def test_shards_equal_plain_data_ranks_and_go_through_other_plans_bit_for_bit(four):
-    assert four["shards"] == [True] * 3 and four["reshard"] == [True] * 4
+def test_shards_checkpoints_and_messages_of_four_ranks_are_as_their_sentences_say(four):
+    assert all(four[1].values()), four[1]
 
 def test_damaged_shards_are_named_and_the_checkpoint_before_them_used(four, capsys):
-    run = four["folder"] / "none"
-    stem = run / "checkpoint-00000000"
+    stem = four[2] / "none/checkpoint-00000000"
     some = [Path(shutil.copytree(stem, f"{stem}"[:-1] + i)) for i in "123"]
-    for path, left in zip(some, (4, 3, 0)):
-        for file in sorted(path.iterdir())[left:]: file.unlink()
-    file = some[0] / "00002.safetensors"
-    file.write_bytes(file.read_bytes()[:-9])
-    assert train.load_checkpoint(run, *jolted("adamw", MODERN)).step == 0
+    os.truncate(some[0] / "00002.safetensors", 9999)
+    for file in (some[1] / "00003.safetensors", *some[2].iterdir()): file.unlink()
+    assert train.load_checkpoint(stem.parent, *jolted("adamw", MODERN)).step == 0
     out = capsys.readouterr().out
     assert all(f"{path} is left out" in out for path in some)
-    assert [path.name for path in train.checkpoints(run)] == ["checkpoint-00000000"]
+    assert train.checkpoints(stem.parent) == [stem]
 
-def test_collectives_add_up_as_by_hand(four):
-    for own in (True, False):
-        assert four[f"sums {own}"] == [x for r in range(4) for x in (6 + 4 * r, 6, 10, 14, 18)]
-
-def test_gradients_travel_once_a_step_and_while_backward_goes_on(four):
-    assert four["sent none 1"] == four["sent none 2"] > 0  # not once a micro-batch
-    assert four["sent full 1"] > 1.8 * four["sent full 2"]  # but where gradients are shards
-    first = next(i for i, line in enumerate(four["log"]) if not line.startswith("grad"))
-    assert ".3." in four["log"][first] and any("layers.1" in line for line in four["log"][first:])
-
-@pytest.mark.parametrize("name,held", [("gpipe", lambda p, m, s: m),
-                                       ("1f1b", lambda p, m, s: min(p - s, m))])
+@cases("name,held", [("gpipe", lambda p, m, s: m), ("1f1b", lambda p, m, s: min(p - s, m))])
 def test_a_schedule_idles_by_the_formula_and_holds_what_it_says(name, held):
     for p, m in itertools.product(range(1, 6), range(1, 9)):
         idle, most = parallel.simulate(parallel.SCHEDULES[name], p, m)
@@ -1336,7 +1319,7 @@ def test_the_lesson_sends_and_keeps_what_the_formulas_say(capfd):
     for row, want in zip(rows, [[1, 1, 2], [1, 1, 1], [0.5, 0.5, 1], [1, 1, 2], [0.5, 0.5, 1]]):
         assert [float(x) for x in row[-7:-4]] == pytest.approx(want, rel=0.02)
 
-@pytest.mark.parametrize("text,world,words", [
+@cases("text,world,words", [
     ("dp=3", 4, "plan: got dp=3, a product of 3, wanted 4"), ("zz=2", 2, "plan: got zz=2"),
     ("dp=4,ep=3", 4, "an ep that divides"), ("tp=8", 8, "n_heads"), ("pp=3", 3, "n_layers"),
     ("cp=3", 3, "seq_len"), ("ep=2", 2, "ffns: got s, wanted x"), ("tp=4", 4, "d_ff: got .62")])
