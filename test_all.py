@@ -922,26 +922,12 @@ def test_optimizer_equals_its_definition_and_survives_saving_bit_for_bit(name, t
         assert torch.equal(whole, saved)
     assert torch.equal(sets[0][3], torch.ones(4)) and not optimizers[0].state[0][3]
 
-def test_soap_with_the_identity_for_a_basis_is_adam():
-    start, gradients = (x.detach() for x in numbers((5, 5), (25, 5, 5)))
-    p, q, one = *(torch.nn.Parameter(start.clone()) for _ in range(2)), torch.eye(5).double()
-    soap, adam = optim.SOAP([p], every=10 ** 9), optim.AdamW([q], lr=optim.SOAP.defaults["lr"])
-    soap.state[0][0].update(l=one.clone(), r=one.clone(), l_basis=one, r_basis=one)
-    for p.grad, q.grad in zip(gradients, gradients.clone()): soap.step(), adam.step()
-    assert torch.allclose(p, q, atol=1e-12)
-
 def test_the_first_step_of_shampoo_sets_all_singular_values_alike():
     for shape in (6, 4), (4, 6):  # (G G^T)^(-1/4) G (G^T G)^(-1/4) = U V^T, made 1 an entry long
         p, G = torch.nn.Parameter(torch.zeros(shape).double()), numbers(shape)[0].detach()
         (U, _, V), p.grad = torch.linalg.svd(G, full_matrices=False), G
         optim.Shampoo([p], lr=1.0).step()
         assert torch.allclose(p, -U @ V * math.sqrt(24 / 4), atol=1e-6)
-
-def test_a_turned_valley_stops_a_diagonal_preconditioner_and_no_other():
-    needs = lambda make, turned: optim.steps_needed(make, *optim.valley(turned), limit=400)[0]
-    assert needs(optim.AdaGrad, True) > 10 * needs(optim.AdaGrad, False)
-    soap = partial(optim.SOAP, weight_decay=0.0)
-    assert needs(soap, True) == needs(soap, False) <= 100
 
 @cases("shape", [(40, 12), (12, 40), (24, 24)])
 def test_orthogonalized_singular_values_lie_within_the_polynomials_band(shape):
@@ -955,12 +941,6 @@ def test_orthogonalized_singular_values_lie_within_the_polynomials_band(shape):
 def test_with_mup_the_best_learning_rate_stays_where_it_was_at_the_smallest_width():
     best = {mup: [lr for lr, _ in optim.transfer(mup, (32, 512)).values()] for mup in (0, 1)}
     assert best[0][0] / best[0][1] >= 4 and 0.5 <= best[1][0] / best[1][1] <= 2
-
-def test_costs_of_products_are_the_formulas():
-    m, n = 48, 32
-    assert optim.costs(optim.Muon, m, n) == ((5 * (4 * n * n * m + 2 * n ** 3)) / (m * n), 4)
-    products = 2 * m * n * (m + n)  # the two factors; three products with both bases
-    assert optim.costs(optim.SOAP, m, n)[0] == pytest.approx(4 * products / (m * n), rel=0.1)
 
 def test_noise_scale_solves_its_two_equations_and_level_tells_spikes():
     signal, noise = 3.0, 120.0  # |G|^2, tr(S)
@@ -984,26 +964,23 @@ def test_groups_partition_the_parameters_and_only_matrices_decay():
 
 def test_clipping_scales_to_the_global_norm_and_leaves_small_gradients():
     for size in (0.01, 100.0):
-        params = numbers((12,), (5,), (2,))
-        grads = [size * torch.randn(n).double() for n in (12, 5)]  # the third has none
-        for p, g in zip(params, grads): p.grad = g.clone()
-        norm = torch.cat(grads).norm()
-        assert torch.allclose(optim.clip_grad_norm(params, 1.0), norm)
-        assert all(torch.allclose(p.grad, g / max(norm, 1)) for p, g in zip(params, grads))
+        params = numbers((12,), (5,), (2,))  # the third has no gradient
+        for p in params[:2]: p.grad = size * torch.ones_like(p)
+        assert optim.clip_grad_norm(params, 1.0) == pytest.approx(norm := size * 17 ** 0.5)
+        assert all(torch.allclose(p.grad, p * 0 + size / max(norm, 1)) for p in params[:2])
 
 @cases("name, warmup, cooldown, final, values", [  # {fraction of the run: of the peak}
-    ("cosine", 7 / 21, None, 0.1, {  # of the course
-        0: 0, 7 / 21: 1, 8 / 21: 0.98871756, 14 / 21: 0.55, 1: 0.1, 1.5: 0.1}),
+    ("cosine", 1 / 3, None, 0.1, {0: 0, 1 / 3: 1, 8 / 21: 0.98871756, 2 / 3: 0.55, 1.5: 0.1}),
     ("wsd", 0.1, 0.4, 0.2, {0: 0, 0.05: 0.5, 0.1: 1, 0.35: 1, 0.6: 1, 0.8: 0.6, 1: 0.2, 1.5: 0.2})])
 def test_schedule_has_the_values_worked_by_hand(name, warmup, cooldown, final, values):
     schedule = optim.SCHEDULES[name]
     assert {x: schedule(x, warmup, cooldown, final) for x in values} == pytest.approx(values)
 
 def test_optimizers_refuse_what_they_do_not_know():
-    m, adam = model.LM(tiny()), optim.Adam([torch.ones(3, requires_grad=True)])
+    m = model.LM(tiny())
     for bad in (lambda: optim.SGD(optim.param_groups(m, weight_decay=0.1)),
                 lambda: optim.Adam(m.parameters(), bta=1), lambda: optim.param_groups(m, tail=0.1),
-                lambda: adam.load_state_tensors({"0.0.m": torch.ones(4)})):
+                lambda: optim.Adam(m.parameters()).load_state_tensors({"0.0.m": torch.ones(4)})):
         with pytest.raises(AssertionError): bad()
 
 # -----------------------------------------------------------------------------
