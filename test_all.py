@@ -1,8 +1,7 @@
 """test_all.py - what is true of this codebase, as sentences that run: pytest test_all.py -k WORDS
 
-Every test is a property held against an oracle that does not share its code: integers worked by
-hand, plain torch or numpy written in the test, autograd, float64, torch's own implementations, a
-conservation law. References are held against oracles and fast versions against references.
+A property is held against an oracle that does not share its code: integers worked by hand, plain
+torch or numpy, autograd, torch's own, a conservation law; a fast version against its reference.
 Tests run in a temporary directory, without network and without a GPU, in minutes on two cores.
 """
 import ast, contextlib, dataclasses, errno, gzip, hashlib, http.server, importlib, io
@@ -13,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest, torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch import distributed as dist, multiprocessing as mp
 
 import align, bpe, data, kernels, model, optim, parallel, sample, scaling, train
 from bpe import EOT, UserError
@@ -40,6 +38,7 @@ PACKAGES = {"torch", "triton", "numpy", "regex", "tqdm", "pytest"} | set(sys.std
 OPTIONAL = {"matplotlib", "transformers"}  # used if installed, in the one function that wants them
 README, ME = (HERE / "README.md").read_text(), Path(__file__).read_text()
 SCRIPTS = {file.stem: file.read_text() for file in HERE.glob("*.py") if file.stem in IMPORTS}
+NODES = [(name, node) for name, text in SCRIPTS.items() for node in ast.walk(ast.parse(text))]
 
 def test_every_file_keeps_its_line_budget_and_the_readme_tells_its_length():
     lines = {name: text.count("\n") for name, text in (SCRIPTS | {"test_all": ME}).items()}
@@ -50,36 +49,32 @@ def test_every_file_keeps_its_line_budget_and_the_readme_tells_its_length():
     assert all(len(line) <= 100 for text in (ME, *SCRIPTS.values()) for line in text.splitlines())
 
 def test_imports_follow_the_graph_and_the_six_packages():
-    for name, text in SCRIPTS.items():
-        for node in ast.walk(ast.parse(text)):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-                [node.module] if isinstance(node, ast.ImportFrom) else []
-            for top in (m.split(".")[0] for m in modules):
-                if top in IMPORTS: assert top in IMPORTS[name].split(), f"{name} imports {top}"
-                elif top in OPTIONAL: assert node.col_offset > 0, f"{name} needs {top}"
-                else: assert top in PACKAGES, f"{name} imports {top}"
+    for name, node in NODES:
+        if not isinstance(node, (ast.Import, ast.ImportFrom)): continue
+        for top in (getattr(node, "module", a.name).split(".")[0] for a in node.names):
+            if top in IMPORTS: assert top in IMPORTS[name].split(), f"{name} imports {top}"
+            elif top in OPTIONAL: assert node.col_offset > 0, f"{name} needs {top}"
+            else: assert top in PACKAGES, f"{name} imports {top}"
 
 def test_every_field_of_a_configuration_is_read_somewhere():
     holders = {"cfg", "c", "self", "how", "now", "progress"}  # what configurations are called
-    read = {node.attr for text in SCRIPTS.values() for node in ast.walk(ast.parse(text))
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-            and getattr(node.value, "id", getattr(node.value, "attr", "")) in holders}
+    read = {x.attr for _, x in NODES if isinstance(x, ast.Attribute) and isinstance(x.ctx, ast.Load)
+            and getattr(x.value, "id", getattr(x.value, "attr", "")) in holders}
+    read |= {"preset", *sample.SAMPLERS}  # from the flags; by the name of their sampler
     for config in (model.ModelConfig, train.TrainConfig, sample.Sampling, train.Progress):
-        others = {"preset", *sample.SAMPLERS}  # read from the flags; by the name of their sampler
-        assert {f.name for f in dataclasses.fields(config)} - read <= others
+        assert {f.name for f in dataclasses.fields(config)} <= read
 
 def test_every_command_of_readme_and_docstrings_parses_and_every_exercise_names_tests():
-    docs = [ast.get_docstring(ast.parse(text)) for text in SCRIPTS.values()]
+    docs = [ast.get_docstring(node) for _, node in NODES if isinstance(node, ast.Module)]
     blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
     commands = re.findall(r"python (\w+)\.py([^\n#`]*)", "\n".join(blocks + docs))
     assert len(commands) > 20
     for name, flags in commands:
         flags = [w for w in shlex.split(flags) if w not in ("...", "&&")]
         importlib.import_module(name).build_parser().parse_args(flags)
-    tests = re.findall(r"^def (test_\w+)", ME, re.M)
     for doc in docs:
         (words,) = re.findall(r'-k "?([\w ]+?)"?`', doc.split("EXERCISE")[1])
-        for word in words.split(" or "): assert any(word in test for test in tests), word
+        for word in words.split(" or "): assert re.search(rf"\ndef test_\w*{word}", ME), word
 
 # -----------------------------------------------------------------------------
 # bpe.py
@@ -848,26 +843,12 @@ def test_optimizer_equals_its_definition_and_survives_saving_bit_for_bit(name, t
         assert torch.equal(whole, saved)
     assert torch.equal(sets[0][3], torch.ones(4)) and not optimizers[0].state[0][3]
 
-def test_soap_with_the_identity_for_a_basis_is_adam():
-    start, gradients = (x.detach() for x in numbers((5, 5), (25, 5, 5)))
-    p, q, one = *(torch.nn.Parameter(start.clone()) for _ in range(2)), torch.eye(5).double()
-    soap, adam = optim.SOAP([p], every=10 ** 9), optim.AdamW([q], lr=optim.SOAP.defaults["lr"])
-    soap.state[0][0].update(l=one.clone(), r=one.clone(), l_basis=one, r_basis=one)
-    for p.grad, q.grad in zip(gradients, gradients.clone()): soap.step(), adam.step()
-    assert torch.allclose(p, q, atol=1e-12)
-
 def test_the_first_step_of_shampoo_sets_all_singular_values_alike():
     for shape in (6, 4), (4, 6):  # (G G^T)^(-1/4) G (G^T G)^(-1/4) = U V^T, made 1 an entry long
         p, G = torch.nn.Parameter(torch.zeros(shape).double()), numbers(shape)[0].detach()
         (U, _, V), p.grad = torch.linalg.svd(G, full_matrices=False), G
         optim.Shampoo([p], lr=1.0).step()
         assert torch.allclose(p, -U @ V * math.sqrt(24 / 4), atol=1e-6)
-
-def test_a_turned_valley_stops_a_diagonal_preconditioner_and_no_other():
-    needs = lambda make, turned: optim.steps_needed(make, *optim.valley(turned), limit=400)[0]
-    assert needs(optim.AdaGrad, True) > 10 * needs(optim.AdaGrad, False)
-    soap = partial(optim.SOAP, weight_decay=0.0)
-    assert needs(soap, True) == needs(soap, False) <= 100
 
 @cases("shape", [(40, 12), (12, 40), (24, 24)])
 def test_orthogonalized_singular_values_lie_within_the_polynomials_band(shape):
@@ -881,12 +862,6 @@ def test_orthogonalized_singular_values_lie_within_the_polynomials_band(shape):
 def test_with_mup_the_best_learning_rate_stays_where_it_was_at_the_smallest_width():
     best = {mup: [lr for lr, _ in optim.transfer(mup, (32, 512)).values()] for mup in (0, 1)}
     assert best[0][0] / best[0][1] >= 4 and 0.5 <= best[1][0] / best[1][1] <= 2
-
-def test_costs_of_products_are_the_formulas():
-    m, n = 48, 32
-    assert optim.costs(optim.Muon, m, n) == ((5 * (4 * n * n * m + 2 * n ** 3)) / (m * n), 4)
-    products = 2 * m * n * (m + n)  # the two factors; three products with both bases
-    assert optim.costs(optim.SOAP, m, n)[0] == pytest.approx(4 * products / (m * n), rel=0.1)
 
 def test_noise_scale_solves_its_two_equations_and_level_tells_spikes():
     signal, noise = 3.0, 120.0  # |G|^2, tr(S)
@@ -910,30 +885,29 @@ def test_groups_partition_the_parameters_and_only_matrices_decay():
 
 def test_clipping_scales_to_the_global_norm_and_leaves_small_gradients():
     for size in (0.01, 100.0):
-        params = numbers((12,), (5,), (2,))
-        grads = [size * torch.randn(n).double() for n in (12, 5)]  # the third has none
-        for p, g in zip(params, grads): p.grad = g.clone()
-        norm = torch.cat(grads).norm()
-        assert torch.allclose(optim.clip_grad_norm(params, 1.0), norm)
-        assert all(torch.allclose(p.grad, g / max(norm, 1)) for p, g in zip(params, grads))
+        params = numbers((12,), (5,), (2,))  # the third has no gradient
+        for p in params[:2]: p.grad = size * torch.ones_like(p)
+        assert optim.clip_grad_norm(params, 1.0) == pytest.approx(norm := size * 17 ** 0.5)
+        assert all(torch.allclose(p.grad, p * 0 + size / max(norm, 1)) for p in params[:2])
 
 @cases("name, warmup, cooldown, final, values", [  # {fraction of the run: of the peak}
-    ("cosine", 7 / 21, None, 0.1, {  # of the course
-        0: 0, 7 / 21: 1, 8 / 21: 0.98871756, 14 / 21: 0.55, 1: 0.1, 1.5: 0.1}),
+    ("cosine", 1 / 3, None, 0.1, {0: 0, 1 / 3: 1, 8 / 21: 0.98871756, 2 / 3: 0.55, 1.5: 0.1}),
     ("wsd", 0.1, 0.4, 0.2, {0: 0, 0.05: 0.5, 0.1: 1, 0.35: 1, 0.6: 1, 0.8: 0.6, 1: 0.2, 1.5: 0.2})])
 def test_schedule_has_the_values_worked_by_hand(name, warmup, cooldown, final, values):
     schedule = optim.SCHEDULES[name]
     assert {x: schedule(x, warmup, cooldown, final) for x in values} == pytest.approx(values)
 
 def test_optimizers_refuse_what_they_do_not_know():
-    m, adam = model.LM(tiny()), optim.Adam([torch.ones(3, requires_grad=True)])
+    m = model.LM(tiny())
     for bad in (lambda: optim.SGD(optim.param_groups(m, weight_decay=0.1)),
                 lambda: optim.Adam(m.parameters(), bta=1), lambda: optim.param_groups(m, tail=0.1),
-                lambda: adam.load_state_tensors({"0.0.m": torch.ones(4)})):
+                lambda: optim.Adam(m.parameters()).load_state_tensors({"0.0.m": torch.ones(4)})):
         with pytest.raises(AssertionError): bad()
 
 # -----------------------------------------------------------------------------
 # sample.py
+
+BYTES = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT, "<|im_start|>", "<|im_end|>"])
 
 def test_sampling_by_top_p_top_k_and_min_p_keeps_the_tokens_worked_by_hand():
     z = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
@@ -943,24 +917,108 @@ def test_sampling_by_top_p_top_k_and_min_p_keeps_the_tokens_worked_by_hand():
     assert kept(sample.top_k(z, 2)) == kept(sample.min_p(z, 0.4)) == [1, 3]
     assert kept(sample.top_k(torch.zeros(5), 2)) == [0, 1]
 
-def test_generate_is_the_same_with_and_without_cache_alone_and_in_a_batch(cfg):
-    m, told = make(cfg), []  # float64; 40 tokens outgrow the context of 24 twice
-    prompts, how = [[1, 2, 3, 4, 5, 6, 7], [8], list(range(20))], partial(sample.Sampling, 40)
-    cached = sample.generate(m, prompts, how(), on_token=lambda *it: told.append(it))
-    assert [len(text) for text in cached] == [40, 40, 40]
-    assert cached == [[token for row, token in told if row == i] for i in range(3)]
-    m.embed_tokens.register_forward_hook(lambda _, x, y: told.append((x[0] > 0).sum().item()))
-    assert cached == sample.generate(m, prompts, how(), use_cache=False)
-    assert sum(told[120:]) > 3 * 40 * 12 - 200   # all of a text for each token (0 is padding, too)
-    assert sample.generate(m, prompts[1:2], how(seed=1)) == cached[1:2]
+@torch.no_grad()
+def one_at_a_time(m, row, how):  # greedy, all of the text through the model for each token
+    row, n, begin = list(row), len(row), 0
+    while len(row) < n + how.max_tokens and row[n:][-1:] != [how.stop]:
+        if len(row) - begin > m.cfg.seq_len: begin = len(row) - m.cfg.seq_len // 2
+        row.append(int(m(torch.tensor([row[begin:]]))[0][0, -1].argmax()))
+    return row[n:-1] if row[-1] == how.stop else row[n:]
+SERVED = [dict(n_kv_heads=2), dict(mixers="WA", window=5), dict(ffns="x", bigram=300),
+          *(dict(mixers=letters) for letters in ("MA", "DA", "SL", "H"))]
+def schedule(seed):  # a random engine, and texts at random times, against one at a time
+    rng = random.Random(seed)
+    m, size = make(tiny(**SERVED[seed % len(SERVED)])), rng.choice([1, 2, 3, 8])
+    guess = rng.choice([None, sample.look_up, sample.draft_of(m)])
+    engine = sample.Engine(m, rng.choice([None, 0, 60 // size]), size, rng.choice([1, 3, 7, 40]),
+                           rng.choice([1, 2, 9]), guess, rng.choice([1, 3, 6]))
+    some, jobs, todo = partial(rng.choices, range(61)), {}, rng.randrange(1, 4)
+    start, shared = some(k=12), 0
+    while todo or engine.texts:
+        if todo and rng.random() < 0.4:
+            prompt = rng.choice([7, 8]), *start[:rng.randrange(13)], *some(k=rng.randrange(12))
+            job, todo = (prompt, sample.Sampling(rng.choice([1, 5, 21]), 0.0, stop=5)), todo - 1
+            jobs[job] = [engine.add(*job) for _ in range(rng.choice([1, 3]))]
+        if jobs and rng.random() < 0.03: jobs[job][-1].ended = "left"
+        engine.step()
+        shared = max([shared, *engine.ref[1:]])
+        assert sum(engine.ref) == sum(len(text.blocks) for text in engine.texts)
+        assert all((n == 0) == (b in engine.idle) for b, n in enumerate(engine.ref) if b)
+    for job, texts in jobs.items():
+        want = one_at_a_time(m, *job)
+        for text in texts: assert text.new == want[:text.n_new if text.ended == "left" else None]
+    return engine, shared
+
+def test_generate_says_with_and_without_cache_what_decoding_one_at_a_time_says(cfg):
+    m, told, how = make(cfg), [], sample.Sampling(40, 0.0)  # 40 outgrow the context of 24 twice
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [8], list(range(20))]
+    want = [one_at_a_time(m, prompt, how) for prompt in prompts]
+    assert sample.generate(m, prompts, how, on_token=lambda *it: told.append(it)) == want
+    assert want == [[token for row, token in told if row == i] for i in range(3)]
+    assert want == sample.generate(m, prompts, how, use_cache=False)
+
+def test_random_schedules_say_what_decoding_one_at_a_time_says_and_lose_no_block():
+    engines, shared = zip(*map(schedule, range(40)))
+    accepted, guessed = (sum(getattr(e, n) for e in engines) for n in ("accepted", "guessed"))
+    assert max(shared) > 1 and 9 < accepted < guessed - 9
+
+def test_verified_guesses_have_exactly_the_models_distribution():
+    rng, V = np.random.default_rng(0), 4
+    draw = lambda *shape: torch.tensor(rng.dirichlet(np.full(V, 0.5), shape))
+    p1, p2, p3, q1, q2 = draw(), draw(V), draw(V, V), draw(), draw(V)  # by the tokens before
+    total = torch.zeros(V, V, V).double()
+    for a, b in itertools.product(range(V), repeat=2):
+        stack = [((), q1[a] * q2[a, b])]
+        while stack:  # all that verify may do after guesses a, b
+            path, chance = stack.pop()
+            def choose(p, left=iter(path)):
+                for choice in left: return choice
+                stack.extend(((*path, i), chance * x) for i, x in enumerate(p) if x)
+                raise StopIteration
+            p, q = torch.stack([p1, p2[a], p3[a, b]]), torch.stack([q1, q2[a]])
+            try: x, *more = sample.verify(p, q, [a, b], choose)
+            except StopIteration: continue
+            later = [p2[x][:, None] * p3[x], p3[x, more[:1]], 1.0][len(more)]  # the model goes on
+            total[(x, *more)] += chance * (later[0] if len(more) == 1 else later)
+    assert (total - p1[:, None, None] * p2[:, :, None] * p3).abs().max() < 1e-12
+
+def test_sampled_frequencies_follow_the_model_with_and_without_a_draft():
+    target, small = (make(tiny(vocab_size=3, d_model=d)) for d in (16, 8))
+    p = target(torch.tensor([[0, a] for a in range(3)]))[0].div(1.5).softmax(-1)
+    want = 900 * (p[0, 0, :, None] * p[:, 1]).flatten()  # of the first two tokens
+    how = partial(sample.Sampling, 3, temperature=1.5)
+    for guess in None, sample.draft_of(small):
+        texts = sample.generate(target, [[0]], how(), n=900, guess=guess, k=2)
+        got = torch.tensor([3 * a + b for a, b, _ in texts]).bincount(minlength=9)
+        assert ((got - want) ** 2 / want).sum() < 26.1  # of 8 degrees: once in a thousand
+        assert texts[7:8] == sample.generate(target, [[0]], how(seed=7), guess=guess, k=2)
+
+def test_sliding_windows_count_each_token_once_behind_enough_others():
+    batches = list(sample.sliding(np.arange(83), 24, 10))
+    assert torch.cat([y[y >= 0] for _, y in batches]).tolist() == list(range(1, 83))
+    for x, y in batches: assert x.shape[1] <= 24 and (x[0, 0] == 0 or (y[:, :14] < 0).all())
+
+def test_multiple_choice_takes_what_the_model_finds_likeliest(tmp_path):
+    path, m = tmp_path / "q.jsonl", make(tiny(vocab_size=259, seq_len=99))
+    m.forward = lambda x, y: ((1.0 + (y != ord("b"))) * (y >= 0), {})  # a b costs 1 nat, else 2
+    path.write_text('{"ctx": "1", "endings": ["bb", "aaa"], "label": "0"}\n'
+                    '{"question": "2", "choices": ["bbbb", "a"], "answer": 0}\n')
+    shares, errors = sample.multiple_choice(m, BYTES, sample.read_questions(path))
+    assert shares.tolist() == [0.5, 1.0] and errors[0] == pytest.approx(0.5 / 2 ** 0.5)
 
 def test_text_stream_waits_for_whole_characters_and_for_what_may_be_a_stop():
-    tokenizer, out = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT]), []
-    stream = sample.TextStream(tokenizer, out.append, ["<end>", "\nQ:"])
+    stream = sample.TextStream(BYTES, (out := []).append, ["<end>", "\nQ:"])
     assert not any(map(stream.put, "né🌍<en".encode())) and out == ["n", "é", "🌍"]
     assert [stream.put(b) for b in b"<end>"] == 4 * [False] + [True] and out[3:] == ["<en"]
-    for b in b"n\xe4": (stream := sample.TextStream(tokenizer, out.append)).put(b)
-    assert stream.flush() is False and out[4:] == ["n", "\ufffd"]
+
+def test_a_chat_keeps_its_turns_and_no_user_can_speak_as_another(monkeypatch):
+    lines, asked = iter(["<|im_end|>", "you"]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or exec("raise EOFError"))
+    engine = sample.Engine(make(tiny(vocab_size=259, seq_len=128)))
+    add, engine.add = engine.add, lambda *it: asked.append(it[0]) or add(*it)
+    sample.chat(engine, BYTES, sample.Sampling(3, 0.0))
+    assert asked[0].count(BYTES.special_tokens["<|im_end|>"]) == 1  # that of his turn
+    assert asked[1][:len(asked[0])] == asked[0] and len(asked) == 2 and not sum(engine.ref)
 
 # -----------------------------------------------------------------------------
 # train.py
@@ -973,7 +1031,7 @@ WHOLE = f"{ON_TEXT} {TINY} --dtype float32 --dropout 0.1 --steps 60 --evals 2 --
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with a text, and with a run that came to its end undisturbed."""
+    """A folder with a text, and a run that came to its end undisturbed; `desk` is a copy of it."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "text.txt").write_text(TEXT)
     with pytest.MonkeyPatch.context() as patch:
@@ -982,7 +1040,6 @@ def finished(tmp_path_factory):
     return folder
 @pytest.fixture
 def desk(tmp_path, monkeypatch, finished):
-    """A copy of it, as the current directory."""
     monkeypatch.chdir(shutil.copytree(finished, tmp_path / "desk"))
     return tmp_path / "desk"
 
@@ -1002,11 +1059,11 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch():
     want = [loss, *torch.autograd.grad(loss, params)]
     for micro in (6, 2, 1):
         m.zero_grad()
-        loss = train.local_step(m, [*zip(x.split(micro), y.split(micro))])
-        got = [loss, *(p.grad for p in params)]
+        batches = [*zip(x.split(micro), y.split(micro))]
+        got = [train.local_step(m, batches), *(p.grad for p in params)]
         assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got, want))
 
-def test_evaluation_counts_every_token_once_whatever_the_batch():
+def test_evaluation_counts_every_token_and_byte_once_whatever_the_batch(desk):
     m, tokens = make(tiny(dropout=0.5)), np.random.default_rng(0).integers(0, 61, 333)
     pairs = zip(*(torch.tensor(x)[None].split(24, 1) for x in (tokens[:-1], tokens[1:])))
     nats = sum(m(*pair)[0].sum().item() for pair in pairs)
@@ -1015,27 +1072,18 @@ def test_evaluation_counts_every_token_once_whatever_the_batch():
         out = sample.evaluate(m.train(), batches, 500, CPU.device)
         assert out["tokens"] == 332 and out["loss"] == pytest.approx(nats / 332)
         assert out["bits_per_byte"] == pytest.approx(nats / math.log(2) / 500)
+    found = [train.validation(data.prepare("text.txt", "byte"), limit) for limit in (101, None)]
+    n = len(found[1][0])  # a byte a token, less two end-of-texts; of a part, its own bytes
+    assert [(len(some), n_bytes) for some, n_bytes in found] == [(101, 100), (n, n - 2)]
 
-def test_shannons_ladder_on_a_text_counted_by_hand():
-    text = np.array([0, 1] * 50)
-    out = sample.shannon(text, text, 4, n_bytes=100)
-    assert out["uniform"] == pytest.approx(99 * 2 / 100)
-    assert out["unigram"] == pytest.approx(99 * -math.log2(51 / 104) / 100)  # (50 + 1) / (100 + 4)
-    p01, p10 = (50 + 51 / 104) / 51, (49 + 51 / 104) / 50  # one kind of follower each
-    assert out["bigram"] == pytest.approx(-(50 * math.log2(p01) + 49 * math.log2(p10)) / 100)
-
-@cases("row", train.RECIPES.values(), ids=train.RECIPES)
-def test_a_recipe_scales_to_other_budgets_by_the_laws_that_it_names(row):
-    assert train.recipe(row, row["minutes"])[0] == {"micro_batch": None, **row}
-    for k in 2.0 ** -30, 1 / 9, 5, 64:
+def test_a_recipe_scales_to_other_budgets_by_the_laws_that_it_names():
+    for row, k in itertools.product(train.RECIPES.values(), (2.0 ** -30, 1 / 9, 1, 64)):
         new = train.recipe(row, k * row["minutes"])[0]
         batch = max(1, row["batch_size"] * k ** (0.383 / 2))  # tokens go with the root of minutes
         assert math.log2(new["batch_size"]) % 1 == 0 and 0.7 < new["batch_size"] / batch < 1.42
         assert new["batch_size"] % (new["micro_batch"] or 1) == 0
-        assert new["d_model"] * row["n_heads"] == row["d_model"] * new["n_heads"]
-    assert [new[f] / row[f] for f in ("n_layers", "d_model")] == [2, 2]  # 64: parameters times 8
-    given = dict(device="cpu", preset="qwen3", n_heads=3, d_model=48)
-    assert train.settle(given)["model"]["n_kv_heads"] == 1  # the preset's 2 do not divide 3 heads
+        if k > 1: assert [new[f] / row[f] for f in ("n_layers", "d_model", "n_heads")] == [2, 2, 2]
+        if k == 1: assert new == {"micro_batch": None, **row}
 
 @cases("where, n, error", [("prepare", 1, KeyboardInterrupt), ("take", 32, KeyboardInterrupt),
     ("take", 31, KeyboardInterrupt),  # after the evaluation of step 30, before a save
@@ -1065,11 +1113,11 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_undisturbed(desk):
     assert_as_if_undisturbed(desk)
 
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(desk):
-    (newest, older), before = train.checkpoints(desk / "runs/one"), losses_of(desk / "runs/one")
+    (newest, older), before = train.checkpoints(one := desk / "runs/one"), losses_of(one)
     newest.write_bytes(newest.read_bytes()[:-50])
     assert newest.name in said(train, "--resume") and older.stem.endswith("59")
-    assert losses_of(desk / "runs/one") == before
-    for path in train.checkpoints(desk / "runs/one"): path.write_bytes(b"")
+    assert losses_of(one) == before
+    for path in train.checkpoints(one): path.write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint that is whole"): call(train, "--resume")
     (desk / "text.txt").write_text(TEXT[::-1])
     with pytest.raises(UserError, match="another text"): call(train, "--resume")
@@ -1088,91 +1136,69 @@ def test_a_step_without_a_finite_loss_is_skipped_and_three_end_the_run(desk, mon
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_learns_in_bfloat16_compiled_as_a_cpu_does_in_float32(desk):
-    """The same weights and batches; bfloat16 keeps eight bits, so curves agree to two digits."""
-    call(train, f"{WHOLE} --dropout 0 --run cpu")
-    call(train, f"{WHOLE} --dropout 0 --run cuda --device cuda --dtype bfloat16")
-    a, b = ([loss for _, loss in losses_of(desk / "runs" / name)[0]] for name in ("cpu", "cuda"))
-    assert a == pytest.approx(b, rel=0.05) and b[-1] < b[0] - 0.5
+    for how in "cpu --dtype float32", "cuda --dtype bfloat16":
+        call(train, f"{WHOLE} --dropout 0 --run {how[:3]} --device {how}")
+    a, b = ([loss for _, loss in losses_of(desk / "runs" / name)[0]] for name in ("cpu", "cud"))
+    assert a == pytest.approx(b, rel=0.05) and b[-1] < b[0] - 0.5  # bfloat16 keeps eight bits
 
 def test_owt_from_a_mirror_goes_from_download_to_sample_and_board(desk):
     text, runs = (EOT + "\n").join(TEXT.splitlines()).encode(), desk / "runs"
-    sizes = dict(train=0, valid=900)
-    files = {f"owt_{part}.txt.gz": gzip.compress(text[-sizes[part]:]) for part in sizes}
+    files = {f"owt_{n}.txt.gz": gzip.compress(text[-9000:]) for n in ("train", "valid")}
     flags = f"{TINY} --dataset owt --steps 3 --vocab_size 300 --device cpu --run web"
     with server(files) as (url, _): out = said(train, f"{flags} --mirror {url}")
-    assert "no CUDA device: a small model trains on the same data for 3 steps" in out
-    assert "sample:" in out and "validation bits_per_byte" in out
+    assert "no CUDA device" in out and "sample:" in out and "validation bits_per_byte" in out
     assert said(sample, "--run web --prompt '7 times' --max_tokens 5").startswith("7 times")
     row = json.loads((runs / "web/result.json").read_text())
-    for name, score in (("two", 0.1), ("three", 99.0)):
-        (runs / name).mkdir()
-        (runs / name / "result.json").write_text(json.dumps(row | {"bits_per_byte": score}))
-    ranks = [line.split()[0] for line in said(train, "--board").splitlines()[1:]]
-    assert [name for name in ranks if name != "one"] == ["two", "web", "three"]
+    (runs / "one/result.json").write_text(json.dumps(row | {"bits_per_byte": 0.1}))
+    assert re.findall(r"^(one|web)\b", said(train, "--board"), re.M) == ["one", "web"]
 
 def test_a_race_trains_each_value_and_seed_and_prints_a_table(desk):
     table = said(train, f"{WHOLE} --steps 3 --race mixers=A,S --seeds 2")
-    head, *table = [line.split() for line in table.splitlines()]
-    assert head[0] == "mixers" and [row[0] for row in table] == ["A", "S"]
+    head, *table = map(str.split, table.splitlines())
+    assert [row[0] for row in (head, *table)] == ["mixers", "A", "S"] and table[0][2] != table[1][2]
     for mixer, _, mean, std, *_ in table:
         runs = [desk / f"runs/race-mixers-{mixer}-{i}" for i in (1, 2)]
-        results = [json.loads((run / "result.json").read_text()) for run in runs]
-        a, b = (result["bits_per_byte"] for result in results)
-        assert (mean, std) == (f"{(a + b) / 2:.4f}", f"{abs(a - b) / 2 ** 0.5:.4f}")
-        assert all(r["tokens_per_s"] > 0 and r["memory_bytes"] > 1e8 for r in results)
-        for seed, run in enumerate(runs):
-            settings = train.resumed(run, {})
-            assert (settings["model"]["mixers"], settings["train"]["seed"]) == (mixer, seed)
+        a, b = (json.loads((run / "result.json").read_text())["bits_per_byte"] for run in runs)
+        assert a != b and (mean, std) == (f"{(a + b) / 2:.4f}", f"{abs(a - b) / 2 ** 0.5:.4f}")
 
 def test_walk_and_profile_leave_no_run(desk):
-    out = said(train, f"{WHOLE} --walk")
-    assert "9. the same batch again" in out and "layers.0.self_attn.q_proj" in out
-    before, after = map(float, re.search(r"loss (\S+) -> (\S+)", out).groups())
-    assert after <= before and "aten::" in said(train, f"{WHOLE} --profile")
-    assert "gradient noise scale" in said(train, f"{WHOLE} --noise")
-    assert (desk / "runs/trace.json").exists() and len([*desk.glob("runs/*/")]) == 1
+    out, profile, noise = (said(train, f"{WHOLE} --{look}") for look in train.LOOKS)
+    before, after = map(float, re.search(r"9. .*\n +loss (\S+) -> (\S+)", out).groups())
+    assert after <= before and "layers.0.self_attn.q_proj" in out and "aten::" in profile
+    assert "gradient noise scale" in noise and (desk / "runs/trace.json").exists()
+    assert len([*desk.glob("runs/*/")]) == 1
 
 def test_the_micro_batch_is_halved_until_it_fits_and_the_batch_stays():
-    m, sizes, machine = model.LM(tiny()), [], dataclasses.replace(CPU, compile=True)
+    m, sizes = model.LM(tiny()), []
     loader = data.Loader(np.arange(600, dtype=np.uint16) % 61, 8, 4, 0)
     def step(forward, batches):
         sizes.append(len(batches[0][0]))
         if sizes[-1] > 1: raise torch.OutOfMemoryError
-    of = m, optim.SGD(m.parameters()), loader, train.TrainConfig(batch_size=4), machine, step
+    machine, cfg = dataclasses.replace(CPU, compile=True), train.TrainConfig(batch_size=4)
+    of = m, optim.SGD(m.parameters()), loader, cfg, machine, step
     assert train.warm_up(*of)[1] == 1 and sizes == [4, 2, 1]
     assert loader.seen == 0 and sum(len(x) for x, _ in train.take(loader, 1, CPU.device)) == 4
 
-def test_evaluation_on_a_part_counts_the_bytes_of_that_part(desk):
-    corpus = data.prepare("text.txt", "byte")
-    n = corpus.info["valid"]["tokens"]  # a byte a token, less two end-of-texts
-    found = [train.validation(corpus, limit) for limit in (101, None)]
-    assert [(len(tokens), n_bytes) for tokens, n_bytes in found] == [(101, 100), (n, n - 2)]
-
-BEFORE = {train: ON_TEXT, sample: "--run one"}
-LAST = {sample: "--temperature -1 | --top_p 0 | --max_tokens 0 | --top_k 0",
+BEFORE = {train: ON_TEXT, sample: "--run one"}  # and then flags, of which the last is wrong
+LAST = {sample: "--temperature -1 | --top_p 0 | --max_tokens 0 | --top_k 0 | --prompt ''",
     train: """--preset gpt7 | --dataset nowhere | --minutes -1 | --batch_size 6 --micro_batch 4
     --optimizer adamm | --minutes 1 --steps 5 | --n_heads 7 | --device abacus | --run none --resume
     --mixers AX | --mixers AAW | --ffns '' | --n_kv_heads 3 | --mixers L --n_kv_heads 2
     --window 4 | --d_head 3 | --d_latent 8 | --n_layers 0 | --n_experts 4 | --ffns x --n_active 9
-    --pos rop | --pos none --rope_theta 5 | --dropout 1 | --softcap -1 | --softcap inf
-    --norm rmsnorm | --norm_place mid"""}  # the last flag of each is wrong
+    --pos rop | --pos none --rope_theta 5 | --dropout 1 | --softcap -1 | --softcap inf"""}
 MISTAKES = [(script, flags, re.findall(r"--(\w+)", flags)[-1] + ": got")
             for script, rows in LAST.items() for flags in re.split(r" \| |\n +", rows)] + [
     (train, "--race mixers=A,Q", "mixers: got"), (train, "--race seed=1 --run x", "--run"),
-    (train, "--race lr=1e-3,fast", "float"), (train, "--race width=3,4", "FIELD"),
-    (train, "--run one", "exists"), (train, "--batch_size 100000", "a smaller --batch_size"),
-    (train, "--run one --resume --lr 0.5", "lr: got 0.5, wanted None"),
+    (train, "--race width=3,4", "FIELD"), (train, "--run one", "exists"),
+    (train, "--batch_size 100000", "a smaller --"), (sample, "--run two", "as under runs/: one"),
     (train, "--run one --resume --softcap 3.0", "softcap: got 3.0, wanted None"),
-    (sample, "--prompt \udce9", "not UTF-8"), (sample, "--prompt ''", "empty"),
-    (sample, "--prompt " + "x" * 17, "at most the context, 16"),
-    (sample, "--run two --prompt x", "known under runs/: one")]
+    (sample, "--prompt \udce9", "a text in UTF-8"), (sample, "--prompt " + "x" * 17, "to 16, the")]
 
 @cases("script, flags, says", MISTAKES, ids=lambda x: ascii(x)[:60])
-def test_a_mistake_of_the_user_gives_one_message_and_leaves_nothing(
-        desk, capsys, script, flags, says):
+def test_a_users_mistake_gives_one_message_and_leaves_nothing(desk, capsys, script, flags, says):
     with pytest.raises(SystemExit) as e: call(script, f"{BEFORE[script]} {flags}")
     err = capsys.readouterr().err.splitlines()
-    assert e.value.code == 2 and says in err[-1] and (len(err) == 1 or says == "float")
+    assert e.value.code == 2 and says in err[-1] and len(err) == 1 + 2 * ("--prompt" in flags)
     assert [path.name for path in desk.glob("runs/*")] == ["one"]
 
 # -----------------------------------------------------------------------------
@@ -1362,120 +1388,6 @@ def test_a_rank_that_is_killed_does_not_change_the_losses(desk):
     assert one[1][0][1]["loss"] == pytest.approx(four[1][0][1]["loss"], rel=1e-9)
     call(train, "--resume --run four")  # of shards alone, and finished
     assert losses_of(desk / "runs/four") == four and train.checkpoints(log.parent)[1].is_dir()
-
-# -----------------------------------------------------------------------------
-# sample.py: the engine
-
-def one_at_a_time(m, row, how):   # greedy, all of the text through the model for each token
-    row, n, begin = list(row), len(row), 0
-    while len(row) < n + how.max_tokens and row[n:][-1:] != [5]:
-        if len(row) - begin > m.cfg.seq_len: begin = len(row) - m.cfg.seq_len // 2
-        row.append(int(m(torch.tensor([row[begin:]]))[0][0, -1].argmax()))
-    return row[n:-1] if row[-1] == how.stop else row[n:]
-
-SERVED = [dict(n_kv_heads=2), dict(mixers="WA", window=5), dict(ffns="x", bigram=300),
-          *(dict(mixers=letters) for letters in ("MA", "DA", "SL", "H"))]
-
-def schedule(seed):   # a random engine, and texts at random times, against one at a time
-    rng = random.Random(seed)
-    m, size = make(tiny(**SERVED[seed % len(SERVED)])), rng.choice([1, 2, 3, 8])
-    guess = rng.choice([None, sample.look_up, sample.draft_of(m)])
-    engine = sample.Engine(m, rng.choice([None, 0, 60 // size]), size, rng.choice([1, 3, 7, 40]),
-                           rng.choice([1, 2, 9]), guess, rng.choice([1, 3, 6]))
-    some, jobs, todo = partial(rng.choices, range(61)), {}, rng.randrange(1, 4)
-    start = some(k=12)
-    while todo or engine.texts:
-        if todo and rng.random() < 0.4:
-            prompt = rng.choice([7, 8]), *start[:rng.randrange(13)], *some(k=rng.randrange(12))
-            job, todo = (prompt, sample.Sampling(rng.choice([1, 5, 21]), 0.0, stop=5)), todo - 1
-            jobs[job] = [engine.add(*job) for _ in range(rng.choice([1, 3]))]
-        if jobs and rng.random() < 0.03: jobs[job][-1].ended = "left"
-        engine.step()
-        assert sum(engine.ref) == sum(len(text.blocks) for text in engine.texts)
-        assert all((n == 0) == (b in engine.idle) for b, n in enumerate(engine.ref) if b)
-    for job, texts in jobs.items():
-        want = one_at_a_time(m, *job)
-        for text in texts: assert text.new == want[:text.n_new if text.ended == "left" else None]
-    return engine
-
-@torch.no_grad()
-def test_random_schedules_say_what_decoding_one_at_a_time_says_and_lose_no_block():
-    engines = [schedule(seed) for seed in range(40)]
-    assert sum(e.accepted for e in engines) > 9 < sum(e.guessed - e.accepted for e in engines)
-
-@pytest.mark.parametrize("mixers, computed", [("A", 17 + 4 * 1), ("D", 5 * 17)])
-def test_samples_of_a_prompt_share_its_reading(mixers, computed):   # a state is not shared
-    m, read, how = make(tiny(mixers=mixers)), [], partial(sample.Sampling, 3)
-    m.embed_tokens.register_forward_hook(lambda _, x, y: read.append((x[0] > 0).sum().item()))
-    out = sample.generate(m, [[1] * 17], how(), n=5, size=4)
-    assert sum(read) == computed + 5 * 2 - sum(text[:2].count(0) for text in out)   # 0 is padding
-    assert out == [sample.generate(m, [[1] * 17], how(seed=i))[0] for i in range(5)]
-
-def test_verified_guesses_have_exactly_the_models_distribution():
-    rng, V = np.random.default_rng(0), 4
-    draw = lambda *shape: torch.tensor(rng.dirichlet(np.full(V, 0.5), shape))
-    p1, p2, p3, q1, q2 = draw(), draw(V), draw(V, V), draw(), draw(V)   # by the tokens before
-    total = torch.zeros(V, V, V).double()
-    for a, b in itertools.product(range(V), repeat=2):
-        stack = [((), q1[a] * q2[a, b])]
-        while stack:   # all that verify may do after guesses a, b
-            path, chance = stack.pop()
-            def choose(p, left=iter(path)):
-                for choice in left: return choice
-                stack.extend(((*path, i), chance * x) for i, x in enumerate(p) if x)
-                raise StopIteration
-            p, q = torch.stack([p1, p2[a], p3[a, b]]), torch.stack([q1, q2[a]])
-            try: x, *more = sample.verify(p, q, [a, b], choose)
-            except StopIteration: continue
-            later = [p2[x][:, None] * p3[x], p3[x, more[:1]], 1.0][len(more)]   # the model goes on
-            total[(x, *more)] += chance * (later[0] if len(more) == 1 else later)
-    assert (total - p1[:, None, None] * p2[:, :, None] * p3).abs().max() < 1e-12
-
-def test_a_draft_model_changes_the_speed_and_not_the_frequencies():
-    target, small = (make(tiny(vocab_size=3, d_model=d)) for d in (16, 8))
-    texts = sample.generate(target, [[0]], sample.Sampling(3, temperature=1.5), n=900,
-                            guess=sample.draft_of(small), k=2)
-    p = target(torch.tensor([[0, a] for a in range(3)]))[0].div(1.5).softmax(-1)
-    want = 900 * (p[0, 0, :, None] * p[:, 1]).flatten()   # of the first two tokens
-    got = torch.tensor([3 * a + b for a, b, _ in texts]).bincount(minlength=9)
-    assert ((got - want) ** 2 / want).sum() < 26.1   # of 8 degrees of freedom: once in a thousand
-
-def test_eight_bits_are_rounded_by_half_a_step_and_any_mixer_hardly_changes():
-    linear, x = kernels.Linear(7, 5, bias=True).double(), torch.randn(2, 3, 7).double()
-    w = (q := sample.Int8(linear)).weight * q.scale[:, None]
-    assert ((w - linear.weight).abs() <= 0.501 * q.scale[:, None]).all()
-    assert torch.allclose(q(x), x @ w.mT + linear.bias)
-    for mixers in "AMSDH":
-        m, tokens = make(tiny(mixers=mixers)), torch.arange(20)[None]
-        whole = m(tokens)[0]
-        assert 0 < (sample.quantize(m)(tokens)[0] - whole).norm() < 0.1 * whole.norm()
-
-def test_sliding_windows_count_each_token_once_behind_enough_others():
-    batches = list(sample.sliding(np.arange(83), 24, 10))
-    assert torch.cat([y[y >= 0] for _, y in batches]).tolist() == list(range(1, 83))
-    for x, y in batches: assert x.shape[1] <= 24 and (x[0, 0] == 0 or (y[:, :14] < 0).all())
-    assert all(((y < 0) | (y == x + 1)).all() for x, y in batches)
-
-def test_multiple_choice_takes_what_the_model_finds_likeliest(tmp_path):
-    tok, path = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT]), tmp_path / "q.jsonl"
-    m = make(tiny(vocab_size=257, seq_len=99))   # but its loss is 1 nat for a b, else 2
-    m.forward = lambda x, y: (torch.where(y == ord("b"), 1.0, 2.0) * (y >= 0), {})
-    path.write_text('{"ctx": "1", "endings": ["bb", "aaa"], "label": "0"}\n'
-                    '{"question": "2", "choices": ["bbbb", "a"], "answer": 0}\n')
-    shares, errors = sample.multiple_choice(m, tok, sample.read_questions(path))
-    assert shares.tolist() == [0.5, 1.0] and errors[0] == pytest.approx(0.5 / 2 ** 0.5)
-    (path := tmp_path / "q.csv").write_text("one,bb,aaa,A\n\"two, three\",a,b,B\n")
-    assert sample.read_questions(path) == [("one", ["bb", "aaa"], 0), ("two, three", ["a", "b"], 1)]
-
-def test_a_chat_keeps_its_turns_and_no_user_can_speak_as_another(monkeypatch):
-    tok = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT, "<|im_start|>", "<|im_end|>"])
-    lines, asked = iter(["<|im_end|>", "you"]), []
-    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or exec("raise EOFError"))
-    engine = sample.Engine(make(tiny(vocab_size=259, seq_len=128)))
-    add, engine.add = engine.add, lambda *it: asked.append(it[0]) or add(*it)
-    sample.chat(engine, tok, sample.Sampling(3, 0.0))
-    assert asked[0].count(tok.special_tokens["<|im_end|>"]) == 1   # that of his turn
-    assert asked[1][:len(asked[0])] == asked[0] and len(asked) == 2 and not sum(engine.ref)
 
 # -----------------------------------------------------------------------------
 # scaling.py

@@ -272,10 +272,8 @@ def load_checkpoint(run, model, optimizer):
 class Stop:
     """Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second does not wait."""
     def __enter__(self):
-        self.asked, self.old = None, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try: self.old[number] = signal.signal(number, self.ask)
-            except ValueError: pass  # not the main thread: whoever started us handles signals
+        self.asked = None
+        self.old = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
     def ask(self, number, frame):
         self.asked = signal.Signals(number).name
@@ -295,15 +293,13 @@ class Log:
         with atomic_write(Path(run) / "log.jsonl", "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
     def write(self, line, **row):
-        if not self.is_main: return
-        print(line, flush=True)
+        if self.is_main: print(line, flush=True)
+        if not (self.run and self.is_main): return
         try:
-            if self.run:
-                with open(Path(self.run) / "log.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
+            with open(Path(self.run) / "log.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
         except OSError as e:
             raise UserError(f"{self.run}/log.jsonl: got {e.strerror}, wanted to append to the log; "
                             "free some space, then: python train.py --resume")
-    def add(self, loss, norm): self.waiting.append(torch.stack((loss, norm.to(loss.dtype))))
     def read(self, now):
         """Takes what waits into `now`. A step without a finite loss or gradient counted as one of
         gradient zero; the third in a row ends the run. A spike is said, and clipped as any."""
@@ -382,15 +378,14 @@ def fit(model, optimizer, loader, cfg, machine, run=None, resume=False, evaluati
             look = not vitals or (now.step + 1) % cfg.log_steps == 0  # a line of the log follows
             before = [p.detach().clone() for p in params] if look else None
             optimizer.step(scale)
-            log.add(loss, norm)
+            log.waiting.append(torch.stack((loss, norm.to(loss.dtype))))
             now.step, now.seen = now.step + 1, loader.seen
             if look: vitals = dict(lr=optimizer.groups[0]["lr"] * scale, norm=norm,
                                    **watch(model, batches[0][0], params, before))
             if look or machine.device.type == "cpu": log.read(now)
             now.seconds = agree(now.seconds + time.perf_counter() - start)
-    if asked and is_main:
-        print(f"{asked}: stopped after step {now.step}" + (run and ", saved; go on with: python "
-              f"{Path(sys.argv[0]).name} --resume --run {run}" or ""))
+    kept = f", saved; go on with: python {Path(sys.argv[0]).name} --resume --run {run}"
+    if asked and is_main: print(f"{asked}: stopped after step {now.step}{kept if run else ''}")
     return now, {} if asked else result
 
 def take(loader, micro, device, seed=0):
@@ -406,21 +401,21 @@ def warm_up(model, optimizer, loader, cfg, machine, step):
     micro_batch until it fits; the batch stays."""
     micro, seen = cfg.micro_batch or cfg.batch_size, loader.seen
     if not machine.compile and machine.device.type != "cuda": return model, micro
-    forward, fits = torch.compile(model, dynamic=False) if machine.compile else model, False
+    forward = torch.compile(model, dynamic=False) if machine.compile else model
     buffers = [b.clone() for b in model.buffers()]  # biases of routers must not notice
     fresh = not optimizer.state_tensors()
-    while not fits:
+    while True:
         try:
             step(forward, take(loader, micro, machine.device)[:2])
             if fresh: optimizer.step(0.0)  # its averages take memory, its products are compiled
-            fits = True
+            break
         except torch.OutOfMemoryError:
             if micro % 2: raise UserError(f"micro_batch: got {micro}, which does not fit into "
                                           "memory, wanted less; set --micro_batch or --d_model")
             micro //= 2
             print(f"out of memory: micro_batch {micro}", flush=True)
-            for p in model.parameters(): p.grad = None
-        loader.seek(seen)
+            optimizer.zero_grad()
+        finally: loader.seek(seen)
     synchronize(machine.device)
     for b, old in zip(model.buffers(), buffers): b.copy_(old)
     if fresh: optimizer.state = [[{} for _ in states] for states in optimizer.state]
@@ -452,10 +447,9 @@ def walk(model, optimizer, loader, cfg, machine, tok):
     stage("3. targets: the same, one place on", ids[:8], targets[0, :8].tolist())
     first = lambda pairs: {n: x for n, x in pairs if re.match(r"(?!layers\.)|layers\.0\b", n)}
     out, weights = [], first(model.named_parameters())
-    hooks = [m.register_forward_hook(lambda m, _, y, name=name: out.append((name, y)))
-             for name, m in first(model.named_modules()).items()]
+    for name, m in first(model.named_modules()).items():
+        m.register_forward_hook(lambda m, _, y, name=name: out.append((name, y)))
     logits = model(tokens)[0]
-    for hook in hooks: hook.remove()
     stage("4. forward: what the modules put out, of the layers the first",
           tensors=[*out, ("logits", logits)])
     p = logits[0, -1].softmax(-1)
@@ -521,11 +515,10 @@ def settle(given):
     row = RECIPES["cpu" if not cuda else "cuda owt" if given.get("dataset") == "owt" else "cuda"]
     minutes = given.get("minutes", row["minutes"])  # if it makes no sense TrainConfig says so
     row, steps = recipe(row, minutes if minutes and 0 < minutes < math.inf else row["minutes"])
-    name = given.get("preset", TrainConfig.preset)
     if given.get("tokenizer", "bpe") != "bpe" and "vocab_size" in given:
         raise UserError(f"vocab_size: got {given['vocab_size']}, wanted none, as the tokenizer "
                         f"{given['tokenizer']} has its own; leave --vocab_size out")
-    merged = {**row, **fields_of(name, given)}
+    merged = {**row, **fields_of(given.get("preset", TrainConfig.preset), given)}
     for small, large in ("n_kv_heads", "n_heads"), ("micro_batch", "batch_size"):
         if merged.get(small) and small not in given:  # a row's, which need not divide a flag's
             merged[small] = math.gcd(merged[small], merged[large])
@@ -560,7 +553,7 @@ def run_directory(args):
                         "train.py began; leave --resume out")
     words = [getattr(args, name, getattr(TrainConfig, name)) for name in ("dataset", "preset")]
     path = args.run or free("-".join(Path(word).stem for word in words))
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.is_file() or path.exists() and any(path.iterdir()):
         raise UserError(f"run: got {path}, which exists; wanted a new name; set --run, or go on "
                         f"with it: --resume --run {path}")
     return path
@@ -577,9 +570,7 @@ def get_corpus(run, cfg, settings, resume):
         corpus = prepare(cfg.dataset, cfg.tokenizer, model["vocab_size"], cfg.data_dir, cfg.mirror)
         loader = Loader(open_tokens(corpus.train), model["seq_len"], cfg.batch_size, cfg.seed)
     except UserError:
-        if run and not resume:
-            (run / "train.json").unlink()
-            run.rmdir()
+        if run and not resume: shutil.rmtree(run)  # which held nothing else
         raise
     data = {"tokenizer": corpus.tokenizer.hash, **{k: v["text"] for k, v in corpus.info.items()}}
     if settings["data"] not in (None, data):
@@ -600,8 +591,8 @@ def main(args):
     cfg = TrainConfig(**settings["train"])
     print(f"{run}: {cfg}", *settings["recipe"], sep="\n")
     if cfg.dataset == "owt" and pick_device(cfg.device).type != "cuda":
-        print("no CUDA device: a small model trains on the same data for "
-              + (f"{cfg.minutes} minutes" if cfg.minutes else f"{cfg.steps} steps"))
+        print("no CUDA device: a small model trains on the same data for",
+              f"{cfg.minutes} minutes" if cfg.minutes else f"{cfg.steps} steps")
     corpus, loader = get_corpus(None if look else run, cfg, settings, args.resume)
     tok, text = corpus.tokenizer, corpus.info["valid"]["text"]
     machine = set_up(cfg)  # after `prepare`: a process is forked more safely before threads start
@@ -619,8 +610,7 @@ def main(args):
     if not checkpoints(run):
         (run / "log.jsonl").unlink(missing_ok=True)
         ladder = shannon(loader.tokens, tokens, tok.vocab_size, n_bytes)
-        note = ("the budget counts steps (batch, forward, backward, update); preparing data, "
-                "compiling, checkpoints and evaluations are outside")
+        note = "the budget counts steps; preparing data, compiling, saving, evaluating is outside"
         Log(run, Progress()).write(
             f"bits_per_byte of {', '.join(f'{k} {v:.3f}' for k, v in ladder.items())} models of "
             f"the same tokens, up to 20 M; sha256 of the validation text {text[:16]}\n{note}",
@@ -658,10 +648,10 @@ def race(args):
     if name not in FIELDS or args.run or args.resume or args.seeds < 1:
         raise UserError(f"race: got {args.race!r} and {args.seeds} seeds, wanted FIELD=VALUE,VALUE "
                         "of a field in --help, a seed or more; leave --run and --resume out")
-    for value in values.split(","):  # a mistake is found before anything is trained
+    for value in (values := values.split(",")):  # mistakes are found before anything is trained
         settle({**given, **vars(build_parser().parse_args([f"--{name}={value}"]))})
     print(f"{name:14s}  parameters  bits_per_byte     std  tokens/s  ms/step  peak MB  runs")
-    for value in values.split(","):
+    for value in values:
         rows, stem = [], f"race-{name}-{Path(value).name}"
         for seed in range(args.seeds):
             path = free(stem)
@@ -679,15 +669,12 @@ def race(args):
 def build_parser():
     parser = argparse.ArgumentParser(description="Trains a language model for a budget of minutes.")
     add, place = parser.add_argument, lambda s: Path(s) if os.sep in s else RUNS / s
-    add("--run", type=place, metavar="RUN",
-        help="directory, or name under runs/, to keep the run in (default: a free name)")
+    add("--run", type=place, help="its directory, or name under runs/ (default: a free name)")
     add("--resume", action="store_true", help="go on with --run, or the newest run (default: off)")
     add("--walk", action="store_true", help="one batch, stage by stage, and stop (default: off)")
     add("--profile", action="store_true", help="profile ten steps and stop (default: off)")
-    add("--noise", action="store_true", help="measure the gradient noise scale, of a run with "
-        "--resume, and stop (default: off)")
-    add("--compare", type=place, metavar="RUN",
-        help="a run to hold against --run, at equal cost, and stop (default: none)")
+    add("--noise", action="store_true", help="gradient noise scale, and stop (default: off)")
+    add("--compare", type=place, help="a run to hold against --run, and stop (default: none)")
     add("--board", action="store_true", help="rank the runs under runs/ and stop (default: off)")
     add("--race", help="FIELD=VALUE,VALUE: a run of each, and a table (default: none)")
     add("--seeds", type=int, default=1, help="runs of each value of --race (default: 1)")
