@@ -149,9 +149,6 @@ def test_encode_replays_merges_and_no_cut_changes_an_id(tmp_path, monkeypatch, p
         assert [*tok.encode_iter(chunks)] == tok.encode(text) == want and len(tok.words) <= 10
         assert tok.encode_file(path, tmp_path / "ids", 1 + (seed > 18)) == len(want)
         assert np.fromfile(tmp_path / "ids", [np.uint32, np.uint16][seed % 2]).tolist() == want
-        cuts, raw = data.cut_points(path, 20, specials), text.encode()
-        parts = [tok.encode(raw[a:b].decode()) for a, b in zip(cuts, cuts[1:])]
-        assert sum(parts, []) == want and cuts == sorted({*cuts}) and len(cuts) > 5
 
 def test_decode_undoes_encode_for_every_code_point_and_special_tokens_are_whole(trained):
     anything, plain = [*map(chr, range(0x110000))], trained[1]   # and lone halves of UTF-16 pairs
