@@ -86,7 +86,6 @@ REACHED = 0.53
 # Bytes kept a token, layer and d_model: inputs of two norms, q, k, v, what attention gives, gate
 # and up of a SwiGLU, in 16 bits; what is elementwise is computed again (after 2205.05198).
 ACTIVATION = 2 * (2 + 4 + 2 * 8 / 3)
-
 def cluster_plan(L, d, seq_len, sequences, gpus, gpu, tp, pp, v, micro, zero, again):
     """Estimate of one plan -> dict with bytes a GPU, seconds a step, MFU; None if it cannot be laid
     out. Layers are cut into pp stages of v pieces (interleaved 1F1B), matrices over tp GPUs of a
@@ -348,9 +347,8 @@ def study(args):
             steps, name = round(C / 6 / N / args.seq_len / batch), f"{C:.3g}-{N:.0f}"
             if steps < 10: raise UserError(f"budgets: got {C:.3g}, wanted 10 steps of N {N:,.0f} "
                                            "or more; set larger --budgets")
-            D = steps * batch * args.seq_len
-            jobs[name] = dict(name=name, N=N, D=D, flops=6 * N * D, batch=batch, steps=steps,
-                              shape=models[N])
+            jobs[name] = dict(name=name, N=N, D=(D := steps * batch * args.seq_len), batch=batch,
+                              flops=6 * N * D, steps=steps, shape=models[N])
         total = sum(entry["flops"] for entry in (jobs | ledger).values())
         print(f"{len(jobs)} runs; with all that {path} has {total:.4g} FLOPs", flush=True)
         if total > args.flops: raise UserError(
