@@ -12,16 +12,13 @@ THE MATHS (N parameters, D tokens of training, C FLOPs, loss in nats a token)
     to serve T tokens costs 2 N T more: the cheapest model of a given loss is smaller than N*
     step of a cluster = (M + (pp - 1) / v) (arithmetic + tp's messages) + what dp cannot hide
 
-THE COSTS
-    A study of budgets up to C costs a few C, and predicts 10 C to 100 C. Fitting is nearly free.
-
-CONTENTS  Law, LAWS / plan / FITS / intervals / run, verify / Game, PLAYERS / emergence / lesson
+THE COSTS A study of budgets up to C costs a few C, and tells of 10 C to 100 C; fits cost little.
+CONTENTS  Law, LAWS / plan / FITS / report / run, verify / Game, PLAYERS / emergence / lesson
 NOT HERE  repeated data, laws of downstream scores, networks with congestion
 RUN       python scaling.py               # a minute; last line: "... from the loss; the truth ..."
           python scaling.py plan --gpus 32 --hours 336 --gpu H100 --mfu 0.4 --served 1e12
           python scaling.py fit runs.csv --at 1e21 1e24     # columns N, D or C, loss
-          python scaling.py run && python scaling.py verify
-          python scaling.py game --trials 20                # players on hidden laws
+          python scaling.py run && python scaling.py verify && python scaling.py game
 REFERENCES
     Kaplan et al. 2020 (2001.08361); Hoffmann et al. 2022 (2203.15556) L(N, D), IsoFLOP; Besiroglu
     et al. 2024 (2404.10102) its replication; DeepSeek 2024 (2401.02954); Sardana et al. 2023
@@ -31,12 +28,9 @@ EXERCISE  Empty `Law.optimum` and `objective`; fill them until
 """
 import argparse, contextlib, csv, hashlib, io, itertools, json, math, sys
 from collections import namedtuple
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
+import numpy as np, torch
 
 import train
 from bpe import UserError, atomic_write
@@ -50,20 +44,15 @@ from model import meta_model, preset
 # is worth as much as one on text: there alpha A / N^alpha = beta B / D^beta. Near it the loss is
 # flat (N twice too large costs 0.5 % at 1e22), so the best size is hard to measure, and an error in
 # it cheap.
-
 class Law(namedtuple("Law", "E A alpha B beta")):
     """L(N, D) = E + A / N^alpha + B / D^beta; of numbers, or of arrays: a law of each resample."""
     a = property(lambda self: self.beta / (self.alpha + self.beta))  # N* grows as C^a
-    @np.errstate(all="ignore")  # a resample may have no optimum: nan
     def loss(self, N, D): return self.E + self.A * N ** -self.alpha + self.B * D ** -self.beta
-
-    @np.errstate(all="ignore")
     def optimum(self, C):
         """(N, D) of the least loss with 6 N D = C (2203.15556, eq. 4)."""
         G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         N = G * (C / 6) ** self.a
         return N, C / (6 * N)
-
     def served(self, C, tokens):
         """(N, D) with the loss of the optimum at C for the least 6 N D + 2 N tokens, the FLOPs of
         training and of serving (2401.00448, eq. 2); of a fine grid of N."""
@@ -72,28 +61,24 @@ class Law(namedtuple("Law", "E A alpha B beta")):
         rest = (self.loss(N, D) - self.E - self.A * n ** -self.alpha) / self.B  # is to be D^-beta
         d = np.maximum(rest, 1e-30) ** (-1 / self.beta)  # where that is negative no D is enough
         return min(zip(n * (6 * d + 2 * tokens), n, d))[1:]
-
-class SizeLaw(namedtuple("SizeLaw", "N0 C0 a")):
-    """N* = N0 (C / C0)^a; says nothing of the loss."""
-    def loss(self, N, D): return math.nan * N  # nan wherever a law does not say
-    def optimum(self, C): return (N := self.N0 * (C / self.C0) ** self.a), C / (6 * N)
-
+def size_law(N0, C0, a):
+    """N* = N0 (C / C0)^a: a Law with that optimum, and no E, so that its losses are nan."""
+    return Law(math.nan, a / (1 - a) * N0 * (6 / C0) ** a, 1 - a, 1.0, a)
 LAWS = {
-    "Kaplan 2020": SizeLaw(1.3e9, 8.64e19, 0.73),  # table 6, C in PF-days; N without embeddings
-    "20 a parameter": SizeLaw(1, 120, 0.5),        # the rule of thumb: D = 20 N
-    "Hoffmann 1": SizeLaw(67e9, 5.76e23, 0.50),    # exponents of table 2, sizes of table 3
-    "Hoffmann 2": SizeLaw(63e9, 5.76e23, 0.49),
-    "DeepSeek 2024": SizeLaw(0.1715 / 6, 1, 0.5243),  # N: non-embedding FLOPs a token / 6
-    "Llama 3 2024": SizeLaw(402e9, 3.8e25, 0.47),     # section 3.2.1
+    "Kaplan 2020": size_law(1.3e9, 8.64e19, 0.73),  # table 6, C in PF-days; N without embeddings
+    "20 a parameter": size_law(1, 120, 0.5),        # the rule of thumb: D = 20 N
+    "Hoffmann 1": size_law(67e9, 5.76e23, 0.50),    # exponent of table 2, size of table 3
+    "DeepSeek 2024": size_law(0.1715 / 6, 1, 0.5243),  # N: non-embedding FLOPs a token / 6
+    "Llama 3 2024": size_law(402e9, 3.8e25, 0.47),     # section 3.2.1
     "Hoffmann 3": Law(1.6934, 406.4, 0.33917, 410.7, 0.28491),  # as in the TeX; printed .34, .28
     "Besiroglu 2024": Law(1.8172, 482.01, 0.3478, 2085.43, 0.3658)}  # the same points, fitted well
 BEST = LAWS["Besiroglu 2024"]
+PUBLISHED = {"GPT-3": (175e9, 300e9, 3.14e23), "Chinchilla": (70e9, 1.4e12, 5.76e23),
+             "Llama 3 405B": (405e9, 15.6e12, 3.8e25)}  # runs: N, D, FLOPs as stated
 
 # -----------------------------------------------------------------------------
 # Napkin mathematics: what a budget buys, and what it takes to hold and move it
-
-NODE = 8  # GPUs
-LINKS = {  # (bytes of memory, bytes/s one way from a GPU within a node and beyond): datasheets
+LINKS = {  # (bytes of memory, bytes/s one way from a GPU within a node of 8, beyond): datasheets
     "A100": (80e9, 300e9, 25e9), "H100": (80e9, 450e9, 50e9), "H200": (141e9, 450e9, 50e9)}
 # The part of the peak that arithmetic reaches when nothing waits: chosen so that Llama 3's 43 % on
 # 8,192 GPUs comes out; its 41 % on 16,384 is then a check (2407.21783, table 4).
@@ -101,7 +86,6 @@ REACHED = 0.53
 # Bytes kept a token, layer and d_model: inputs of two norms, q, k, v, what attention gives, gate
 # and up of a SwiGLU, in 16 bits; what is elementwise is computed again (after 2205.05198).
 ACTIVATION = 2 * (2 + 4 + 2 * 8 / 3)
-
 def cluster_plan(L, d, seq_len, sequences, gpus, gpu, tp, pp, v, micro, zero, again):
     """Estimate of one plan -> dict with bytes a GPU, seconds a step, MFU; None if it cannot be laid
     out. Layers are cut into pp stages of v pieces (interleaved 1F1B), matrices over tp GPUs of a
@@ -111,15 +95,14 @@ def cluster_plan(L, d, seq_len, sequences, gpus, gpu, tp, pp, v, micro, zero, ag
     layers = v * -(-L // (pp * v))  # of the fullest stage
     M, left = (0, 0) if uneven else divmod(sequences, dp * micro)
     if not M or left or layers > L or v > 1 and (pp == 1 or M % pp) or zero == 3 and pp > 1: return
-    (room, inside, between), peak = LINKS[gpu], DEVICES[gpu][0]
+    (room, inside, between), peak, stream = LINKS[gpu], DEVICES[gpu][0], 2 * micro * seq_len * d
     tokens, own = micro * seq_len, 12 * layers * d * d / tp  # of a micro-batch; weights of a GPU
     ring = lambda n, n_bytes, rate: (n - 1) / n * n_bytes / rate  # an all-gather, or reduce-scatter
     flops = 6 * tokens * (own + 2 * layers * seq_len * d / tp)  # scores and values of all pairs
     arithmetic = flops * (4 / 3 if again else 1) / (peak * REACHED)
-    stream = 2 * tokens * d  # bytes
     messages = layers * (6 if again else 4) * 2 * ring(tp, stream, inside)  # all-reduces of layers
     if pp > 1: messages += 2 * v * stream / tp / between
-    data = ring(dp, 2 * own, inside if tp * dp <= NODE else between)
+    data = ring(dp, 2 * own, inside if tp * dp <= 8 else between)
     if zero == 3: messages += max(0.0, 3 * data - arithmetic)  # what arithmetic does not hide
     late = max(0.0, 2 * data - 2 / 3 * arithmetic) if zero == 1 else 0.0  # behind one backward pass
     seconds = (M + (pp - 1) / v) * (arithmetic + messages) + late
@@ -127,18 +110,9 @@ def cluster_plan(L, d, seq_len, sequences, gpus, gpu, tp, pp, v, micro, zero, ag
     kept = min(M, pp) * layers * (2 if again else ACTIVATION) + again * ACTIVATION
     held = state + kept * tokens * d / tp
     useful = 6 * sequences * seq_len * (12 * L * d * d + 2 * L * seq_len * d) / gpus
-    return dict(dp=dp, tp=tp, pp=pp, v=v, micro=micro, zero=zero, again="yes" if again else "no",
-                gb=held / 1e9, fits=held <= 0.9 * room, bubble=(pp - 1) / (v * M + pp - 1),
-                waits=(M * messages + late) / seconds, seconds=seconds,
-                mfu=useful / peak / seconds)
-
-def cluster_plans(L, d, seq_len, sequences, gpus, gpu):
-    """All plans that fit into memory, best MFU first."""
-    some = (1, 2, 4, 8)
-    every = itertools.product(some, range(1, L + 1), some, some, (1, 3), (False, True))
-    rows = (cluster_plan(L, d, seq_len, sequences, gpus, gpu, *plan) for plan in every)
-    return sorted((r for r in rows if r and r["fits"]), key=lambda r: -r["mfu"])
-
+    return dict(dp=dp, tp=tp, pp=pp, v=v, micro=micro, zero=zero, again=again, gb=held / 1e9,
+                fits=held <= 0.9 * room, bubble=(pp - 1) / (v * M + pp - 1), seconds=seconds,
+                waits=(M * messages + late) / seconds, mfu=useful / peak / seconds)
 def show_laws(C, laws):
     print(f"{'law':16s}{'N':>10s}{'D':>10s}{'D/N':>8s}{'loss':>8s}   at {C:.4g} FLOPs")
     for name, law in laws.items():
@@ -146,85 +120,79 @@ def show_laws(C, laws):
         print(f"{name:16s}{N:10.3g}{D:10.3g}{D / N:8.1f}{law.loss(N, D):8.4f}")
 
 def plan(args):
-    if args.gpu not in LINKS or args.mfu > 1:
-        raise UserError(f"plan: got {args.gpu} at MFU {args.mfu}; wanted up to 1 of the peak of "
-                        f"one of {', '.join(LINKS)}; set --gpu and --mfu")
-    rate, T, laws = args.gpus * DEVICES[args.gpu][0] * args.mfu * 86400, args.seq_len, dict(LAWS)
+    if args.gpu not in LINKS or args.mfu > 1: raise UserError(
+        f"plan: got {args.gpu} at {args.mfu} of its peak; wanted {', '.join(LINKS)} at up to 1; "
+        "set --gpu and --mfu")
+    rate, T = args.gpus * DEVICES[args.gpu][0] * args.mfu * 86400, args.seq_len
     C = args.flops or args.hours / 24 * rate
     print(f"{C:.3g} FLOPs: {C / rate:,.2f} days of {args.gpus} {args.gpu} at MFU {args.mfu:.0%}")
-    if args.runs: laws["fitted here"] = parametric(read_runs(args.runs, least=6))
-    show_laws(C, laws)
-    law = laws.get("fitted here", BEST)
-    N, D = law.optimum(C)
-    if args.served:
-        (n, d), (N, D) = (N, D), law.served(C, args.served)
-        part = N * (3 * D + args.served) / (n * (3 * d + args.served))
-        print(f"to serve {args.served:.3g} tokens as well: N {N:.3g}, D {D:.3g} ({D / N:.0f} N) "
-              f"has the same loss for {6 * N * D:.3g} FLOPs; with serving {1 - part:.1%} less")
+    law = parametric(read_runs(args.runs, least=6)) if args.runs else BEST
+    show_laws(C, {**LAWS, "used here": law})
+    (N, D), (n, d) = law.served(C, args.served), law.optimum(C)
+    part = N * (3 * D + args.served) / (n * (3 * d + args.served))
+    print(f"cheapest of that loss to train and to serve {args.served:.3g} tokens: N {N:.3g}, D "
+          f"{D:.3g} ({D / N:.0f} N), {6 * N * D:.3g} FLOPs; both together {1 - part:.1%} less")
     L = max(1, round((N / 12 / 128 ** 2) ** (1 / 3)))  # 12 L d^2 = N, d = 128 L as GPT-3's
     d = 128 * max(1, round(math.sqrt(N / 12 / L) / 128))
     sequences = 2 ** max(0, round(math.log2(0.2920 * C ** 0.3271 / T)))  # 2401.02954, eq. 1
-    plans = cluster_plans(L, d, T, sequences, args.gpus, args.gpu)
+    every = itertools.product(some := (1, 2, 4, 8), range(1, L + 1), some, some, (1, 3), (0, 1))
+    rows = (cluster_plan(L, d, T, sequences, args.gpus, args.gpu, *how) for how in every)
+    plans = sorted((r for r in rows if r and r["fits"]), key=lambda r: -r["mfu"])
     print(f"shape: {L} layers of {d}; batch {sequences * T / 1e6:,.2f} M tokens, AdamW's lr "
           f"{0.3118 * C ** -0.125:.1e} (DeepSeek's laws)\nGB, embeddings left out: weights "
           f"{2 * N / 1e9:,.1f}, gradients alike, AdamW {12 * N / 1e9:,.1f}; of {T} tokens "
           f"activations {ACTIVATION * T * d * L / 1e9:,.1f}, cache {4 * T * d * L / 1e9:,.2f}\n"
           f"{len(plans)} plans fit into 90 % of memory, best first:\n   dp  tp  pp   v micro zero "
           "recompute  GB/GPU  bubble  waits  s/step    MFU   days")
-    for r in plans[:8]:
-        print("{dp:5d}{tp:4d}{pp:4d}{v:4d}{micro:6d}{zero:5d}{again:>11s}{gb:8.1f}{bubble:8.1%}"
-              "{waits:7.1%}{seconds:8.2f}{mfu:7.1%}{days:7.1f}".format(
-                  **r, days=C / rate * args.mfu / r["mfu"]))
+    for r in plans[:8]: print(
+        "{dp:5d}{tp:4d}{pp:4d}{v:4d}{micro:6d}{zero:5d}{again:10d}{gb:9.1f}{bubble:8.1%}"
+        "{waits:7.1%}{seconds:8.2f}{mfu:7.1%}{days:7.1f}".format(
+            **r, days=C / rate * args.mfu / r["mfu"]))
 
 # -----------------------------------------------------------------------------
 # Fits
 # A fit takes runs and weights (B, n), how often each of B resamples drew each run (ones: the data
 # itself), and gives a law whose numbers are arrays of B. Bad runs hurt fits more than few runs do:
 # one size trained with a bad learning rate bends a parabola, and so the line through all of them.
-
 class Runs(namedtuple("Runs", "N D loss")):  # arrays
+    C = property(lambda self: 6 * self.N * self.D)
     def some(self, which): return Runs(*(z[which] for z in self))
-
     def budgets(self):
-        """[(C, indices of its runs)], rising; runs within 5 % of the next are of one budget."""
-        order = np.argsort(C := 6 * self.N * self.D, kind="stable")
-        groups = np.split(order, np.flatnonzero(np.diff(np.log(C[order])) > 0.05) + 1)
-        return [(C[g].mean(), g) for g in groups]
-
+        """Runs of each budget, rising; what is within 5 % of the next is of one budget."""
+        rising = self.some(np.argsort(self.C, kind="stable"))
+        ends = np.flatnonzero(np.diff(np.log(rising.C)) > 0.05) + 1
+        return [Runs(*part) for part in np.split(np.array(rising), ends, axis=1)]
+    def best(self, least): return math.exp(least(np.log(self.N), self.loss))
 COLUMNS = {"N": "n params parameters modelsize", "D": "d tokens trainingtokens",
            "C": "c flops compute computebudget trainingflop", "loss": "loss l finalloss"}
-
 def read_runs(path, drop=0, least=4):
     """Runs of a CSV file with a line of names, or a JSON list, but for the `drop` worst."""
+    wrong = lambda got, wanted, do: UserError(f"{path}: got {got}; wanted {wanted}; {do}")
     plain = lambda name: "".join(filter(str.isalnum, str(name))).lower()
     try:
         with open(path, newline="") as f:
             rows = json.load(f) if Path(path).suffix == ".json" else csv.DictReader(f)
             rows = [{plain(k): v for k, v in row.items()} for row in rows]
     except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise UserError(f"{path}: got {type(e).__name__} {e}; wanted a CSV file with a line of "
-                        "names, or a JSON list of objects; check the path")
-    if len(rows) - drop < least: raise UserError(
-        f"{path}: got {len(rows)} runs, {drop} to drop; wanted {least}; add runs")
+        raise wrong(repr(e), "CSV with a line of names, or a JSON list of objects", "check it")
+    if len(rows) - drop < least:
+        raise wrong(f"{len(rows)} runs, {drop} to drop", f"{least} or more", "add runs")
     names = {k: next((w for w in ws.split() if w in rows[0]), None) for k, ws in COLUMNS.items()}
     del names["C" if names["D"] or not names["C"] else "D"]
     if missing := ["D or C" if key == "D" else key for key in names if not names[key]]:
-        raise UserError(f"{path}: got columns {', '.join(rows[0])}; wanted N, D or C, loss; "
-                        f"missing: {', '.join(missing)}; add or rename them")
+        raise wrong(f"columns {', '.join(rows[0])}", "N, D or C, loss", f"add {', '.join(missing)}")
     def number(i, key):
         with contextlib.suppress(KeyError, TypeError, ValueError):
             if 0 < (x := float(rows[i][names[key]])) < math.inf: return x
-        raise UserError(f"{path}, run {i + 1}: got {key} {rows[i].get(names[key])!r}, wanted a "
-                        "positive finite number; finish, correct or remove that run")
+        raise wrong(f"{key} {rows[i].get(names[key])!r} in run {i + 1}", "a positive finite number",
+                    "finish, correct or remove that run")
     table = np.array([[number(i, key) for key in names] for i in range(len(rows))])
     N, D, loss = table[table[:, 2].argsort()[:len(rows) - drop]].T
     return Runs(N, D / 6 / N if "C" in names else D, loss)
-
 def power_law(x, y):
     """(c, a) of y = c x^a, least squares of logarithms."""
     a, k = np.polyfit(np.log(x), np.log(y), 1)
     return math.exp(k), a
-
 def vertex(x, y):
     """x where a parabola through the points is least, which all of them decide. Outside the x tried
     that is no minimum but a guess: nan."""
@@ -232,18 +200,16 @@ def vertex(x, y):
     a, b, _ = np.polyfit(x - np.mean(x), y, 2)
     best = np.mean(x) - b / (2 * a) if a > 0 else math.inf
     return best if min(x) <= best <= max(x) else math.nan
-
 lowest = lambda x, y: x[np.argmin(y)]  # of many near a flat minimum the one of luckiest noise
-
-def isoflop(runs, weights, best=vertex):
+def isoflop(runs, weights, least=vertex):
     """Approach 2 of 2203.15556: a line through the best size of each budget, log against log."""
     def line(w):
-        drawn = ((C, runs.some(np.repeat(g, w[g]))) for C, g in runs.budgets() if w[g].any())
-        points = np.array([(C, math.exp(best(np.log(r.N), r.loss))) for C, r in drawn])
+        drawn = runs.some(np.repeat(np.arange(len(w)), w)).budgets()
+        points = np.array([(some.C.mean(), some.best(least)) for some in drawn])
         points = points[~np.isnan(points[:, 1])]
         return power_law(*points.T) if len(points) > 1 else (math.nan, math.nan)
     N0, a = np.array([line(w) for w in weights.astype(int)]).T
-    return SizeLaw(N0, 1.0, a)
+    return size_law(N0, 1.0, a)
 
 def objective(x, logN, logD, logL, weights, delta=1e-3):
     """Approach 3 of 2203.15556, eq. 3. x (B, 5): a, alpha, b, beta, e, with A = exp(a) and so on ->
@@ -252,9 +218,8 @@ def objective(x, logN, logD, logL, weights, delta=1e-3):
     square near zero and straight beyond delta, so that an outlier pulls no harder than others."""
     a, alpha, b, beta, e = x.T[..., None]  # each (B, 1), against runs (n,)
     terms = torch.stack((a - alpha * logN, b - beta * logD, e + 0 * logN))  # (3, B, n)
-    loss = F.huber_loss(terms.logsumexp(0), logL.expand(len(x), -1), reduction="none", delta=delta)
-    return (weights * loss).sum(-1)
-
+    told, huber = terms.logsumexp(0), torch.nn.functional.huber_loss
+    return (weights * huber(told, logL.expand_as(told), reduction="none", delta=delta)).sum(-1)
 def minimize(x, data, weights, steps=800):
     """The rows of x (B, 5), each moved to a least objective of its weights: L-BFGS of their sum,
     which is least where each of them is. Scaled up, as torch's takes no notice of small changes."""
@@ -267,11 +232,9 @@ def minimize(x, data, weights, steps=800):
         return total
     lbfgs.step(value)
     return x.detach()
-
 GRID = torch.tensor([*itertools.product(  # 4,500 starts: a, alpha, b, beta, e (2203.15556, D.3)
     range(0, 26, 5), (0, 0.5, 1, 1.5, 2), range(0, 26, 5), (0, 0.5, 1, 1.5, 2),
     (-1, -0.5, 0, 0.5, 1))], dtype=torch.float64)
-
 def parametric(runs, weights=None, starts=10):
     """Approach 3: the Law of least objective; without weights its numbers are no arrays. The data
     itself starts at the best of GRID, resamples at its result. Logarithms are centred meanwhile, as
@@ -287,22 +250,14 @@ def parametric(runs, weights=None, starts=10):
     x = best if len(w) == 1 else minimize(best.repeat(len(w), 1), data, w)
     a, alpha, b, beta, e = (x @ move.inverse()).T.numpy()[:, 0 if weights is None else slice(None)]
     return Law(np.exp(e), np.exp(a), alpha, np.exp(b), beta)
-
-FITS = {"argmin": partial(isoflop, best=lowest), "isoflop": isoflop, "parametric": parametric}
-
-# -----------------------------------------------------------------------------
-# What a fit is worth
-
+FITS = {"argmin": lambda *z: isoflop(*z, lowest), "isoflop": isoflop, "parametric": parametric}
 def resamples(n, count, seed=0):
     """Weights (1 + count, n): the data itself, then draws of n runs with replacement."""
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), count)
-    return np.concatenate((np.ones((1, n)), drawn))
-
+    return np.vstack((np.ones(n), np.random.default_rng(seed).multinomial(n, n * [1 / n], count)))
 def interval(z):
     """5th and 95th of 100 parts of the resamples that have an answer: an interval of 90 %."""
     z = z[~np.isnan(z)]
     return "[{:.4g}, {:.4g}]".format(*np.percentile(z, (5, 95))) if len(z) else ""
-
 def hidden_law(rng):
     """A law drawn around the published ones by its optimum at 1e19 FLOPs: D/N is 10 to 60 there,
     and both terms together are 0.9 to 1.4 nats."""
@@ -310,36 +265,31 @@ def hidden_law(rng):
     N = math.sqrt(1e19 / 6 / rng.choice(np.geomspace(10, 60, 100)))
     terms = rng.uniform(0.9, 1.4) / (alpha + beta)  # at the optimum alpha A/N^alpha = beta B/D^beta
     return Law(E, terms * beta * N ** alpha, alpha, terms * alpha * (1e19 / 6 / N) ** beta, beta)
-
 def simulate(law, rng, noise=0.01, budgets=np.geomspace(1e18, 1e20, 6), sizes=9):
     """Runs of a law from 1/8 to 8 times each budget's optimum, their loss times exp(noise z)."""
     C = np.repeat(budgets, sizes)
     N = law.optimum(C)[0] * np.tile(np.geomspace(1 / 8, 8, sizes), len(budgets))
-    z = rng.standard_normal(len(N))
-    return Runs(N, C / (6 * N), law.loss(N, C / (6 * N)) * np.exp(noise * z))
+    return Runs(N, D := C / (6 * N), law.loss(N, D) * np.exp(noise * rng.standard_normal(len(N))))
 
-@np.errstate(all="ignore")
 def report(runs, at=(), count=500, picture=None):
     """Prints what each fit says, with 90 % intervals, and the best sizes at the budgets `at`."""
     weights, budgets = resamples(len(runs.N), count), runs.budgets()
     print(f"{len(runs.N)} runs of {len(budgets)} budgets; {count} resamples, intervals of 90 %")
-    least = np.array([(C, *(math.exp(best(np.log(runs.N[g]), runs.loss[g])) for best in (
-        lowest, vertex)), runs.loss[g].min()) for C, g in budgets])
+    least = np.array([(r.C.mean(), r.best(lowest), r.best(vertex), r.loss.min()) for r in budgets])
     for row in least[:20]:
         print("    {:8.3g} FLOPs: N {:.4g}; by a parabola {:.4g}; least loss {:.4f}".format(*row))
     if len(least) > 1: print("    least losses: {:.4g} C^{:.4f}, were there no E below them".format(
         *power_law(*least.T[[0, 3]])))
-    laws, last = {name: fit(runs, weights) for name, fit in FITS.items()}, budgets[-1][1]
+    laws, last = {name: fit(runs, weights) for name, fit in FITS.items()}, budgets[-1]
     law = Law(*(z[0] for z in laws["parametric"]))
     for name, z in zip(Law._fields, laws["parametric"]):
         print(f"    {name:6s}{z[0]:12.5g}   {interval(z[1:]):24s} std {z[1:].std():.3g}")
-    others = parametric(runs.some(np.setdiff1d(np.arange(len(runs.N)), last)))
-    off, far = (some.loss / fit.loss(some.N, some.D) - 1
-                for some, fit in ((runs, law), (runs.some(last), others)))
+    others = parametric(runs.some(runs.C < last.C.min()))
+    off, far = (r.loss / fit.loss(r.N, r.D) - 1 for r, fit in ((runs, law), (last, others)))
     print(f"    off this law by {off.std():.2%} of the loss; the largest budget off a law of the "
           f"others alone by {far.mean():+.2%}\n"
           f"{'fit':12s}exponent     FLOPs         N*   {'interval':24s}     D/N  loss")
-    for (name, fit), C in itertools.product(laws.items(), at or [10 * budgets[-1][0]]):
+    for (name, fit), C in itertools.product(laws.items(), at or [10 * last.C.mean()]):
         N, D = fit.optimum(C)
         losses = fit.loss(N, D)
         print(f"{name:12s}{fit.a[0]:8.3f}{C:10.3g}{N[0]:11.4g}   {interval(N[1:]):24s}"
@@ -347,57 +297,36 @@ def report(runs, at=(), count=500, picture=None):
     if not picture: return
     try: from matplotlib.figure import Figure
     except ImportError: return print("no picture: matplotlib is not installed")
-    curves, residuals = (figure := Figure((11, 4))).subplots(1, 2)
-    for C, g in budgets:
-        N, D, loss = runs.some(g[np.argsort(runs.N[g])])
-        curves.plot(N, loss, "o", N, law.loss(N, D), "k-")
-        residuals.plot(N, 100 * (loss / law.loss(N, D) - 1), "o")
-    curves.set(xscale="log", xlabel="N", ylabel="loss, nats a token; lines: L(N, D)")
-    residuals.set(xscale="log", xlabel="N", ylabel="% of the loss off L(N, D)")
+    axes = (figure := Figure((11, 4))).subplots(1, 2, subplot_kw=dict(xscale="log", xlabel="N"))
+    for N, D, loss in (r.some(r.N.argsort()) for r in budgets):
+        axes[0].plot(N, loss, "o", N, law.loss(N, D), "k-")
+        axes[1].plot(N, 100 * (loss / law.loss(N, D) - 1), "o")
+    for axis, y in zip(axes, ("loss; lines: L(N, D)", "% of the loss off it")): axis.set_ylabel(y)
     print("picture:", picture, figure.savefig(picture, dpi=120) or "")
 
 # -----------------------------------------------------------------------------
 # Experiments: small models through train.fit, under a budget of FLOPs
 # N is what a model does, FLOPs a token / 6 with attention and head, so that C = 6 N D holds (as
 # DeepSeek's); Kaplan and Hoffmann disagree in part as they counted otherwise (2406.19146).
-
-def jobs_of(points, T, vocab_size):
-    """Of points (C, N) -> {name: (entry of the ledger, ModelConfig)}, of the model next to N in
-    size. Models differ in width alone: each step of depth would bend the law."""
-    models = {meta_model(cfg).flops_per_token() / 6: cfg for cfg in (
-        preset("llama", vocab_size=vocab_size, seq_len=T, n_layers=2, n_heads=2, d_model=d,
-               d_ff=3 * d) for d in range(8, 513, 4))}
-    jobs = {}
-    for C, want in points:
-        N = min(models, key=lambda n: abs(math.log(n / want)))
-        batch = 2 * max(2, round(8 * (C / 6 / N / 3e6) ** 0.383))  # 2505.13738
-        steps, name = round(C / 6 / N / T / batch), f"{C:.3g}-{N:.0f}"
-        if steps < 10: raise UserError(f"budgets: got {C:.3g}, wanted 10 steps of N {N:,.0f} or "
-                                       "more; set larger --budgets")
-        D = steps * batch * T
-        jobs[name] = dict(name=name, N=N, D=D, flops=6 * N * D, batch=batch, steps=steps), models[N]
-    return jobs
-
-def train_one(entry, model_cfg, corpus, folder, args):
+def train_one(entry, corpus, folder, args):
     """Trains a run, or what is left of it, and enters its loss."""
     cfg = train.TrainConfig(steps=entry["steps"], minutes=None, batch_size=entry["batch"], evals=1,
                             seed=args.seed, device=args.device, log_steps=100, lr=args.lr)
     with contextlib.redirect_stdout(io.StringIO()):  # its log is in its folder
         machine = train.set_up(cfg)
-        model, optimizer = train.build(model_cfg, cfg, machine)
-        loader = Loader(open_tokens(corpus.train), model_cfg.seq_len, entry["batch"], args.seed)
-        tokens, n_bytes = validation(corpus, 250_000)
-        check = lambda model: train.evaluate(model, in_order(tokens, loader.seq_len, 32), n_bytes,
-                                             machine.device)
+        model, optimizer = train.build(preset("llama", **entry["shape"]), cfg, machine)
+        loader = Loader(open_tokens(corpus.train), args.seq_len, entry["batch"], args.seed)
+        text, size = validation(corpus, 250_000)
+        check = lambda m: train.evaluate(m, in_order(text, args.seq_len, 32), size, machine.device)
         now, result = train.fit(model, optimizer, loader, cfg, machine, folder, True, check)
     if not result: raise UserError("stopped; the same command goes on from here")
     entry.update(loss=result["loss"], seconds=now.seconds, epochs=entry["D"] / len(loader.tokens))
 
 def study(args):
-    """run: trains a grid of sizes for each budget, and fits it. verify: after that the best that
-    this predicts for 4 times the largest budget. A run is entered into the ledger runs.json (which
-    `fit` reads as well) with its FLOPs before it starts. What has a loss there is not trained
-    again, what was interrupted goes on, and nothing starts that overruns --flops."""
+    """run: trains a grid of sizes for each budget, and fits it. verify: then the best this predicts
+    for 4 times the largest. A run is entered into the ledger runs.json (`fit` reads it, too) with
+    its FLOPs before it starts. What has a loss there is not trained again, what was interrupted
+    goes on, and nothing starts that overruns --flops."""
     name = f"{Path(args.dataset).name}-{args.seq_len}-{args.seed}-{args.lr:g}"
     path = args.folder / name / "runs.json"  # of each setting, so that no fit mixes two
     try: ledger = {r["name"]: r for r in json.loads(path.read_text())} if path.exists() else {}
@@ -406,27 +335,37 @@ def study(args):
     corpus = prepare(args.dataset, "byte")
     def keep():
         with atomic_write(path, "w") as f: json.dump([*ledger.values()], f, indent=1)
-    def do(points):
-        jobs = jobs_of(points, args.seq_len, corpus.tokenizer.vocab_size)
-        known = {name: entry for name, (entry, _) in jobs.items()} | ledger
-        total = sum(entry["flops"] for entry in known.values())
+    # Models differ in width alone: each step of depth would bend the law.
+    shapes = (dict(vocab_size=corpus.tokenizer.vocab_size, seq_len=args.seq_len, n_layers=2,
+                   n_heads=2, d_model=d, d_ff=3 * d) for d in range(8, 513, 4))
+    models = {meta_model(preset("llama", **s)).flops_per_token() / 6: s for s in shapes}
+    def do(points):  # (C, N), N is to be next to
+        jobs = {}
+        for C, want in points:
+            N = min(models, key=lambda n: abs(math.log(n / want)))
+            batch = 2 * max(2, round(8 * (C / 6 / N / 3e6) ** 0.383))  # 2505.13738
+            steps, name = round(C / 6 / N / args.seq_len / batch), f"{C:.3g}-{N:.0f}"
+            if steps < 10: raise UserError(f"budgets: got {C:.3g}, wanted 10 steps of N {N:,.0f} "
+                                           "or more; set larger --budgets")
+            jobs[name] = dict(name=name, N=N, D=(D := steps * batch * args.seq_len), batch=batch,
+                              flops=6 * N * D, steps=steps, shape=models[N])
+        total = sum(entry["flops"] for entry in (jobs | ledger).values())
         print(f"{len(jobs)} runs; with all that {path} has {total:.4g} FLOPs", flush=True)
         if total > args.flops: raise UserError(
             f"flops: got {total:.4g} in all, wanted {args.flops:.4g} at most; none of these was "
             "started; raise --flops, or give fewer --budgets")
-        for name, (entry, model_cfg) in jobs.items():
+        for name, entry in jobs.items():
             entry = ledger.setdefault(name, entry)
             keep()
-            if "loss" not in entry: train_one(entry, model_cfg, corpus, path.parent / name, args)
+            if "loss" not in entry: train_one(entry, corpus, path.parent / name, args)
             keep()
             print("  N {N:9,.0f}  D {D:11,d}  {flops:.2e} FLOPs {steps:6d} steps of {batch:3d}  "
                   "loss {loss:.4f} {seconds:6.1f} s {epochs:5.2f} epochs".format(**entry))
         return Runs(*np.array([[ledger[name][key] for key in Runs._fields] for name in jobs]).T)
-    C, spread = 4 * max(args.budgets), np.geomspace(1 / 3, 3, args.sizes)
-    runs = do([(C, math.sqrt(C / 6 / args.ratio) * f) for C in args.budgets for f in spread])
-    if args.command == "run":
-        return report(runs, (), args.resamples, path.with_suffix(".png"))
-    laws = parametric(runs, resamples(len(runs.N), args.resamples))
+    runs = do([(C, math.sqrt(C / 6 / args.ratio) * f) for C in args.budgets
+               for f in np.geomspace(1 / 3, 3, args.sizes)])
+    if args.command == "run": return report(runs, (), args.resamples, path.with_suffix(".png"))
+    laws, C = parametric(runs, resamples(len(runs.N), args.resamples)), 4 * max(args.budgets)
     if not (N := laws.optimum(C)[0][0]) > 0: raise UserError(
         f"{path}: got no law with an optimum, wanted one; run more --sizes and --budgets")
     (N,), (D,), (loss,) = do([(C, N)])
@@ -436,11 +375,8 @@ def study(args):
 
 # -----------------------------------------------------------------------------
 # A game: the large run follows a law that is hidden behind queries, which cost FLOPs
-
-FIELDS = "d_model n_layers n_heads batch_size lr flops seed"
-class Query(namedtuple("Query", FIELDS, defaults=[0])):
+class Query(namedtuple("Query", "d_model n_layers n_heads batch_size lr flops seed", defaults=[0])):
     N = property(lambda self: 12 * self.n_layers * self.d_model ** 2)
-
 RANGES = Query((64, 1024), (2, 24), (1, 16), (32, 512), (1e-5, 1e-1), (1e13, 1e19), (0, 99))
 UNIFORM = math.log(32000)  # loss of a guess
 
@@ -459,9 +395,7 @@ class Game:
         self.lr0, self.g, self.bend = draw(1e-3, 4e-3), draw(0.1, 0.3), draw(0.005, 0.015)
         self.aspect, self.narrow, self.noise = draw(32, 100), draw(0.003, 0.01), draw(0.002, 0.004)
         self.seed, self.budget, self.spent, self.asked = seed, budget, 0.0, {}
-
     def lr(self, q): return self.lr0 * (q.N / 1e7) ** -self.g * (q.batch_size / 128) ** 0.5
-
     def truth(self, q):
         """Loss without noise."""
         off, D = math.log(q.lr / self.lr(q)), q.flops / (6 * q.N)
@@ -471,30 +405,27 @@ class Game:
         penalty = (self.bend * off ** 2 + 0.02 * max(0.0, math.log(32 * q.n_heads / q.d_model))
                    + self.narrow * math.log(q.d_model / q.n_layers / self.aspect) ** 2)
         return UNIFORM if off > math.log(6) else min(UNIFORM, loss * math.exp(penalty))
-
     def query(self, q):
         """Loss of a Query."""
+        left = RANGES.flops[1] if q in self.asked else self.budget - self.spent
         for name, x, (low, high) in zip(Query._fields, q, RANGES):
-            whole = x % 1 == 0 or name == "lr"
-            if not (low <= x <= high and whole) or name == "n_heads" and q.d_model % x:
-                raise UserError(f"{name}: got {x}, wanted {low:g} to {high:g} (n_heads a divisor "
-                                "of d_model); not charged")
+            if name == "flops": high = min(high, left)
+            uneven = x % 1 and name != "lr" or name == "n_heads" and q.d_model % x
+            if uneven or not low <= x <= high:
+                raise UserError(f"{name}: got {x}, wanted {low:g} to {high:g} (whole but for lr; "
+                                "n_heads a divisor of d_model); not charged")
         if q not in self.asked:
-            if q.flops > (left := self.budget - self.spent):
-                raise UserError(f"flops: got {q.flops:.3g}, wanted up to {left:.3g}; not charged")
             self.spent += q.flops
             digest = hashlib.sha256(repr((self.seed, *map(float, q))).encode()).digest()
             noise = self.noise * np.random.default_rng([*digest]).standard_normal()
             self.asked[q] = self.truth(q) * math.exp(noise)
         return self.asked[q]
-
     def submit(self, predicted, q):
         """-> (part by which the true loss of q exceeds the best there is, error predicted)."""
         every = (Query(d, L, 1, b, 1, q.flops) for d, L, b in itertools.product(
             range(64, 1025, 64), range(2, 25), (32, 64, 128, 512)))
         best = min(self.truth(other._replace(lr=self.lr(other))) for other in every)
         return self.truth(q) / best - 1, predicted / self.truth(q) - 1
-
 def query_of(N, aspect, batch_size, lr, flops):
     """A Query of about N parameters and d_model / n_layers = aspect, heads no narrower than 32."""
     d, L = min(itertools.product(range(64, 1025, 32), range(2, 25)), key=lambda s: abs(math.log(
@@ -521,32 +452,26 @@ def careful(query, budget, target):
     aspects = np.geomspace(12, 192, 5)
     aspect = math.exp(vertex(np.log(aspects), [small(r, batch_size) for r in aspects]))
     if math.isnan(aspect): aspect = 64
-    rows, size = [], lambda C: math.sqrt(C / 120)  # 20 tokens a parameter
+    rows, law = [], LAWS["20 a parameter"]
     stages = (64, 2.5, 6), (24, 2, 3), (12, 1.6, 2), (5, 1, 1), (5, 1, 1)
     for seed, (part, reach, count) in enumerate(stages):
         C = budget // part
-        for N in size(C) * np.geomspace(1 / reach, reach, count):
+        for N in law.optimum(C)[0] * np.geomspace(1 / reach, reach, count):
             q = tuned(N, aspect, batch_size, C, seed)
             rows.append((q.N, C / 6 / q.N, query(q)))
         law = parametric(Runs(*np.array(rows).T))
-        size = lambda C: law.optimum(C)[0]
-    q = tuned(size(target), aspect, batch_size, target)
+    q = tuned(law.optimum(target)[0], aspect, batch_size, target)
     return law.loss(q.N, target / 6 / q.N), q
-
 def naive(query, budget, target):
     """A grid at a usual learning rate, the least loss of each budget, and lines through these."""
-    ask = lambda N, C: query_of(N, 64, 128, 1e-3, C)
-    C = budget // np.array([1000, 300, 50])
-    losses, N = zip(*(min((query(q := ask(n, c)), q.N) for n in np.geomspace(1e6, 2e8, 12))
-                      for c in C))
-    (c, a), (k, b) = power_law(C, losses), power_law(C, N)
+    ask, C = lambda N, C: query_of(N, 64, 128, 1e-3, C), budget // np.array([1000, 300, 50])
+    best = [min((query(q := ask(N, c)), q.N) for N in np.geomspace(1e6, 2e8, 12)) for c in C]
+    (c, a), (k, b) = (power_law(C, y) for y in zip(*best))
     return c * target ** a, ask(k * target ** b, target)
-
 PLAYERS = {"careful": careful, "naive": naive}
-
 def game(args, budget=2e18):
     for name, play in PLAYERS.items():
-        games = [Game(seed, budget) for seed in range(args.seed, args.seed + args.trials)]
+        games = (Game(seed, budget) for seed in range(args.seed, args.seed + args.trials))
         scores = np.abs([g.submit(*play(g.query, budget, 5 * budget)) for g in games])
         print("{:8s} {} laws. At 5 times the budget the loss is {:.2%} above the best, {:.2%} off "
               "the predicted (medians; worst {:.2%}, {:.2%})".format(
@@ -555,24 +480,20 @@ def game(args, budget=2e18):
 # -----------------------------------------------------------------------------
 # What small scale cannot tell: a score that is sharp in the loss looks like nothing until it looks
 # like an ability. That is the score's doing; the loss told it all along (2304.15004)
-
 def emergence(k=16):
     """Loss a token falls as a power of C; an answer of k tokens is right if all of them are."""
     rng, C = np.random.default_rng(0), np.geomspace(1e17, 1e23, 7)
     loss = 2 * (C / C[0]) ** -0.25
     right = rng.binomial(1000, np.exp(-k * loss)) / 1000
-    print(f"{'FLOPs':>8s}{'loss':>9s}{'a token right':>15s}{f'all {k} right':>14s}")
-    for row in zip(C, loss, np.exp(-loss), right):
-        print("{:8.0e}{:9.3f}{:15.1%}{:14.1%}".format(*row))
+    for c, l, token, all_k in zip(C, loss, np.exp(-loss), right):
+        print(f"{c:.0e} FLOPs: loss {l:.3f}, a token right {token:5.1%}, all {k} {all_k:5.1%}")
     score = np.polyval(np.polyfit(np.log(C[:4]), right[:4], 1), math.log(C[-1]))
     c, a = power_law(C[:4], loss[:4] * np.exp(0.01 * rng.standard_normal(4)))
     print(f"all {k} right at {C[-1]:.0e}, told by the four smallest: {score:.1%} from that score, "
           f"{np.exp(-k * c * C[-1] ** a):.1%} from the loss; the truth {np.exp(-k * loss[-1]):.1%}")
-
 def lesson():
     print("NAPKINS")
-    for name, N, D, stated in (("GPT-3", 175e9, 300e9, 3.14e23), (
-            "Chinchilla", 70e9, 1.4e12, 5.76e23), ("Llama 3 405B", 405e9, 15.6e12, 3.8e25)):
+    for name, (N, D, stated) in PUBLISHED.items():
         n, d = BEST.optimum(6 * N * D)
         print(f"{name:13s}6ND {6 * N * D:.3g} FLOPs, stated {stated:.3g}; N {N:.3g} (best "
               f"{n:.3g}), D {D:.3g} ({d:.3g}), loss {BEST.loss(N, D):.3f} ({BEST.loss(n, d):.3f})")
@@ -590,35 +511,32 @@ COMMANDS = {  # name: (function, what it does, {option: (default, help)}); None:
         "gpu": ("H100", ", ".join(LINKS)), "hours": (336.0, "hours"), "mfu": (0.4, "part of peak"),
         "served": (0.0, "tokens to serve over the model's life"), "seq_len": (4096, "context"),
         "runs": ("", "file of runs whose law to use")}),
-    "fit": (lambda args: report(read_runs(args.file, args.drop), args.at, args.resamples, Path(
-        args.file).with_suffix(".png")), "fit laws to runs", {
-        "file": (None, "CSV or JSON: N, D or C, loss"), "resamples": (500, "of the bootstrap"),
+    "fit": (lambda o: report(read_runs(o.file, o.drop), o.at, o.resamples, Path(o.file).with_suffix(
+        ".png")), "fit laws to runs", {"file": (None, "CSV or JSON: N, D or C, loss"),
         "at": ([], "FLOPs to predict for; none: 10 times the largest"),
-        "drop": (0, "runs of highest loss to leave out")}),
+        "resamples": (500, "of the bootstrap"), "drop": (0, "runs of highest loss to leave out")}),
     **dict.fromkeys(("run", "verify"), (study, "a grid of small models; the best at 4 times that", {
         "budgets": ([1e11, 3e11, 1e12, 3e12], "FLOPs of a run"), "sizes": (5, "models a budget"),
         "ratio": (20.0, "D/N in the middle of the sizes"), "lr": (0.04, "of Muon"),
         "resamples": (500, "of the bootstrap"), "device": ("auto", "cpu, cuda or mps"),
         "flops": (1e14, "FLOPs allowed for all of the ledger"), "seq_len": (128, "context"),
-        "folder": (Path(train.RUNS, "study"), "where it is kept"),
-        "dataset": ("stdlib", "whose bytes, as in train.py"), "seed": (0, "of all")})),
-    "game": (game, "players on hidden laws", {
-        "trials": (20, "laws"), "seed": (0, "of the first")})}
+        "folder": (Path(train.RUNS, "study"), "where it is kept"), "seed": (0, "of all"),
+        "dataset": ("stdlib", "whose bytes, as in train.py")})),
+    "game": (game, "players on hidden laws", {"trials": (20, "laws"), "seed": (0, "of the first")})}
 
 def build_parser():
     parser = argparse.ArgumentParser(description="Scaling laws. Without a command: the lesson.")
     commands = parser.add_subparsers(dest="command")
     for name, (_, about, options) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
-        for option, (default, about) in options.items():
-            kind = dict(type=type(default))
-            if isinstance(default, list): kind = dict(type=float, nargs="+")
-            if default is None: command.add_argument(option, help=about)
-            else: command.add_argument(f"--{option}", default=default, **kind,
-                                       help=f"{about} (default: {default})")
+        for option, (default, text) in options.items():
+            flag, many = default is not None, isinstance(default, list)
+            command.add_argument(
+                "--" * flag + option, default=default, help=text + f" (default: {default})" * flag,
+                type=float if many else type(default) if flag else str, nargs="+" if many else None)
     return parser
-
 def main(args):
+    np.seterr(all="ignore")  # a resample may have no optimum: nan
     if not args.command: return lesson()
     print("scaling.py:", vars(args))
     for name, (default, _) in COMMANDS[args.command][2].items():
