@@ -48,51 +48,48 @@ from data import permutation
 from kernels import Linear, add_fields, flag
 from model import load_model, need_field, preset, save_model
 from optim import AdamW, param_groups
-from sample import TEMPLATES, Sampling, find_run, generate
+from sample import Sampling, encode_chat, find_run, generate
 from train import TrainConfig, build, fit, free, save_checkpoint, set_up
 
 # -----------------------------------------------------------------------------
 # Chat data
-# A conversation is messages [{"role": ..., "content": ...}]; a template of sample.py writes it as
-# pieces (text, is_assistant). Only the assistant's tokens are learned, the end of its turn too, or
-# it would never stop. Each piece is encoded alone: no token is half prompt. To ask, an empty answer
-# is put at the end, and its piece left out.
+# A conversation is messages [{"role": ..., "content": ...}], which sample.py writes by a template in
+# pieces, each encoded alone: no token is half prompt. Only the assistant's are learned, the end of
+# its turn too, or it would never stop. Nobody's text can spell that end.
 
-ENDS = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3", EOT: "plain"}  # of a turn, by template
 def said(role, text): return [{"role": role, "content": text}]
 class Chat:
-    """A model to talk to: its tokenizer, a template, the id that ends a turn."""
+    """A model to talk to: its tokenizer, and the id that ends a turn."""
     def __init__(self, model, tok):
-        mark = next((mark for mark in ENDS if mark in tok.special_tokens), None)
-        if mark is None: raise UserError(f"init: got a tokenizer without {' or '.join(ENDS)}, "
-                                         "wanted one of them, to end a turn; use another model")
-        self.model, self.tok, self.template = model, tok, TEMPLATES[ENDS[mark]]
+        mark, self.model, self.tok = encode_chat(tok, [])[1], model, tok
+        if mark not in tok.special_tokens: raise UserError(
+            f"init: got a tokenizer without {mark}, wanted it, to end a turn; use another model")
         self.end = tok.special_tokens[mark]
-    def encode(self, messages, answer=None):
-        """-> (ids, whether each is learned); without an answer, the prompt for one. A text that
-        spells a special token gets a space into it, or a user could speak as the system."""
-        apart = lambda m: {**m, "content": self.tok.splitter.sub(
-            lambda s: s[0][0] + " " + s[0][1:], m["content"])}
-        pieces = self.template([*map(apart, messages + said("assistant", answer or ""))])
-        last = max(i for i, (_, own) in enumerate(pieces) if own)
-        parts = [(self.tok.encode(t), own) for t, own in pieces[:last + (answer is not None)]]
-        return [i for ids, _ in parts for i in ids], [own for ids, own in parts for _ in ids]
+    def ask(self, messages): return encode_chat(self.tok, messages)[0]
+    def encode(self, messages, answer):
+        """-> (ids, whether each is learned): the assistant's, from where it is asked to the end."""
+        talk, own = messages + said("assistant", answer), []
+        ids = self.ask(talk)
+        for start in [len(self.ask(talk[:i])) for i, m in enumerate(talk)
+                      if m["role"] == "assistant"]:
+            own += [False] * (start - len(own))
+            own += [True] * (ids.index(self.end, start) + 1 - start)
+        return ids[:len(own)], own
     def decode(self, ids):  # a model may have more ids, as padding, than its tokenizer
         return self.tok.decode([i for i in ids if i != self.end and i in self.tok.vocab])
 # answer: what a verifier knows; demo: an answer to imitate; worse: one that it was preferred to
 Problem = namedtuple("Problem", "messages answer demo worse", defaults=("", "", ""))
 def conversation(row):
     """A row of a file in one of the common layouts -> Problem, without an answer."""
-    good = next((row[k] for k in ("chosen", "completion", "output", "solution", "answer", "code")
-                 if k in row), None)
-    messages = good if isinstance(good, list) else next(  # whole conversations, or a prompt
-        (row[k] for k in ("messages", "prompt", "question", "problem", "text") if row.get(k)),
-        "\n\n".join(filter(None, (row.get("instruction"), row.get("input")))))
-    messages = said("user", messages) if isinstance(messages, str) else list(messages)
+    get = lambda *keys: next((row[k] for k in keys if row.get(k)), None)
+    good, bad = get("chosen", "completion", "output", "solution", "answer", "code"), get("rejected")
+    ask = good if isinstance(good, list) else get(  # whole conversations, or a prompt
+        "messages", "prompt", "question", "problem", "text") or "\n\n".join(
+        row[k] for k in ("instruction", "input") if row.get(k))
+    messages = said("user", ask) if isinstance(ask, str) else [*ask]
     if messages[-1]["role"] == "assistant": good = messages.pop()["content"]
-    bad = row.get("rejected", "")
     if not messages[0]["content"] or not isinstance(good, str): raise ValueError("no answer")
-    return Problem(messages, "", good, bad if isinstance(bad, str) else bad[-1]["content"])
+    return Problem(messages, "", good, bad[-1]["content"] if isinstance(bad, list) else bad or "")
 
 # -----------------------------------------------------------------------------
 # Verifiers: mathematics
@@ -210,13 +207,12 @@ def means(mark, text, p):
     return equal(answer, p.answer), mark in text, answer
 def countdown(rng):
     """"3 5 4:32=" -> "(3+5)*4": the target from the three numbers, each used once."""
-    target = -1
-    while not 0 <= target <= 99:
+    while True:
         a, b, c, p, q = *(rng.randint(1, 10) for _ in range(3)), *rng.choices("+-*", k=2)
         text = rng.choice((f"{a}{p}{b}{q}{c}", f"({a}{p}{b}){q}{c}", f"{a}{p}({b}{q}{c})"))
-        target = int(value_of(text))
-    ask = f"{' '.join(map(str, rng.sample((a, b, c), 3)))}:{target}="
-    return Problem(said("user", ask), str(target), text)
+        if 0 <= (target := value_of(text)) <= 99:
+            ask = f"{' '.join(map(str, rng.sample((a, b, c), 3)))}:{target}="
+            return Problem(said("user", ask), str(target), text)
 def reaches(text, p):
     given, value = p.messages[0]["content"].split(":")[0].split(), None
     uses = sorted(re.findall(r"\d+", text)) == sorted(given)
@@ -236,13 +232,12 @@ def keeps_rules(text, p):
     return text == f"[{p.answer}]", text == f"[{answer}]", answer, answer == p.answer
 def maths(row):  # of GSM8K or MATH
     p = conversation(row)
-    ask = p.messages[-1]["content"] + "\nPut the final answer into \\boxed{}."
-    return p._replace(messages=p.messages[:-1] + said("user", ask),
-                      answer=final_answer(row.get("answer") or p.demo))
+    p.messages[-1]["content"] += "\nPut the final answer into \\boxed{}."
+    return p._replace(answer=final_answer(row.get("answer") or p.demo))
 def code(row):  # of MBPP
     p, tests = conversation(row), "\n".join(row["test_list"])
-    ask = f"{p.messages[-1]['content']}\nYour code should pass these tests:\n{tests}"
-    return Problem(said("user", ask), tests, f"```python\n{p.demo}\n```")
+    p.messages[-1]["content"] += f"\nYour code should pass these tests:\n{tests}"
+    return p._replace(answer=tests, demo=f"```python\n{p.demo}\n```")
 def passes(text, p):
     found = re.findall(r"```(?:python)?\n(.*?)```", text, re.S) or [text]
     return run_code(found[-1], p.answer), "```" in text, found[-1]
@@ -406,7 +401,8 @@ class AlignConfig(TrainConfig):
         need((self.micro_batch or 0) % 2 == 0, "micro_batch", "an even number")
 
 # By command, and task: of a made-up task [measured], of a published model [our choice]
-ROWS = {"all": dict(minutes=None, steps=1, evals=1, compile=False, log_steps=10 ** 9),
+ROWS = {"all": dict(minutes=None, steps=1, evals=1, compile=False, log_steps=10 ** 9,
+                    optimizer="adamw"),
         "sft": dict(steps=80, batch_size=32, lr=1e-3, examples=1000),
         "reward": dict(steps=60, batch_size=64, lr=5e-4, examples=1000),
         "dpo": dict(steps=60, batch_size=64, lr=1e-4, examples=1000, kl=0.1),
@@ -417,12 +413,11 @@ ROWS = {"all": dict(minutes=None, steps=1, evals=1, compile=False, log_steps=10 
 def settle(command, given):
     """-> AlignConfig."""
     if command == "distill": command, given = "rl", {**given, "method": "distill"}
-    name, row = given.get("task", "digits"), dict(command=command, optimizer="adamw")
-    task, method = TASKS.get(name, TASKS["chat"]), given.get("method", "grpo")
-    fresh = command == "sft" and not given.get("init")
-    for key in ("all", command, f"{command} {name}", "fresh" if fresh else "",
-                "" if task.chars else "published"): row |= ROWS.get(key, {})
-    if command == "rl": row |= ADVANTAGES.get(method, (0, {}))[1]
+    name, fresh = given.get("task", "digits"), command == "sft" and not given.get("init")
+    task, row = TASKS.get(name, TASKS["chat"]), dict(command=command)
+    kind = "fresh" if fresh else "" if task.chars else "published"
+    for key in ("all", command, f"{command} {name}", kind): row |= ROWS.get(key, {})
+    if command == "rl": row |= ADVANTAGES.get(given.get("method", "grpo"), (0, {}))[1]
     return AlignConfig(**{**row, "max_tokens": task.max_tokens, **given})
 
 # -----------------------------------------------------------------------------
@@ -431,7 +426,7 @@ def settle(command, given):
 def attempt(chat, o, problems, n, seed=0):
     """n answers to each problem -> [[verdict]]. At temperature 1, and no token left out: only then
     a loss scores what was sampled. An answer that was cut short has reward 0 [our choice]."""
-    prompts, start = [chat.encode(p.messages)[0] for p in problems], time.perf_counter()
+    prompts, start = [chat.ask(p.messages) for p in problems], time.perf_counter()
     room, groups = chat.model.cfg.seq_len - max(map(len, prompts)), []
     need_field(chat.model.cfg, room > 0, "seq_len", "more than a prompt; leave it out of --data")
     made = iter(generate(chat.model, prompts, Sampling(min(room, o.max_tokens), seed=seed), n=n,
