@@ -32,12 +32,13 @@ REFERENCES  2203.02155 (RLHF), 1707.06347 (PPO), 1506.02438 (GAE), 2305.18290 (D
     iteration), 2306.13649 (distillation), 2305.11206 (a thousand examples); Schulman 2020 (k3)
 EXERCISE  Empty `group` and `clip`; `pytest test_all.py -k "advantage or clip"` says when right.
 """
-import argparse, ast, cmath, copy, dataclasses, itertools, json, math, operator, os, random, re
-import statistics, subprocess, sys, tempfile, time, zlib
+import argparse, ast, cmath, copy, dataclasses, json, math, operator, os, random, re, statistics
+import subprocess, sys, tempfile, time, zlib
 from collections import Counter, namedtuple
 from contextlib import suppress
 from fractions import Fraction
 from functools import partial
+from itertools import accumulate, islice, repeat, zip_longest
 from pathlib import Path
 
 import torch
@@ -70,10 +71,9 @@ class Chat:
         """-> (ids, whether each is learned): the assistant's, from where it is asked to the end."""
         talk, own = messages + said("assistant", answer), []
         ids = self.ask(talk)
-        for start in [len(self.ask(talk[:i])) for i, m in enumerate(talk)
-                      if m["role"] == "assistant"]:
-            own += [False] * (start - len(own))
-            own += [True] * (ids.index(self.end, start) + 1 - start)
+        for i in [i for i, m in enumerate(talk) if m["role"] == "assistant"]:
+            start = len(self.ask(talk[:i]))
+            own += [False] * (start - len(own)) + [True] * (ids.index(self.end, start) + 1 - start)
         return ids[:len(own)], own
     def decode(self, ids):  # a model may have more ids, as padding, than its tokenizer
         return self.tok.decode([i for i in ids if i != self.end and i in self.tok.vocab])
@@ -92,9 +92,12 @@ def conversation(row):
     return Problem(messages, "", good, bad[-1]["content"] if isinstance(bad, list) else bad or "")
 
 # -----------------------------------------------------------------------------
-# Verifiers: mathematics
-# An answer has many spellings. It is rewritten as a Python expression, which is walked, never run.
-# Numbers are exact fractions; a letter is a random one: polynomials that agree there are equal.
+# Verifiers
+# Mathematics: an answer has many spellings. It is rewritten as a Python expression, which is walked,
+# never run. Numbers are exact fractions; a letter is a random one: polynomials that agree there are
+# equal. Code runs in a process and a folder of its own, under limits, and must reach the line behind
+# its tests. WARNING: this stops accidents, not attackers. Code can read what you can read, use the
+# network, print that line, and, as root, leave processes behind: strangers' belongs in a container.
 
 BRACED = r"[^{}]*"  # and what stands in braces, up to four deep
 for _ in range(4): BRACED = rf"[^{{}}]*(?:\{{{BRACED}\}}[^{{}}]*)*"
@@ -117,11 +120,10 @@ SPELLINGS = [  # from the inside out, again and again
 PRODUCT = r"(?<=[\w)])\s*(?=[^\W\d_]|\()|(?<=[^\W\d_)])\s*(?=\d)"  # 2x, x(y + 1), without a sign
 LETTERS = {chr(i): Fraction(random.Random(i).randint(9999, 99999), 9999) for i in range(97, 123)}
 LETTERS |= {"e": math.e, "i": 1j, "\u03c0": math.pi, "\u03c9": math.inf}
-def power(a, n):
-    if abs(n) > 200 or len(str(a)) > 200: raise ValueError("too large")
-    return a ** n
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.Pow: power, ast.USub: operator.neg}
+OPERATORS = {  # a power that would take long is nan, which equals nothing
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Pow: lambda a, n: a ** n if abs(n) <= 200 >= len(str(a)) else math.nan,
+    ast.USub: operator.neg}
 def walk(node):
     if isinstance(node, ast.Constant): return Fraction(str(node.value))
     if isinstance(node, ast.Name): return LETTERS[node.id]
@@ -148,13 +150,6 @@ def equal(a, b):
             exact = isinstance(u, Fraction) and isinstance(v, Fraction)
             if u == v if exact else cmath.isclose(u, v, rel_tol=1e-9, abs_tol=1e-12): return True
     return False
-
-# -----------------------------------------------------------------------------
-# Verifiers: code
-# It runs in a process and a folder of its own, under limits, and must reach the line behind its
-# tests. WARNING: this stops accidents, not attackers. Code can read what you can read, use the
-# network, print that line, and, as root, leave processes behind: strangers' belongs in a container.
-
 LIMITED = """import resource, sys
 for name, most in dict(CPU={}, AS={}, FSIZE=2 ** 20, CORE=0, NPROC=0).items():
     try: resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
@@ -188,7 +183,7 @@ def digits(rng, n=6, share=0.3):
     """"385142=" -> "33 81 56 67 41 23#3": each digit beside the sum up to it, modulo ten. Or, in
     most demonstrations, just "#3", which without working can but be guessed."""
     some = rng.choices(range(10), k=n)
-    working = " ".join(f"{d}{total % 10}" for d, total in zip(some, itertools.accumulate(some)))
+    working = " ".join(f"{d}{total % 10}" for d, total in zip(some, accumulate(some)))
     total, ask = str(sum(some) % 10), "".join(map(str, some)) + "="
     return Problem(said("user", ask), total, working * (rng.random() < share) + "#" + total)
 def document(rng):
@@ -255,7 +250,7 @@ def problems_of(o, held_out=False):
     task, n, some, row = TASKS[o.task], o.problems if held_out else o.examples, [], 0
     rng = random.Random("held out" if held_out else o.seed)
     try:
-        rows = itertools.repeat(rng) if task.chars else open(o.data, encoding="utf-8")
+        rows = repeat(rng) if task.chars else open(o.data, encoding="utf-8")
         for row, x in enumerate(rows, 1):
             p = task.make(x if task.chars else json.loads(x))
             hashed = zlib.crc32(json.dumps(p.messages or p.demo).encode())
@@ -275,12 +270,10 @@ def problems_of(o, held_out=False):
 def lay_out(rows):
     """Rows of examples (ids, whether each is learned) -> dict of tokens, targets, pos (B, T). An
     example is a document: its positions begin at 0, and it sees no other."""
-    T, out = max(sum(len(ids) for ids, _ in row) for row in rows), []
-    for row in rows:
-        triples = [(i, n if own else -1, t) for ids, owns in row for t, (i, n, own) in
-                   enumerate(zip(ids, [*ids[1:], -1], [*owns[1:], False]))]
-        out.append(triples + [(0, -1, -1)] * (T - len(triples)))
-    return dict(zip(("tokens", "targets", "pos"), torch.tensor(out).permute(2, 0, 1).contiguous()))
+    rows = [[(i, n if own else -1, t) for ids, owns in row for t, (i, n, own) in
+             enumerate(zip(ids, [*ids[1:], -1], [*owns[1:], False]))] for row in rows]
+    padded = torch.tensor([*zip_longest(*rows, fillvalue=(0, -1, -1))])  # (T, B, 3)
+    return dict(zip(("tokens", "targets", "pos"), padded.permute(2, 1, 0).contiguous()))
 def pack(examples, seq_len):
     """Examples, in order, into rows of at most seq_len tokens; those longer are left out."""
     rows, room = [], 0
@@ -363,64 +356,6 @@ ADVANTAGES = {  # method: advantage, settings; each told from another one
     # how much likelier a teacher finds a token, in the mean -KL(student || teacher)
 
 # -----------------------------------------------------------------------------
-# Settings
-
-@dataclasses.dataclass(frozen=True)
-class AlignConfig(TrainConfig):
-    """Those that train.py does not have. Flags override the rows below, which override these."""
-    command: str = ""
-    run: str = ""
-    task: str = flag("digits", ", ".join(TASKS))
-    data: str | None = flag(None, "jsonl of the rows of a task that is not made up")
-    init: str | None = flag(None, "run, or directory of a published model, to begin from")
-    teacher: str | None = flag(None, "model to distill, or the reference; none: --init")
-    method: str = flag("grpo", "of rl: " + ", ".join(ADVANTAGES))
-    norm: str = flag("token", "how an answer's length counts: " + ", ".join(NORMS))
-    uses: int = flag(1, "steps on one rollout")
-    group: int = flag(8, "answers to a prompt")
-    low: float = flag(0.2, "clip below, 1 - low")
-    high: float = flag(0.2, "clip above, 1 + high")
-    kl: float | None = flag(None, "weight of KL to the reference, the beta of dpo; none: no KL")
-    examples: int = flag(10 ** 9, "most examples or prompts to train on")
-    max_tokens: int = flag(1024, "longest answer")
-    samples: int = flag(4, "answers to a problem in evaluation")
-    problems: int = flag(250, "held-out problems in evaluation")
-    quick: bool = flag(False, "a shorter lesson")
-    def __post_init__(self):
-        super().__post_init__()
-        need, task = partial(need_field, self), TASKS.get(self.task)
-        for name, rows in dict(task=TASKS, method=ADVANTAGES, norm=NORMS).items():
-            need(getattr(self, name) in rows, name, " or ".join(rows))
-        n = {"sft": 1, "eval": 1, "reward": 2, "dpo": 2}.get(self.command, self.group)
-        need(task.verify or self.command in ("sft", "reward", "dpo"), "task", "one with a verifier")
-        need(task.chars or self.data, "data", "a file with rows of the task")
-        need(self.init or task.chars and self.command == "sft", "init", "a run or model")
-        need(self.group > 1, "group", "2 or more")
-        need(self.kl or self.command != "dpo", "kl", "a number for dpo")
-        need(self.batch_size % n == 0, "batch_size", f"a multiple of {n}")
-        need((self.micro_batch or 0) % 2 == 0, "micro_batch", "an even number")
-
-# By command, and task: of a made-up task [measured], of a published model [our choice]
-ROWS = {"all": dict(minutes=None, steps=1, evals=1, compile=False, log_steps=10 ** 9,
-                    optimizer="adamw"),
-        "sft": dict(steps=80, batch_size=32, lr=1e-3, examples=1000),
-        "reward": dict(steps=60, batch_size=64, lr=5e-4, examples=1000),
-        "dpo": dict(steps=60, batch_size=64, lr=1e-4, examples=1000, kl=0.1),
-        "rl": dict(steps=30, batch_size=512, group=16, lr=5e-4, examples=20_000, warmup=0.0,
-                   schedule="constant"), "rl countdown": dict(steps=150, lr=1e-4),
-        "fresh": dict(steps=300, lr=None, examples=20_000, optimizer="muon"),  # sft without --init
-        "published": dict(steps=200, batch_size=64, micro_batch=8, lr=1e-6)}
-def settle(command, given):
-    """-> AlignConfig."""
-    if command == "distill": command, given = "rl", {**given, "method": "distill"}
-    name, fresh = given.get("task", "digits"), command == "sft" and not given.get("init")
-    task, row = TASKS.get(name, TASKS["chat"]), dict(command=command)
-    kind = "fresh" if fresh else "" if task.chars else "published"
-    for key in ("all", command, f"{command} {name}", kind): row |= ROWS.get(key, {})
-    if command == "rl": row |= ADVANTAGES.get(given.get("method", "grpo"), (0, {}))[1]
-    return AlignConfig(**{**row, "max_tokens": task.max_tokens, **given})
-
-# -----------------------------------------------------------------------------
 # Batches: where `fit` gets them. In RL the loader is the sampler.
 
 def attempt(chat, o, problems, n, seed=0):
@@ -434,7 +369,7 @@ def attempt(chat, o, problems, n, seed=0):
     chat.took = time.perf_counter() - start
     for p, prompt in zip(problems, prompts):
         groups.append([])
-        for ids in itertools.islice(made, n):
+        for ids in islice(made, n):
             text, own = chat.decode(ids), [False] * len(prompt) + [True] * len(ids)
             v = dict(zip(("reward", "format", "answer", "able"), TASKS[o.task].verify(text, p)))
             v["reward"] = float(v["reward"] and ids[-1] == chat.end)
@@ -590,7 +525,61 @@ def phase(o):
     measure(chat, o, "after", model if o.command == "reward" else None)
 
 # -----------------------------------------------------------------------------
-# The lesson, and the command line
+# Settings, the lesson, and the command line
+
+@dataclasses.dataclass(frozen=True)
+class AlignConfig(TrainConfig):
+    """Those that train.py does not have. Flags override the rows below, which override these."""
+    command: str = ""
+    run: str = ""
+    task: str = flag("digits", ", ".join(TASKS))
+    data: str | None = flag(None, "jsonl of the rows of a task that is not made up")
+    init: str | None = flag(None, "run, or directory of a published model, to begin from")
+    teacher: str | None = flag(None, "model to distill, or the reference; none: --init")
+    method: str = flag("grpo", "of rl: " + ", ".join(ADVANTAGES))
+    norm: str = flag("token", "how an answer's length counts: " + ", ".join(NORMS))
+    uses: int = flag(1, "steps on one rollout")
+    group: int = flag(8, "answers to a prompt")
+    low: float = flag(0.2, "clip below, 1 - low")
+    high: float = flag(0.2, "clip above, 1 + high")
+    kl: float | None = flag(None, "weight of KL to the reference, the beta of dpo; none: no KL")
+    examples: int = flag(10 ** 9, "most examples or prompts to train on")
+    max_tokens: int = flag(1024, "longest answer")
+    samples: int = flag(4, "answers to a problem in evaluation")
+    problems: int = flag(250, "held-out problems in evaluation")
+    quick: bool = flag(False, "a shorter lesson")
+    def __post_init__(self):
+        super().__post_init__()
+        need, task = partial(need_field, self), TASKS.get(self.task)
+        for name, rows in dict(task=TASKS, method=ADVANTAGES, norm=NORMS).items():
+            need(getattr(self, name) in rows, name, " or ".join(rows))
+        n = {"sft": 1, "eval": 1, "reward": 2, "dpo": 2}.get(self.command, self.group)
+        need(task.verify or self.command in ("sft", "reward", "dpo"), "task", "one with a verifier")
+        need(task.chars or self.data, "data", "a file with rows of the task")
+        need(self.init or task.chars and self.command == "sft", "init", "a run or model")
+        need(self.group > 1, "group", "2 or more")
+        need(self.kl or self.command != "dpo", "kl", "a number for dpo")
+        need(self.batch_size % n == 0, "batch_size", f"a multiple of {n}")
+        need((self.micro_batch or 0) % 2 == 0, "micro_batch", "an even number")
+
+# By command, and task: of a made-up task [measured], of a published model [our choice]
+ROWS = {"all": dict(minutes=None, steps=1, evals=1, compile=False, log_steps=10 ** 9),
+        "sft": dict(steps=80, batch_size=32, lr=1e-3, examples=1000),
+        "reward": dict(steps=60, batch_size=64, lr=5e-4, examples=1000),
+        "dpo": dict(steps=60, batch_size=64, lr=1e-4, examples=1000, kl=0.1),
+        "rl": dict(steps=30, batch_size=512, group=16, lr=5e-4, examples=20_000, warmup=0.0,
+                   schedule="constant"), "rl countdown": dict(steps=150, lr=1e-4),
+        "fresh": dict(steps=300, lr=None, examples=20_000, optimizer="muon"),  # sft without --init
+        "published": dict(steps=200, batch_size=64, micro_batch=8, lr=1e-6)}
+def settle(command, given):
+    """-> AlignConfig."""
+    if command == "distill": command, given = "rl", {**given, "method": "distill"}
+    name, fresh = given.get("task", "digits"), command == "sft" and not given.get("init")
+    task, row = TASKS.get(name, TASKS["chat"]), dict(command=command, optimizer="adamw")
+    kind = "fresh" if fresh else "" if task.chars else "published"
+    for key in ("all", command, f"{command} {name}", kind): row |= ROWS.get(key, {})
+    if command == "rl": row |= ADVANTAGES.get(given.get("method", "grpo"), (0, {}))[1]
+    return AlignConfig(**{**row, "max_tokens": task.max_tokens, **given})
 
 LESSON = dict(  # run: its command, what it begins from, its settings if not the usual
     base=("sft", None, dict(task="text", steps=250)), sft=("sft", "base", {}),
