@@ -1725,20 +1725,15 @@ def test_a_study_is_accounted_before_it_starts_and_trains_nothing_twice(desk, mo
 # -----------------------------------------------------------------------------
 # align.py
 
-def aligned():  # a model in float64, settings, rows of six tokens, their batch
-    torch.manual_seed(0)
-    lm = model.LM(model.preset("llama", vocab_size=16, n_layers=2, d_model=16)).double()
+def test_losses_and_gradients_equal_their_definitions_clipped_packed_or_not():
+    lm, hidden = model.LM(model.preset("llama", vocab_size=16, d_model=16)).double(), []
     rows = [[(torch.randint(16, (6,)).tolist(), [t > i for t in range(6)])] for i in range(4)]
-    o = types.SimpleNamespace(low=0.2, high=0.28, kl=0.3, command="rl")
-    return lm, o, rows, align.lay_out(rows)
-
-def test_losses_and_gradients_equal_their_definitions_clipped_or_not():
-    (lm, o, rows, batch), hidden = aligned(), []
+    o, batch = types.SimpleNamespace(low=0.2, high=0.28, kl=0.3, command="rl"), align.lay_out(rows)
     lm.critic, mask = align.scalar(lm), torch.tensor([own[1:] + [False] for [(_, own)] in rows])
     lm.norm.register_forward_hook(lambda module, _, y: hidden.append(y))
     w, adv, noise, ref, V = torch.randn(5, 4, 6).double() * mask
-    z, at = lm(batch["tokens"])[0], batch["targets"].clamp(min=0)[..., None]
-    lp, edge = z.log_softmax(-1).gather(-1, at)[..., 0] * mask, (adv > 0).double() * 0.48 + 0.8
+    z, at = lm(batch["tokens"])[0].log_softmax(-1), batch["targets"].clamp(min=0)[..., None]
+    lp, edge = z.gather(-1, at)[..., 0] * mask, (adv > 0).double() * 0.48 + 0.8
     old, now, r = (lp + noise).detach(), lp.detach(), 0.3 * (lp - ref).sum(1)
     held, near = ((lp - old).exp() - edge) * adv > 0, (0 * V).clamp(V - 0.2, V + 0.28)
     gain = adv * torch.where(held, edge, (lp - old).exp()) - 0.3 * ((ref - lp).exp() - 1 - ref + lp)
@@ -1753,15 +1748,11 @@ def test_losses_and_gradients_equal_their_definitions_clipped_or_not():
                 for x, y in ((got, hidden[-1]), (want, hidden[0])))
         assert torch.allclose(got, want, rtol=1e-12) and torch.allclose(g, e) and held[mask].any()
         assert not g[~mask].any() and g[mask].any()  # zero in the prompt
-
-def test_packing_and_micro_batches_change_neither_loss_nor_gradient():
-    lm, o, rows, batch = aligned()
-    packed = align.lay_out(align.pack(sum(rows, []) + [([0] * 19, [True] * 19)], 18))  # 3 and 1
+    packed = align.lay_out(align.pack(sum(rows, []), 18))  # three and one, here micro-batches
     packed["w"] = align.NORMS["token"]((packed["targets"] >= 0).double(), None)
     loss = sum(align.policy(lm, o, *x)[0] for x in zip(*(y.split(1) for y in packed.values())))
-    want = -align.logps(lm, **batch)[batch["targets"] >= 0].mean()
-    assert len(packed["w"]) == 2 and torch.allclose(loss, want, rtol=1e-12)
-    grads = (torch.autograd.grad(x, [*lm.parameters()]) for x in (loss, want))
+    assert torch.allclose(loss, -lp[mask].mean(), rtol=1e-12) and len(packed["w"]) == 2
+    grads = (torch.autograd.grad(x, [*lm.layers.parameters()]) for x in (loss, -lp[mask].mean()))
     assert all(map(torch.allclose, *grads))
 
 def test_advantages_and_pass_at_k_are_those_worked_by_hand():
@@ -1770,25 +1761,23 @@ def test_advantages_and_pass_at_k_are_those_worked_by_hand():
     assert torch.allclose(of("grpo")[0], torch.tensor([-.3382, 1.0147, -1.2402, .5637]), atol=1e-4)
     assert torch.allclose(of("rloo"), r - (r.sum(1, keepdim=True) - r) / 3)  # mean of the others
     assert of("dr_grpo")[1].tolist() == [0.75, -0.25, -0.25, -0.25] and of("expert").sum() == 1
-    at = dict(mask=torch.tensor([[0, 1, 1, 1, 0]]).bool(), values=torch.randn(1, 5).double())
-    align.gae(torch.tensor([[2.0]]).double(), at)
-    _, a, b, c, _ = at["values"][0].tolist()
-    want = [b + 0.95 * (c - b) + 0.95 ** 2 * (2 - c), c + 0.95 * (2 - c), 2.0]
-    assert at["returns"][0].tolist() == pytest.approx([0, *want, 0])
-    draws = [any(i < 2 for i in some) for some in itertools.combinations(range(6), 3)]
+    at = dict(mask=torch.tensor([[0, 1, 1, 0]]).bool(), values=torch.tensor([[7.0, 1, 3, 5]]))
+    align.gae(torch.tensor([[2.0]]), at)  # its second value is 3, its reward 2
+    assert at["returns"][0].tolist() == pytest.approx([0, 3 + 0.95 * (2 - 3), 2, 0])
+    draws = [min(some) < 2 for some in itertools.combinations(range(6), 3)]  # two of six are right
     assert align.pass_at_k(6, 2, 3) == pytest.approx(np.mean(draws))
 
 def test_only_the_assistant_is_learned_and_the_engine_scores_as_the_trainer_does():
-    chat, p = align.Chat(aligned()[0], bpe.CharTokenizer("abc")), []
-    talk = align.said("user", "b" + EOT) + align.said("assistant", "a") + align.said("user", "b")
-    (ids, own), prompt = chat.encode(talk, "c" + EOT), chat.ask(talk)
-    assert ids[:len(prompt)] == prompt and ids.count(chat.end) == 3  # nobody can spell it
-    assert [i for i, o in zip(ids, own) if o][:2] == [chat.tok.ids[b"a"], chat.end] and sum(own) > 4
-    text = (engine := sample.Engine(chat.model)).add([1, 2, 3], sample.Sampling(9))
+    lm, p = model.LM(model.preset("llama", vocab_size=16, d_model=16)).double(), []
+    chat, says = align.Chat(lm, bpe.CharTokenizer("abc")), align.said
+    talk = says("user", "b" + EOT) + says("assistant", "a") + says("user", "b")
+    a, c, end = chat.tok.encode("ac" + EOT)  # the template is plain: a text and an end of it
+    assert [i for i, own in zip(*chat.encode(talk, "c")) if own] == [a, end, c, end]
+    text = (engine := sample.Engine(lm)).add(chat.ask(talk), sample.Sampling(9))
     text.on_token = lambda i: p.append(text.p[-1, i].log().item())  # of what it was drawn from
     while engine.step(): pass
-    batch = align.lay_out([[(text.tokens, [False] * 3 + [True] * 9)]])
-    assert p == pytest.approx(align.logps(chat.model, **batch)[0, 2:-1].tolist(), abs=1e-12)
+    batch = align.lay_out([[(text.tokens, [True] * len(text.tokens))]])
+    assert p == pytest.approx(align.logps(lm, **batch)[0, -10:-1].tolist(), abs=1e-12)
 
 def test_answers_count_if_they_mean_the_same_and_code_if_it_ends_within_limits():
     same = r"\frac12;0.5 1,000;1{,}000.0 50\%;1/2 $50%$;50 x=5;5 3\frac{1}{2};7/2 90^\circ;90 " \
@@ -1796,8 +1785,7 @@ def test_answers_count_if_they_mean_the_same_and_code_if_it_ends_within_limits()
     for pair in (same + r" 0.333;1/3 x;y (1,2);(2,1) 1.05;1.5 1/0;0 5x;5 2^{9^{99}};1").split():
         assert align.equal(*pair.replace("~", " ").split(";")) == (pair in same), pair
     assert not align.equal("(" * 499, "5") and not align.equal("9^" * 200 + "9", "5")
-    for text, answer in ((r"\boxed{1} or \boxed{\frac{1}{2}}", r"\frac{1}{2}"), ("#### 18.", "18")):
-        assert align.final_answer(text) == answer
+    assert align.final_answer(r"\boxed{1} or \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
     for program in ("os._exit(0)", "while True: pass", "bytes(10 ** 9)", "os.killpg(0, 9)", "1 / 0",
                     "while True: os.write(1, b'x' * 10 ** 6)", "[os.fork() for _ in 'ab']; 1 / 0"):
         assert not align.run_code("import os\n" + program, seconds=1), program
@@ -1817,5 +1805,5 @@ def test_a_rollout_killed_goes_on_with_the_same_curve_and_a_bad_row_is_named(des
         desk / run) if "update_s" in row} for run in ("killed", "whole"))
     assert killed == whole and len({*whole.values()}) > 5
     (desk / "rows").write_text('{"prompt": "a", "completion": "b"}\n{}')
-    with pytest.raises(UserError, match="row 2"):
-        call(align, "sft --task chat --data rows --init base --run odd")
+    with pytest.raises(UserError, match="row 2"): call(
+        align, "sft --task chat --data rows --init base --run odd")
