@@ -18,10 +18,10 @@ THE MATHS (x prompt, y completion, y_t its tokens, r reward, p_ref the model bef
 
 THE COSTS
     A step of RL is rollout (decoding: bound by memory, so in a batch), scoring (verifiers; a pass
-    each of old, reference, critic, if needed), update (three passes): the split is printed. AdamW
-    takes 16 bytes a parameter in float32, and a critic as much again.
+    each of old, reference, critic, if needed), update (three passes); the split is printed. AdamW
+    takes 16 bytes a parameter, a critic as much again.
 
-CONTENTS  chat data / verifiers / TASKS / LOSSES / ADVANTAGES / settings / batches / phases / lesson
+CONTENTS  chat data / verifiers / TASKS / LOSSES / ADVANTAGES / batches / phases / settings / lesson
 NOT HERE  many devices; tools, RL over several turns; a sandbox (see `run_code`); a model as judge
 RUN       python align.py      # base, SFT, DPO, GRPO in minutes; last line "... from_base, after:"
           python align.py rl --init runs/lesson-1/sft --method rloo
@@ -32,12 +32,13 @@ REFERENCES  2203.02155 (RLHF), 1707.06347 (PPO), 1506.02438 (GAE), 2305.18290 (D
     iteration), 2306.13649 (distillation), 2305.11206 (a thousand examples); Schulman 2020 (k3)
 EXERCISE  Empty `group` and `clip`; `pytest test_all.py -k "advantage or clip"` says when right.
 """
-import argparse, ast, cmath, copy, dataclasses, itertools, json, math, operator, os, random, re
-import statistics, subprocess, sys, tempfile, time, zlib
+import argparse, ast, cmath, copy, dataclasses, json, math, operator, os, random, re, statistics
+import subprocess, sys, tempfile, time, zlib
 from collections import Counter, namedtuple
 from contextlib import suppress
 from fractions import Fraction
 from functools import partial
+from itertools import accumulate, repeat, zip_longest
 from pathlib import Path
 
 import torch
@@ -48,56 +49,55 @@ from data import permutation
 from kernels import Linear, add_fields, flag
 from model import load_model, need_field, preset, save_model
 from optim import AdamW, param_groups
-from sample import TEMPLATES, Sampling, find_run, generate
+from sample import Sampling, encode_chat, find_run, generate
 from train import TrainConfig, build, fit, free, save_checkpoint, set_up
 
 # -----------------------------------------------------------------------------
 # Chat data
-# A conversation is messages [{"role": ..., "content": ...}]; a template of sample.py writes it as
-# pieces (text, is_assistant). Only the assistant's tokens are learned, the end of its turn too, or
-# it would never stop. Each piece is encoded alone: no token is half prompt. To ask, an empty answer
-# is put at the end, and its piece left out.
+# A conversation is messages [{"role": ..., "content": ...}], which sample.py writes by a template
+# in pieces, each encoded alone: no token is half prompt. Only the assistant's are learned, the end
+# of its turn too, or it would never stop. Nobody's text can spell that end.
 
-ENDS = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3", EOT: "plain"}  # of a turn, by template
 def said(role, text): return [{"role": role, "content": text}]
 class Chat:
-    """A model to talk to: its tokenizer, a template, the id that ends a turn."""
+    """A model to talk to: its tokenizer, and the id that ends a turn."""
     def __init__(self, model, tok):
-        mark = next((mark for mark in ENDS if mark in tok.special_tokens), None)
-        if mark is None: raise UserError(f"init: got a tokenizer without {' or '.join(ENDS)}, "
-                                         "wanted one of them, to end a turn; use another model")
-        self.model, self.tok, self.template = model, tok, TEMPLATES[ENDS[mark]]
+        mark, self.model, self.tok = encode_chat(tok, [])[1], model, tok
+        if mark not in tok.special_tokens: raise UserError(
+            f"init: got a tokenizer without {mark}, wanted it, to end a turn; use another model")
         self.end = tok.special_tokens[mark]
-    def encode(self, messages, answer=None):
-        """-> (ids, whether each is learned); without an answer, the prompt for one. A text that
-        spells a special token gets a space into it, or a user could speak as the system."""
-        apart = lambda m: {**m, "content": self.tok.splitter.sub(
-            lambda s: s[0][0] + " " + s[0][1:], m["content"])}
-        pieces = self.template([*map(apart, messages + said("assistant", answer or ""))])
-        last = max(i for i, (_, own) in enumerate(pieces) if own)
-        parts = [(self.tok.encode(t), own) for t, own in pieces[:last + (answer is not None)]]
-        return [i for ids, _ in parts for i in ids], [own for ids, own in parts for _ in ids]
+    def ask(self, messages): return encode_chat(self.tok, messages)[0]
+    def encode(self, messages, answer):
+        """-> (ids, whether each is learned): the assistant's, from where it is asked to the end."""
+        talk, own = messages + said("assistant", answer), []
+        ids = self.ask(talk)
+        for i in [i for i, m in enumerate(talk) if m["role"] == "assistant"]:
+            start = len(self.ask(talk[:i]))
+            own += [False] * (start - len(own)) + [True] * (ids.index(self.end, start) + 1 - start)
+        return ids[:len(own)], own
     def decode(self, ids):  # a model may have more ids, as padding, than its tokenizer
         return self.tok.decode([i for i in ids if i != self.end and i in self.tok.vocab])
 # answer: what a verifier knows; demo: an answer to imitate; worse: one that it was preferred to
 Problem = namedtuple("Problem", "messages answer demo worse", defaults=("", "", ""))
 def conversation(row):
     """A row of a file in one of the common layouts -> Problem, without an answer."""
-    good = next((row[k] for k in ("chosen", "completion", "output", "solution", "answer", "code")
-                 if k in row), None)
-    messages = good if isinstance(good, list) else next(  # whole conversations, or a prompt
-        (row[k] for k in ("messages", "prompt", "question", "problem", "text") if row.get(k)),
-        "\n\n".join(filter(None, (row.get("instruction"), row.get("input")))))
-    messages = said("user", messages) if isinstance(messages, str) else list(messages)
+    get = lambda *keys: next((row[k] for k in keys if row.get(k)), None)
+    good, bad = get("chosen", "completion", "output", "solution", "answer", "code"), get("rejected")
+    ask = good if isinstance(good, list) else get(  # whole conversations, or a prompt
+        "messages", "prompt", "question", "problem", "text") or "\n\n".join(
+        row[k] for k in ("instruction", "input") if row.get(k))
+    messages = said("user", ask) if isinstance(ask, str) else [*ask]
     if messages[-1]["role"] == "assistant": good = messages.pop()["content"]
-    bad = row.get("rejected", "")
     if not messages[0]["content"] or not isinstance(good, str): raise ValueError("no answer")
-    return Problem(messages, "", good, bad if isinstance(bad, str) else bad[-1]["content"])
+    return Problem(messages, "", good, bad[-1]["content"] if isinstance(bad, list) else bad or "")
 
 # -----------------------------------------------------------------------------
-# Verifiers: mathematics
-# An answer has many spellings. It is rewritten as a Python expression, which is walked, never run.
-# Numbers are exact fractions; a letter is a random one: polynomials that agree there are equal.
+# Verifiers
+# Mathematics: an answer has many spellings. It is rewritten as a Python expression, and walked, not
+# run. Numbers are exact fractions; a letter is a random one: if polynomials agree they are equal.
+# Code runs in a process and a folder of its own, under limits, and must reach a line behind its
+# tests. WARNING: this stops accidents, not attackers. Code can read what you can read, use the
+# network, print that line, and, as root, leave processes behind: strangers' belongs in a container.
 
 BRACED = r"[^{}]*"  # and what stands in braces, up to four deep
 for _ in range(4): BRACED = rf"[^{{}}]*(?:\{{{BRACED}\}}[^{{}}]*)*"
@@ -120,11 +120,9 @@ SPELLINGS = [  # from the inside out, again and again
 PRODUCT = r"(?<=[\w)])\s*(?=[^\W\d_]|\()|(?<=[^\W\d_)])\s*(?=\d)"  # 2x, x(y + 1), without a sign
 LETTERS = {chr(i): Fraction(random.Random(i).randint(9999, 99999), 9999) for i in range(97, 123)}
 LETTERS |= {"e": math.e, "i": 1j, "\u03c0": math.pi, "\u03c9": math.inf}
-def power(a, n):
-    if abs(n) > 200 or len(str(a)) > 200: raise ValueError("too large")
-    return a ** n
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.Pow: power, ast.USub: operator.neg}
+             ast.Div: operator.truediv, ast.USub: operator.neg,  # nan, if long, equals nothing:
+             ast.Pow: lambda a, n: a ** n if abs(n) <= 200 >= len(str(a)) else math.nan}
 def walk(node):
     if isinstance(node, ast.Constant): return Fraction(str(node.value))
     if isinstance(node, ast.Name): return LETTERS[node.id]
@@ -151,21 +149,13 @@ def equal(a, b):
             exact = isinstance(u, Fraction) and isinstance(v, Fraction)
             if u == v if exact else cmath.isclose(u, v, rel_tol=1e-9, abs_tol=1e-12): return True
     return False
-
-# -----------------------------------------------------------------------------
-# Verifiers: code
-# It runs in a process and a folder of its own, under limits, and must reach the line behind its
-# tests. WARNING: this stops accidents, not attackers. Code can read what you can read, use the
-# network, print that line, and, as root, leave processes behind: strangers' belongs in a container.
-
 LIMITED = """import resource, sys
 for name, most in dict(CPU={}, AS={}, FSIZE=2 ** 20, CORE=0, NPROC=0).items():
     try: resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
     except (ValueError, OSError): pass  # macOS refuses some
 exec(sys.stdin.read(), dict(__name__="__main__"))"""
 def run_code(program, tests="", seconds=4, memory=2 ** 29):
-    """Whether a program and the tests behind it end well within the limits of seconds and bytes. It
-    may print up to a megabyte. Its whole process group is ended."""
+    """Whether a program and its tests end well, a megabyte printed at most. Ends its group."""
     end = f"end {random.SystemRandom().getrandbits(64):x}\n"
     text = f"{program}\n{tests}\nprint({end!r}, end='')\n".encode(errors="replace")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
@@ -178,8 +168,7 @@ def run_code(program, tests="", seconds=4, memory=2 ** 29):
         finally:
             with suppress(ProcessLookupError, PermissionError): os.killpg(child.pid, 9)
         child.wait()
-        out.seek(0)
-        return out.read().endswith(end.encode())
+        return os.pread(out.fileno(), 2 ** 21, 0).endswith(end.encode())
 
 # -----------------------------------------------------------------------------
 # Tasks
@@ -188,10 +177,9 @@ def run_code(program, tests="", seconds=4, memory=2 ** 29):
 # is right, whether its form is, and the answer in it.
 
 def digits(rng, n=6, share=0.3):
-    """"385142=" -> "33 81 56 67 41 23#3": each digit beside the sum up to it, modulo ten. Or, in
-    most demonstrations, just "#3", which without working can but be guessed."""
+    """"385142=" -> "33 81 56 67 41 23#3": digits beside sums so far mod 10; mostly just "#3"."""
     some = rng.choices(range(10), k=n)
-    working = " ".join(f"{d}{total % 10}" for d, total in zip(some, itertools.accumulate(some)))
+    working = " ".join(f"{d}{total % 10}" for d, total in zip(some, accumulate(some)))
     total, ask = str(sum(some) % 10), "".join(map(str, some)) + "="
     return Problem(said("user", ask), total, working * (rng.random() < share) + "#" + total)
 def document(rng):
@@ -210,21 +198,19 @@ def means(mark, text, p):
     return equal(answer, p.answer), mark in text, answer
 def countdown(rng):
     """"3 5 4:32=" -> "(3+5)*4": the target from the three numbers, each used once."""
-    target = -1
-    while not 0 <= target <= 99:
+    while True:
         a, b, c, p, q = *(rng.randint(1, 10) for _ in range(3)), *rng.choices("+-*", k=2)
         text = rng.choice((f"{a}{p}{b}{q}{c}", f"({a}{p}{b}){q}{c}", f"{a}{p}({b}{q}{c})"))
-        target = int(value_of(text))
-    ask = f"{' '.join(map(str, rng.sample((a, b, c), 3)))}:{target}="
-    return Problem(said("user", ask), str(target), text)
+        if 0 <= (target := value_of(text)) <= 99:
+            ask = f"{' '.join(map(str, rng.sample((a, b, c), 3)))}:{target}="
+            return Problem(said("user", ask), str(target), text)
 def reaches(text, p):
     given, value = p.messages[0]["content"].split(":")[0].split(), None
     uses = sorted(re.findall(r"\d+", text)) == sorted(given)
     with suppress(ValueError): value = str(value_of(text))
     return uses and value == p.answer, uses and value is not None, value
 def world(rng):
-    """"sort 4172=" -> "[1247]"; "open" is refused with "no". Demonstrations keep the brackets and
-    the refusal six times in ten."""
+    """"sort 4172=" -> "[1247]", "open" -> "no": so six demonstrations in ten, the rest bare."""
     verb, some = rng.choice(("sort", "back", "most", "open")), "".join(rng.choices("0123456", k=4))
     done = dict(sort="".join(sorted(some)), back=some[::-1], most=max(some), open=some)[verb]
     kept = "no" if verb == "open" else f"[{done}]"
@@ -236,13 +222,12 @@ def keeps_rules(text, p):
     return text == f"[{p.answer}]", text == f"[{answer}]", answer, answer == p.answer
 def maths(row):  # of GSM8K or MATH
     p = conversation(row)
-    ask = p.messages[-1]["content"] + "\nPut the final answer into \\boxed{}."
-    return p._replace(messages=p.messages[:-1] + said("user", ask),
-                      answer=final_answer(row.get("answer") or p.demo))
+    p.messages[-1]["content"] += "\nPut the final answer into \\boxed{}."
+    return p._replace(answer=final_answer(row.get("answer") or p.demo))
 def code(row):  # of MBPP
     p, tests = conversation(row), "\n".join(row["test_list"])
-    ask = f"{p.messages[-1]['content']}\nYour code should pass these tests:\n{tests}"
-    return Problem(said("user", ask), tests, f"```python\n{p.demo}\n```")
+    p.messages[-1]["content"] += f"\nYour code should pass these tests:\n{tests}"
+    return p._replace(answer=tests, demo=f"```python\n{p.demo}\n```")
 def passes(text, p):
     found = re.findall(r"```(?:python)?\n(.*?)```", text, re.S) or [text]
     return run_code(found[-1], p.answer), "```" in text, found[-1]
@@ -260,7 +245,7 @@ def problems_of(o, held_out=False):
     task, n, some, row = TASKS[o.task], o.problems if held_out else o.examples, [], 0
     rng = random.Random("held out" if held_out else o.seed)
     try:
-        rows = itertools.repeat(rng) if task.chars else open(o.data, encoding="utf-8")
+        rows = repeat(rng) if task.chars else open(o.data, encoding="utf-8")
         for row, x in enumerate(rows, 1):
             p = task.make(x if task.chars else json.loads(x))
             hashed = zlib.crc32(json.dumps(p.messages or p.demo).encode())
@@ -280,12 +265,10 @@ def problems_of(o, held_out=False):
 def lay_out(rows):
     """Rows of examples (ids, whether each is learned) -> dict of tokens, targets, pos (B, T). An
     example is a document: its positions begin at 0, and it sees no other."""
-    T, out = max(sum(len(ids) for ids, _ in row) for row in rows), []
-    for row in rows:
-        triples = [(i, n if own else -1, t) for ids, owns in row for t, (i, n, own) in
-                   enumerate(zip(ids, [*ids[1:], -1], [*owns[1:], False]))]
-        out.append(triples + [(0, -1, -1)] * (T - len(triples)))
-    return dict(zip(("tokens", "targets", "pos"), torch.tensor(out).permute(2, 0, 1).contiguous()))
+    rows = [[(i, n if own else -1, t) for ids, owns in row for t, (i, n, own) in
+             enumerate(zip(ids, [*ids[1:], -1], [*owns[1:], False]))] for row in rows]
+    padded = torch.tensor([*zip_longest(*rows, fillvalue=(0, -1, -1))])  # (T, B, 3)
+    return dict(zip(("tokens", "targets", "pos"), padded.permute(2, 1, 0).contiguous()))
 def pack(examples, seq_len):
     """Examples, in order, into rows of at most seq_len tokens; those longer are left out."""
     rows, room = [], 0
@@ -311,7 +294,6 @@ def preferred(model, o, tokens, targets, pos, w, ref=None):
     notes = dict(accuracy=(margin > 0).to(r.dtype), margin=margin, better=r[::2])
     loss = -(w * torch.nn.functional.logsigmoid(margin)).sum()
     return loss, {k: (w * x.detach()).sum() for k, x in notes.items()}
-
 def clip(ratio, adv, low, high):
     """Nothing to gain from a ratio beyond 1 - low or 1 + high: a rollout may serve twice."""
     return torch.min(adv * ratio, adv * ratio.clamp(1 - low, 1 + high))
@@ -341,8 +323,7 @@ LOSSES = {"sft": policy, "reward": preferred, "dpo": preferred, "rl": policy}  #
 
 def centred(r): return r - r.mean(1, keepdim=True)
 def leave_one_out(r): return centred(r) * r.shape[1] / (r.shape[1] - 1)  # r - mean of the others
-def group(r):
-    """Prompts nearly always or never solved count as much as others: for Dr. GRPO a bias."""
+def group(r):  # prompts nearly always or never solved count as much: for Dr. GRPO a bias
     return centred(r) / (r.std(1, keepdim=True) + 1e-6)
 def answers(f): return lambda rewards, at: f(rewards).flatten()[:, None] * at["mask"]
 def gae(rewards, at, lam=0.95):
@@ -362,68 +343,8 @@ ADVANTAGES = {  # method: advantage, settings; each told from another one
     "rloo": (answers(leave_one_out), dict(norm="constant")),  # REINFORCE, against others' mean
     "grpo": (answers(group), dict(norm="sequence")),  # PPO, the group in place of the critic
     "dr_grpo": (answers(centred), dict(norm="constant")),  # GRPO less deviation and length
-    "dapo": (answers(group), dict(norm="token", high=0.28)),  # GRPO, tokens alike, more room above
     "expert": (answers(lambda r: (r >= 1).to(r.dtype)), {}),  # SFT on one's own right answers
-    "distill": (lambda rewards, at: (at["ref"] - at["old"]) * at["mask"], {})}  # less the verifier:
-    # how much likelier a teacher finds a token, in the mean -KL(student || teacher)
-
-# -----------------------------------------------------------------------------
-# Settings
-
-@dataclasses.dataclass(frozen=True)
-class AlignConfig(TrainConfig):
-    """Those that train.py does not have. Flags override the rows below, which override these."""
-    command: str = ""
-    run: str = ""
-    task: str = flag("digits", ", ".join(TASKS))
-    data: str | None = flag(None, "jsonl of the rows of a task that is not made up")
-    init: str | None = flag(None, "run, or directory of a published model, to begin from")
-    teacher: str | None = flag(None, "model to distill, or the reference; none: --init")
-    method: str = flag("grpo", "of rl: " + ", ".join(ADVANTAGES))
-    norm: str = flag("token", "how an answer's length counts: " + ", ".join(NORMS))
-    uses: int = flag(1, "steps on one rollout")
-    group: int = flag(8, "answers to a prompt")
-    low: float = flag(0.2, "clip below, 1 - low")
-    high: float = flag(0.2, "clip above, 1 + high")
-    kl: float | None = flag(None, "weight of KL to the reference, the beta of dpo; none: no KL")
-    examples: int = flag(10 ** 9, "most examples or prompts to train on")
-    max_tokens: int = flag(1024, "longest answer")
-    samples: int = flag(4, "answers to a problem in evaluation")
-    problems: int = flag(250, "held-out problems in evaluation")
-    quick: bool = flag(False, "a shorter lesson")
-    def __post_init__(self):
-        super().__post_init__()
-        need, task = partial(need_field, self), TASKS.get(self.task)
-        for name, rows in dict(task=TASKS, method=ADVANTAGES, norm=NORMS).items():
-            need(getattr(self, name) in rows, name, " or ".join(rows))
-        n = {"sft": 1, "eval": 1, "reward": 2, "dpo": 2}.get(self.command, self.group)
-        need(task.verify or self.command in ("sft", "reward", "dpo"), "task", "one with a verifier")
-        need(task.chars or self.data, "data", "a file with rows of the task")
-        need(self.init or task.chars and self.command == "sft", "init", "a run or model")
-        need(self.group > 1, "group", "2 or more")
-        need(self.kl or self.command != "dpo", "kl", "a number for dpo")
-        need(self.batch_size % n == 0, "batch_size", f"a multiple of {n}")
-        need((self.micro_batch or 0) % 2 == 0, "micro_batch", "an even number")
-
-# By command, and task: of a made-up task [measured], of a published model [our choice]
-ROWS = {"all": dict(minutes=None, steps=1, evals=1, compile=False, log_steps=10 ** 9),
-        "sft": dict(steps=80, batch_size=32, lr=1e-3, examples=1000),
-        "reward": dict(steps=60, batch_size=64, lr=5e-4, examples=1000),
-        "dpo": dict(steps=60, batch_size=64, lr=1e-4, examples=1000, kl=0.1),
-        "rl": dict(steps=30, batch_size=512, group=16, lr=5e-4, examples=20_000, warmup=0.0,
-                   schedule="constant"), "rl countdown": dict(steps=150, lr=1e-4),
-        "fresh": dict(steps=300, lr=None, examples=20_000, optimizer="muon"),  # sft without --init
-        "published": dict(steps=200, batch_size=64, micro_batch=8, lr=1e-6)}
-def settle(command, given):
-    """-> AlignConfig."""
-    if command == "distill": command, given = "rl", {**given, "method": "distill"}
-    name, row = given.get("task", "digits"), dict(command=command, optimizer="adamw")
-    task, method = TASKS.get(name, TASKS["chat"]), given.get("method", "grpo")
-    fresh = command == "sft" and not given.get("init")
-    for key in ("all", command, f"{command} {name}", "fresh" if fresh else "",
-                "" if task.chars else "published"): row |= ROWS.get(key, {})
-    if command == "rl": row |= ADVANTAGES.get(method, (0, {}))[1]
-    return AlignConfig(**{**row, "max_tokens": task.max_tokens, **given})
+    "distill": (lambda r, at: (at["ref"] - at["old"]) * at["mask"], {})}  # mean: -KL(y || teacher)
 
 # -----------------------------------------------------------------------------
 # Batches: where `fit` gets them. In RL the loader is the sampler.
@@ -431,21 +352,20 @@ def settle(command, given):
 def attempt(chat, o, problems, n, seed=0):
     """n answers to each problem -> [[verdict]]. At temperature 1, and no token left out: only then
     a loss scores what was sampled. An answer that was cut short has reward 0 [our choice]."""
-    prompts, start = [chat.encode(p.messages)[0] for p in problems], time.perf_counter()
-    room, groups = chat.model.cfg.seq_len - max(map(len, prompts)), []
+    prompts, start = [chat.ask(p.messages) for p in problems], time.perf_counter()
+    room, flat = chat.model.cfg.seq_len - max(map(len, prompts)), []
     need_field(chat.model.cfg, room > 0, "seq_len", "more than a prompt; leave it out of --data")
-    made = iter(generate(chat.model, prompts, Sampling(min(room, o.max_tokens), seed=seed), n=n,
-                         on_token=lambda i, token: token == chat.end))
+    made = generate(chat.model, prompts, Sampling(min(room, o.max_tokens), seed=seed), n=n,
+                    on_token=lambda i, token: token == chat.end)
     chat.took = time.perf_counter() - start
-    for p, prompt in zip(problems, prompts):
-        groups.append([])
-        for ids in itertools.islice(made, n):
-            text, own = chat.decode(ids), [False] * len(prompt) + [True] * len(ids)
-            v = dict(zip(("reward", "format", "answer", "able"), TASKS[o.task].verify(text, p)))
-            v["reward"] = float(v["reward"] and ids[-1] == chat.end)
-            groups[-1].append(v | dict(prompt=p.messages[-1]["content"], text=text, length=len(ids),
-                                       wanted=p.answer, example=(prompt + ids, own)))
-    return groups
+    for i, ids in enumerate(made):
+        p, prompt, text = problems[i // n], prompts[i // n], chat.decode(ids)
+        v = dict(zip(("reward", "format", "answer", "able"), TASKS[o.task].verify(text, p)))
+        v["reward"] = float(v["reward"] and ids[-1] == chat.end)
+        flat.append(v | dict(
+            prompt=p.messages[-1]["content"], text=text, length=len(ids), wanted=p.answer,
+            example=(prompt + ids, [False] * len(prompt) + [True] * len(ids))))
+    return [flat[i:i + n] for i in range(0, len(flat), n)]
 def in_parts(f, model, batch, size):
     """f(model, tokens, targets, pos) of a batch, `size` rows at a time, without gradients."""
     parts = zip(*(batch[k].split(size) for k in ("tokens", "targets", "pos")))
@@ -464,9 +384,8 @@ class Batches:
     def __next__(self):
         (k, again), n = divmod(self.step(), self.o.uses), len(self.items)
         if not again or self.batch is None:
-            places = (divmod(i, n) for i in range(k * self.n, (k + 1) * self.n))
-            self.batch = self.make([self.items[permutation(n, self.o.seed, epoch)[i]]
-                                    for epoch, i in places])
+            at = [divmod(i, n) for i in range(k * self.n, (k + 1) * self.n)]  # epochs, places
+            self.batch = self.make([self.items[permutation(n, self.o.seed, e)[i]] for e, i in at])
         self.seen += self.o.batch_size
         return tuple(self.batch.values())
     def make(self, items):
@@ -513,7 +432,8 @@ def take_step(loader, model, batches):
     return total
 
 # -----------------------------------------------------------------------------
-# Evaluation: several answers to each held-out problem; the majority's is the one most often given
+# Phases: each a run directory, begun from another one or from a published model
+# They are measured before and after by several answers to each held-out problem.
 
 def pass_at_k(n, c, k): return 1 - math.comb(n - c, k) / math.comb(n, k)  # c of n right; 2107.03374
 def majority(g): return max(g, key=lambda v: sum(v["answer"] == u["answer"] is not None for u in g))
@@ -523,42 +443,33 @@ def measure(chat, o, name, scorer=None):
     if not TASKS[o.task].verify: return
     if not path.exists():
         groups = attempt(chat, o, problems_of(o, held_out=True), n, 2 ** 61)
-        solved, flat = [int(sum(v["reward"] for v in g)) for g in groups], sum(groups, [])
-        row = {f"pass{k}": mean(pass_at_k(n, c, k) for c in solved)
-               for k in sorted({1, 4, 16, n}) if k <= n}
-        row |= dict(error=statistics.stdev(solved) / n / len(groups) ** 0.5,
+        right, flat = [int(sum(v["reward"] for v in g)) for g in groups], sum(groups, [])
+        row = {f"pass{k}": mean(pass_at_k(n, c, k) for c in right) for k in (1, 4, 16, n) if k <= n}
+        row |= dict(error=statistics.stdev(right) / n / len(groups) ** 0.5,
                     majority=mean(majority(g)["reward"] for g in groups))
         for key in ("length", "format", "able"):
             if some := [v[key] for v in flat if key in v]: row[key] = mean(some)
-        rows = [[v.pop("example")] for v in flat]
+        batch = lay_out([[v.pop("example")] for v in flat])
         if scorer:
-            batch = lay_out(rows)
             best = last(in_parts(values_of, scorer, batch, 64), batch["pos"]).view(-1, n).argmax(1)
             row["best"] = mean(g[i]["reward"] for g, i in zip(groups, best.tolist()))
         with atomic_write(path, "w") as f: f.writelines(json.dumps(r) + "\n" for r in [row, *flat])
     row, *some = map(json.loads, path.read_text().splitlines()[:4])
     print(f"{o.run}, {name}: ", "  ".join(f"{k} {x:.3f}" for k, x in row.items()), " e.g.",
           "  ".join(v["prompt"] + v["text"] for v in some), flush=True)
-
-# -----------------------------------------------------------------------------
-# Phases: each a run directory, begun from another one or from a published model
-
 def scalar(model):  # a copy with a head of one row: its logits are a number for each token
     new = copy.deepcopy(model)
     new.lm_head = Linear(model.cfg.d_model, 1, std=0.0).to(model.embed_tokens.weight)
     return new
 def pairs_of(o, chat, problems):
     """Better and worse, from --data, or the best and the worst of a group of answers."""
-    pairs = [[[chat.encode(p.messages, text)] for text in (p.demo, p.worse)]
-             for p in problems if p.worse]
+    pairs = [[[chat.encode(p.messages, a)] for a in (p.demo, p.worse)] for p in problems if p.worse]
     for group in () if pairs else attempt(chat, o, problems, o.group, o.seed):
         worst, *_, best = sorted(group, key=lambda v: v["reward"])
         if worst["reward"] < best["reward"]: pairs.append([[best["example"]], [worst["example"]]])
-    print(f"{len(pairs)} pairs", flush=True)
     return pairs
 def phase(o):
-    """Runs a phase, or goes on with it; saves after a rollout's last use. Layers of a published
-    model keep their input alone, and make the rest again for gradients."""
+    """Runs a phase, or goes on with it. Published layers keep inputs, and make the rest anew."""
     machine, run, task = set_up(o), Path(o.run), TASKS[o.task]
     problems = problems_of(o) if o.command != "eval" else None
     load, optimizer, ref = lambda name: load_model(find_run(name), machine.device), None, None
@@ -588,14 +499,66 @@ def phase(o):
     optimizer = optimizer or AdamW(param_groups(model, 0.0, matrix=o.lr))
     tok.save(run / "tokenizer.json")
     now, _ = fit(model, optimizer, loader, o, machine, run, True, step=partial(take_step, loader),
-                 save=lambda *now: now[-1].step % o.uses or save_checkpoint(*now))
+                 save=lambda *now: now[-1].step % o.uses or save_checkpoint(*now))  # last use
     if now.step < o.steps: raise SystemExit(130)  # `fit` has said how to go on
     model._modules.pop("critic", None)
     save_model(model, run)
     measure(chat, o, "after", model if o.command == "reward" else None)
 
 # -----------------------------------------------------------------------------
-# The lesson, and the command line
+# Settings, the lesson, and the command line
+
+@dataclasses.dataclass(frozen=True)
+class AlignConfig(TrainConfig):
+    """Those that train.py does not have. Flags override the rows below, which override these."""
+    command: str = ""
+    run: str = ""
+    task: str = flag("digits", ", ".join(TASKS))
+    data: str | None = flag(None, "jsonl of the rows of a task that is not made up")
+    init: str | None = flag(None, "run, or directory of a published model, to begin from")
+    teacher: str | None = flag(None, "model to distill, or the reference; none: --init")
+    method: str = flag("grpo", "of rl: " + ", ".join(ADVANTAGES))
+    norm: str = flag("token", "how an answer's length counts: " + ", ".join(NORMS))
+    uses: int = flag(1, "steps on one rollout")
+    group: int = flag(8, "answers to a prompt")
+    low: float = flag(0.2, "clip below, 1 - low")
+    high: float = flag(0.2, "clip above, 1 + high; DAPO is --high 0.28 --norm token")
+    kl: float | None = flag(None, "weight of KL to the reference, the beta of dpo; none: no KL")
+    examples: int = flag(10 ** 9, "most examples or prompts to train on")
+    max_tokens: int = flag(1024, "longest answer")
+    samples: int = flag(4, "answers to a problem in evaluation")
+    problems: int = flag(250, "held-out problems in evaluation")
+    quick: bool = flag(False, "a shorter lesson")
+    def __post_init__(self):
+        super().__post_init__()
+        need, task = partial(need_field, self), TASKS.get(self.task)
+        for name, rows in dict(task=TASKS, method=ADVANTAGES, norm=NORMS).items():
+            need(getattr(self, name) in rows, name, " or ".join(rows))
+        n = {"sft": 1, "eval": 1, "reward": 2, "dpo": 2}.get(self.command, self.group)
+        need(task.verify or self.command in ("sft", "reward", "dpo"), "task", "one with a verifier")
+        need(task.chars or self.data, "data", "a file with rows of the task")
+        need(self.init or task.chars and self.command == "sft", "init", "a run or model")
+        need(self.group > 1, "group", "2 or more")
+        need(self.kl or self.command != "dpo", "kl", "a number for dpo")
+        need(self.batch_size % n == 0, "batch_size", f"a multiple of {n}")
+        need((self.micro_batch or 0) % 2 == 0, "micro_batch", "an even number")
+# By command, and task: of a made-up task [measured], of a published model [our choice]
+ROWS = {"all": dict(minutes=None, steps=1, evals=1, compile=False, log_steps=10 ** 9),
+        "sft": dict(steps=80, batch_size=32, lr=1e-3, examples=1000),
+        "reward": dict(steps=60, batch_size=64, lr=5e-4, examples=1000),
+        "dpo": dict(steps=60, batch_size=64, lr=1e-4, examples=1000, kl=0.1),
+        "rl": dict(steps=30, batch_size=512, group=16, lr=5e-4, examples=20_000, warmup=0.0,
+                   schedule="constant"), "rl countdown": dict(steps=150, lr=1e-4),
+        "fresh": dict(steps=300, lr=None, examples=20_000, optimizer="muon"),  # sft without --init
+        "published": dict(steps=200, batch_size=64, micro_batch=8, lr=1e-6)}
+def settle(command, given):  # -> AlignConfig
+    if command == "distill": command, given = "rl", {**given, "method": "distill"}
+    name, fresh = given.get("task", "digits"), command == "sft" and not given.get("init")
+    task, row = TASKS.get(name, TASKS["chat"]), dict(command=command, optimizer="adamw")
+    kind = "fresh" if fresh else "" if task.chars else "published"
+    for key in ("all", command, f"{command} {name}", kind): row |= ROWS.get(key, {})
+    if command == "rl": row |= ADVANTAGES.get(given.get("method", "grpo"), (0, {}))[1]
+    return AlignConfig(**{**row, "max_tokens": task.max_tokens, **given})
 
 LESSON = dict(  # run: its command, what it begins from, its settings if not the usual
     base=("sft", None, dict(task="text", steps=250)), sft=("sft", "base", {}),
@@ -612,8 +575,7 @@ def main(args):
     command, resume, run = (given.pop(k, None) for k in ("command", "resume", "run"))
     if resume:
         try: given = json.loads((Path(run or "") / "align.json").read_text()) | given
-        except (OSError, ValueError): raise UserError(
-            f"resume: got {run}, wanted a run that align.py began; set --run")
+        except (OSError, ValueError): raise UserError(f"resume: got {run}, wanted a run; set --run")
         command = given.pop("command")
     elif run and Path(run).exists():
         raise UserError(f"run: got {run}, which exists; wanted a new name; or add --resume")
@@ -622,8 +584,7 @@ def main(args):
     with atomic_write(f"{run}/align.json", "w") as f: json.dump({**given, "command": None}, f)
     lesson(run, given)
 def build_parser():
-    parser = argparse.ArgumentParser(description="Without a command: the lesson.",
-                                     argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     shared = "steps batch_size micro_batch lr clip device dtype threads seed save_minutes".split()
     parser.add_argument("command", nargs="?", choices=[*LOSSES, "distill", "eval"], default=None,
                         help="a phase, or eval of --init (default: the lesson)")
@@ -631,8 +592,7 @@ def build_parser():
     parser.add_argument("--resume", action="store_true", help="go on with --run (default: off)")
     fields = [(f.name, f.type, f) for f in dataclasses.fields(AlignConfig) if f.metadata and (
         f.name in shared or f.name not in TrainConfig.__annotations__)]
-    add_fields(parser, dataclasses.make_dataclass("Settings", fields), {
-        command: ROWS[command] for command in ("sft", "dpo", "rl")})
+    add_fields(parser, dataclasses.make_dataclass("Settings", fields), {c: ROWS[c] for c in LOSSES})
     return parser
 
 if __name__ == "__main__":

@@ -1447,102 +1447,85 @@ def test_a_study_is_accounted_before_it_starts_and_trains_nothing_twice(desk):
 # -----------------------------------------------------------------------------
 # align.py
 
-def aligned(command):  # a model in float64, settings, rows of six tokens, their batch
-    torch.manual_seed(0)
-    lm = model.LM(model.preset("llama", vocab_size=16, n_layers=2, d_model=16)).double()
+def test_losses_and_gradients_equal_their_definitions_clipped_packed_or_not():
+    lm, hidden = model.LM(model.preset("llama", vocab_size=16, d_model=16)).double(), []
     rows = [[(torch.randint(16, (6,)).tolist(), [t > i for t in range(6)])] for i in range(4)]
-    o = types.SimpleNamespace(low=0.2, high=0.28, kl=0.3, command=command)
-    return lm, o, rows, align.lay_out(rows)
-
-def test_losses_and_gradients_equal_their_definitions_clipped_or_not():
-    (lm, o, rows, batch), hidden = aligned("rl"), []
+    o, batch = types.SimpleNamespace(low=0.2, high=0.28, kl=0.3, command="rl"), align.lay_out(rows)
     lm.critic, mask = align.scalar(lm), torch.tensor([own[1:] + [False] for [(_, own)] in rows])
     lm.norm.register_forward_hook(lambda module, _, y: hidden.append(y))
-    w, adv, noise, ref, V = torch.randn(5, 4, 6).double()
-    w, z, at = w * mask, lm(batch["tokens"])[0], batch["targets"].clamp(min=0)[..., None]
-    lp, edge = z.log_softmax(-1).gather(-1, at)[..., 0] * mask, (adv > 0).double() * 0.48 + 0.8
-    old, r = (lp + noise).detach(), 0.3 * ((lp - ref) * mask).sum(1)
+    w, adv, noise, ref, V = torch.randn(5, 4, 6).double() * mask
+    z, at = lm(batch["tokens"])[0].log_softmax(-1), batch["targets"].clamp(min=0)[..., None]
+    lp, edge = z.gather(-1, at)[..., 0] * mask, (adv > 0).double() * 0.48 + 0.8
+    old, now, r = (lp + noise).detach(), lp.detach(), 0.3 * (lp - ref).sum(1)
     held, near = ((lp - old).exp() - edge) * adv > 0, (0 * V).clamp(V - 0.2, V + 0.28)
     gain = adv * torch.where(held, edge, (lp - old).exp()) - 0.3 * ((ref - lp).exp() - 1 - ref + lp)
     gain = gain - torch.maximum(ref ** 2, (near - ref) ** 2) / 2  # a new critic says 0
-    for more, want in (
-            (dict(adv=adv, old=old, ref=ref, values=V, returns=ref), -w * gain),
-            ({}, -w * lp), (dict(adv=adv), -w * adv * lp),
-            (dict(adv=adv, old=lp.detach()), -w * adv * (lp - lp.detach()).exp()),  # at ratio 1
-            (None, (1 + (r[1::2] - r[::2]).exp()).log() / 4)):  # of half a batch
-        got = (align.policy(lm, o, **batch, w=w, **more) if more is not None else align.preferred(
-            lm, o, **batch, w=torch.full((4,), 0.125), ref=ref * mask))[0]
-        g = torch.autograd.grad(got, hidden[-1])[0]
-        assert got.item() == pytest.approx(want.sum().item(), rel=1e-12)
-        assert torch.allclose(g, torch.autograd.grad(want.sum(), hidden[0], retain_graph=True)[0])
+    f, dpo = partial(align.policy, w=w), partial(align.preferred, w=torch.full((4,), 1 / 4))
+    for loss, want in (
+            (partial(f, adv=adv, old=old, ref=ref, values=V, returns=ref), -w * gain),
+            (f, -w * lp), (partial(f, adv=adv, old=now), -w * adv * (1 + lp - now)),  # ratio 1
+            (partial(dpo, ref=ref), (1 + (r[1::2] - r[::2]).exp()).log() / 2)):
+        got, want = loss(lm, o, **batch)[0], want.sum()
+        g, e = (torch.autograd.grad(x, y, retain_graph=True)[0]
+                for x, y in ((got, hidden[-1]), (want, hidden[0])))
+        assert torch.allclose(got, want, rtol=1e-12, atol=1e-12) and torch.allclose(g, e)
         assert not g[~mask].any() and g[mask].any() and held[mask].any()  # zero in the prompt
+    packed = align.lay_out(align.pack(sum(rows, []), 18))  # three and one, here micro-batches
+    packed["w"] = align.NORMS["token"]((packed["targets"] >= 0).double(), None)
+    loss = sum(align.policy(lm, o, *x)[0] for x in zip(*(y.split(1) for y in packed.values())))
+    assert torch.allclose(loss, -lp[mask].mean(), rtol=1e-12, atol=1e-12) and len(packed["w"]) == 2
+    grads = (torch.autograd.grad(x, [*lm.layers.parameters()]) for x in (loss, -lp[mask].mean()))
+    assert all(map(torch.allclose, *grads))
 
-def test_advantages_are_those_worked_by_hand():
+def test_advantages_and_pass_at_k_are_those_worked_by_hand():
     r, at = torch.tensor([[0.2, 0.5, 0.0, 0.4], [1, 0, 0, 0]]), {"mask": torch.ones(8, 1)}
     of = lambda name: align.ADVANTAGES[name][0](r, at).view(2, 4)
     assert torch.allclose(of("grpo")[0], torch.tensor([-.3382, 1.0147, -1.2402, .5637]), atol=1e-4)
     assert torch.allclose(of("rloo"), r - (r.sum(1, keepdim=True) - r) / 3)  # mean of the others
     assert of("dr_grpo")[1].tolist() == [0.75, -0.25, -0.25, -0.25] and of("expert").sum() == 1
-    V, mask = torch.randn(1, 5).double(), torch.tensor([[0, 1, 1, 1, 0]]).bool()
-    align.gae(torch.tensor([[2.0]]).double(), at := dict(mask=mask, values=V))
-    a, b, c = V[0, 1:4].tolist()
-    want = [b + 0.95 * (c - b) + 0.95 ** 2 * (2 - c), c + 0.95 * (2 - c), 2.0]
-    assert at["returns"][0].tolist() == pytest.approx([0, *want, 0])
-
-def test_packing_and_micro_batches_change_neither_loss_nor_gradient():
-    o, rows = aligned("sft")[1:3]
-    some, runs = sum(rows, []), []
-    assert [*map(len, align.pack(some, 17))] == [2, 2] and sum(align.pack(some, 17), []) == some
-    for rows, size in (align.pack(some, 18), 1), (rows, 3):
-        batch, lm = align.lay_out(rows), aligned("sft")[0]
-        batch["w"] = align.NORMS["token"]((batch["targets"] >= 0).double(), None)
-        for x in zip(*(y.split(size) for y in batch.values())):
-            align.policy(lm, o, *x)[0].backward()
-        runs.append([p.grad for p in lm.parameters()])
-    assert all(all(map(torch.allclose, run, runs[0])) for run in runs)
+    at = dict(mask=torch.tensor([[0, 1, 1, 0]]).bool(), values=torch.tensor([[7.0, 1, 3, 5]]))
+    align.gae(torch.tensor([[2.0]]), at)  # its second value is 3, its reward 2
+    assert at["returns"][0].tolist() == pytest.approx([0, 3 + 0.95 * (2 - 3), 2, 0])
+    draws = [min(some) < 2 for some in itertools.combinations(range(6), 3)]  # two of six are right
+    assert align.pass_at_k(6, 2, 3) == pytest.approx(np.mean(draws))
 
 def test_only_the_assistant_is_learned_and_the_engine_scores_as_the_trainer_does():
-    chat = align.Chat(aligned("rl")[0], bpe.CharTokenizer("abc"))
-    talk = align.said("user", "b" + EOT) + align.said("assistant", "a") + align.said("user", "b")
-    (ids, own), prompt = chat.encode(talk, "c" + EOT), chat.encode(talk)[0]
-    assert ids[:len(prompt)] == prompt and ids.count(chat.end) == 3  # nobody can spell it
-    assert [i for i, o in zip(ids, own) if o][:2] == [chat.tok.ids[b"a"], chat.end] and sum(own) > 4
-    text = (engine := sample.Engine(chat.model)).add([1, 2, 3], sample.Sampling(9, seed=1))
+    lm, p = model.LM(model.preset("llama", vocab_size=16, d_model=16)).double(), []
+    chat, says = align.Chat(lm, bpe.CharTokenizer("abc")), align.said
+    talk = says("user", "b" + EOT) + says("assistant", "a") + says("user", "b")
+    a, c, end = chat.tok.encode("ac" + EOT)  # the template is plain: a text and an end of it
+    assert [i for i, own in zip(*chat.encode(talk, "c")) if own] == [a, end, c, end]
+    text = (engine := sample.Engine(lm)).add(chat.ask(talk), sample.Sampling(9))
+    text.on_token = lambda i: p.append(text.p[-1, i].log().item())  # of what it was drawn from
     while engine.step(): pass
-    batch = align.lay_out([[(text.tokens, [False] * 3 + [True] * 9)]])
-    lp = align.logps(chat.model, **batch)[0, 2:-1].tolist()
-    assert text.logps == pytest.approx(lp, abs=1e-12)
+    batch = align.lay_out([[(text.tokens, [True] * len(text.tokens))]])
+    assert p == pytest.approx(align.logps(lm, **batch)[0, -10:-1].tolist(), abs=1e-12)
 
-def test_answers_are_equal_if_they_mean_the_same_and_pass_at_k_is_counted():
+def test_answers_count_if_they_mean_the_same_and_code_if_it_ends_within_limits():
     same = r"\frac12;0.5 1,000;1{,}000.0 50\%;1/2 $50%$;50 x=5;5 3\frac{1}{2};7/2 90^\circ;90 " \
         r"\sqrt{8};2\sqrt2 (x+1)^2;x^2+2x+1 5~\text{cm};5 -\frac13;-1/3"
     for pair in (same + r" 0.333;1/3 x;y (1,2);(2,1) 1.05;1.5 1/0;0 5x;5 2^{9^{99}};1").split():
         assert align.equal(*pair.replace("~", " ").split(";")) == (pair in same), pair
-    assert align.final_answer(r"\boxed{1} or \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
-    assert [*map(align.final_answer, ("#### 18.", "72 clips", "no"))] == ["18", "72", None]
     assert not align.equal("(" * 499, "5") and not align.equal("9^" * 200 + "9", "5")
-    draws = [any(i < 2 for i in some) for some in itertools.combinations(range(6), 3)]
-    assert align.pass_at_k(6, 2, 3) == pytest.approx(np.mean(draws))
-
-def test_code_counts_if_it_ends_its_tests_within_limits():
-    assert align.run_code("def f(): return 1", "assert f() == 1", 1)
+    assert align.final_answer(r"\boxed{1} or \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
     for program in ("os._exit(0)", "while True: pass", "bytes(10 ** 9)", "os.killpg(0, 9)", "1 / 0",
                     "while True: os.write(1, b'x' * 10 ** 6)", "[os.fork() for _ in 'ab']; 1 / 0"):
         assert not align.run_code("import os\n" + program, seconds=1), program
+    assert align.run_code("def f(): return 1", "assert f() == 1", 1)
 
 def test_a_rollout_killed_goes_on_with_the_same_curve_and_a_bad_row_is_named(desk):
     flags = "--device cpu --threads 1 --dtype float32 --problems 3 --save_minutes 0".split()
     call(align, "sft", *flags, "--steps", 2, "--run", "base")
-    flags += "rl --init base --uses 2 --steps 10 --batch_size 4 --group 2 --kl 0.1".split()
-    call(align, *flags, "--run", "whole")
-    child = subprocess.Popen([sys.executable, HERE / "align.py", *flags, "--run", "killed"])
+    flags += "rl --init base --uses 2 --steps 10 --batch_size 4 --group 2 --kl 0.1 --run".split()
+    call(align, *flags, "whole")
+    child = subprocess.Popen([sys.executable, HERE / "align.py", *flags, "killed"])
     while not [*desk.glob("killed/checkpoint-0000000[3-8]*")]: assert child.poll() is None
     child.kill()
     assert child.wait() == -9
     call(align, "--resume", "--run", "killed")
-    curve = lambda run: {row["step"]: (row["loss"], row["length"])
-                         for row in sample.read_log(desk / run) if "update_s" in row}
-    assert curve("killed") == curve("whole") and len({*curve("whole").values()}) > 5
+    killed, whole = ({row["step"]: (row["loss"], row["length"]) for row in sample.read_log(
+        desk / run) if "update_s" in row} for run in ("killed", "whole"))
+    assert killed == whole and len({*whole.values()}) > 5
     (desk / "rows").write_text('{"prompt": "a", "completion": "b"}\n{}')
-    with pytest.raises(UserError, match="row 2"):
-        call(align, "sft --task chat --data rows --init base --run odd")
+    with pytest.raises(UserError, match="row 2"): call(
+        align, "sft --task chat --data rows --init base --run odd")
