@@ -513,13 +513,14 @@ def plan(dataset: str, files: list, texts: list, note: dict, bins: list, mirror)
 def make_text(dataset: str, folder: Path, bins: list, mirror, records: int) -> dict:    # their note
     source, texts = SOURCES.get(dataset), [folder / f"{side}.txt" for side in SIDES]
     root, files, n_others = find_files(dataset, folder)
+    if dataset == "commoncrawl": files = [f.with_name(f"{records}-{f.name}") for f in files]
     note, to_come = read_note(folder / "text"), [file for file in files if not file.exists()]
     if note.get("bytes") != list(map(size_of, texts)) or (
             not to_come and note.get("files") != fingerprint(files, root)):
         note = {}               # a download that was deleted after it became text is not missed
     plan(dataset, files, texts, note, bins, mirror)
-    for file in files if source and source.files else ():
-        url = f"{(mirror or source.homepage + source.folder).rstrip('/')}/{file.name}"
+    for file, theirs in zip(files, source.files if source else ()):
+        url = f"{(mirror or source.homepage + source.folder).rstrip('/')}/{theirs}"
         if file in to_come and not note:
             fetch(url, file, records * PAGE_BYTES if dataset == "commoncrawl" else None)
         if (origin := read_note(file).get("url", url)) != url:
