@@ -271,8 +271,8 @@ def test_ctrl_c_ends_training_quietly_and_no_worker_outlives_a_kill(tmp_path, nu
 
 data.WAIT_S, BODY = 0.001, np.random.default_rng(0).bytes(300_000)  # between two attempts
 @contextlib.contextmanager
-def server(files, drop=0, claim=0):     # `drop` replies break off; all say `claim` bytes too many
-    asked = []                          # the Range of each GET
+def server(files, drop=0):
+    asked = []      # the Range of each GET; the first `drop` replies break off
     def reply(self):
         body, wanted = files.get(self.path.rpartition("/")[2], b""), self.headers["Range"]
         tag, _ = f'"{sum(body)}"', asked.append(wanted)
@@ -280,8 +280,7 @@ def server(files, drop=0, claim=0):     # `drop` replies break off; all say `cla
         start, end = wanted[6:].split("-") if part else ("0", "")
         found = body[int(start):int(end or 1 << 40) + 1]
         self.send_response(404 if not body else 200 if not part else 206 if found else 416)
-        self.send_header("ETag", tag)
-        self.send_header("Content-Length", len(found) and len(found) + claim)
+        for header in ("ETag", tag), ("Content-Length", len(found)): self.send_header(*header)
         self.end_headers()
         self.wfile.write(found[:len(found) // 2] if len(asked) <= drop else found)
     handler = type("", (http.server.BaseHTTPRequestHandler,), dict(do_GET=reply, log_message=print))
@@ -291,29 +290,25 @@ def server(files, drop=0, claim=0):     # `drop` replies break off; all say `cla
         httpd.shutdown()
 @cases("there, same, drop, asked_for", [    # bytes that are there; of this version, or none
     (0, None, 2, [None, "bytes=150000-", "bytes=225000-"]), (300_000, True, 0, []),
-    (1000, None, 0, [None]), (1000, True, 0, ["bytes=1000-"]), (1000, False, 0, ["bytes=1000-"])])
+    (1000, None, 0, [None]), (1000, True, 0, ["bytes=1000-"]), (1000, False, 0, ["bytes=1000-"]),
+    (400_000, True, 0, ["bytes=400000-", None])])
 def test_a_download_ends_whole_and_asks_for_what_it_lacks(tmp_path, there, same, drop, asked_for):
-    file, part = tmp_path / "f", tmp_path / "f.part"
+    file, none = tmp_path / "f", tmp_path / "g"
     with server({"f": BODY}, drop) as (url, asked):
-        if there: part.write_bytes((BODY if same else b"?" * 1000)[:there])
+        if there: data.part_of(file).write_bytes((BODY * 2 if same else b"?" * 1000)[:there])
         if same is not None: data.write_note(file, dict(
             url=f"{url}/f", size=300_000, version=f'"{sum(BODY) if same else 0}"'))
         data.fetch(f"{url}/f", file)
-    assert file.read_bytes() == BODY and not part.exists() and asked == asked_for
-@cases("says, name", [("416", "f"), ("404", "g")])      # 416: it is shorter than the server claims
-def test_a_failed_download_leaves_no_file_and_names_its_place(tmp_path, says, name):
-    with server({"f": BODY}, claim=7) as (url, _), pytest.raises(UserError, match=says) as error:
-        data.fetch(f"{url}/{name}", tmp_path / "f")
-    assert str(tmp_path / "f") in str(error.value) and not (tmp_path / "f").exists()
+        with pytest.raises(UserError, match=f"404(?s:.*){none}"): data.fetch(f"{url}/g", none)
+    assert file.read_bytes() == BODY and {*os.listdir(tmp_path)} == {"f", "f.json"}
+    assert asked == [*asked_for, None]
 def test_a_packed_source_comes_from_a_mirror_and_its_text_is_enough_afterwards(tmp_path):
     prepare = partial(data.prepare, "owt", "byte", data_dir=tmp_path, workers=1)
     train = gzip.compress(b"One story.<|endoftext|>\nAnother one.<|endoftext|>" * 9)
     files = {"owt_train.txt.gz": train, "owt_valid.txt.gz": gzip.compress(b"Third. " * 9)}
     with server(files, drop=1) as (url, _): info = prepare(mirror=url + "/").info
-    for name in files: (tmp_path / "owt" / name).unlink()
+    (tmp_path / "owt/owt_train.txt.gz").unlink()
     assert prepare().info == info and info["train"]["documents"] * 23 == 2 * info["train"]["bytes"]
-    for name in files: (tmp_path / "owt" / name).write_bytes(train[:-9])    # by hand; cut short
-    with pytest.raises(UserError, match="owt_train.txt.gz"): prepare()
 def read(corpus): return [corpus.tokenizer.decode(data.open_tokens(f)) for f in corpus[2:4]]
 @cases("text, cut", [("".join(chr(32 + i * i % 90) for i in range(5003)), 4502), ("ä " * 95, 171)])
 def test_one_file_is_cut_as_nanogpt_cuts_it(tmp_path, text, cut):
@@ -326,7 +321,6 @@ def test_tokens_give_texts_back_and_a_kill_costs_a_block(tmp_path, capsys, monke
     for name, content in [("bad", b"Text: \xff \xe4\xbd\n\xe4"), ("no", b"MZ\0"), ("empty", b""),
                           (".x", b"x"), *((f"{i}", text.encode()) for i, text in enumerate(texts))]:
         (tmp_path / name).write_bytes(content)
-    os.mkfifo(tmp_path / "pipe")                # to open it would wait for ever
     prepare, seen = partial(data.prepare, tmp_path, tokenizer, 300, tmp_path, workers=1), []
     def killed(tok, text, encode=bpe.Tokenizer.encode):         # before the third is encoded
         if seen.append(text) or len(seen) == 3: raise KeyboardInterrupt
@@ -334,7 +328,7 @@ def test_tokens_give_texts_back_and_a_kill_costs_a_block(tmp_path, capsys, monke
     monkeypatch.setattr(bpe, "BLOCK", 40), monkeypatch.setattr(bpe.Tokenizer, "encode", killed)
     with pytest.raises(KeyboardInterrupt): prepare()
     corpus, found = prepare(), []
-    assert re.search("of 10 files, 3 empty.* 3 invalid UTF-8", capsys.readouterr().out)
+    assert re.search("of 10 files, 2 empty.* 3 invalid UTF-8", capsys.readouterr().out)
     assert len(seen) == len({*seen}) + 1 and not [*tmp_path.glob("*/*-parts-*")]
     for text, note in zip(read(corpus), corpus.info.values()):
         found += (documents := text.split(EOT)[1:-1])
@@ -342,21 +336,20 @@ def test_tokens_give_texts_back_and_a_kill_costs_a_block(tmp_path, capsys, monke
         assert note["bytes"] == len("".join(documents).encode())
         assert note["tokens"] == len(corpus.tokenizer.encode(text))
     assert sorted(found) == sorted([*texts, "Text: \ufffd \ufffd\n\ufffd"])
-@cases("command, says", [row.split(": ", 1) for row in """bpe train NO: No such file
-bpe encode CUT hi: no tok; bpe train T --out /dev/null: cannot write; bpe train EMPTY: empty
-bpe train T --vocab_size 256: wanted 257; bpe encode NO hi: No such file; data get TINY: got 4 bytes
-data get owt: little disk; data get T --workers 0: got 0; data get T --data_dir T: cannot write
-data get openwebtxt: stdlib, shakespeare; data get owt --vocab_size 9: size: got 9
-data get owt --tokenizer bpee: bpe, byte, char; data get BINARY: got 0 bytes; data look NO: no file
-data get owt --mirror a.b/owt: http://a.b/owt; data funnel T --stages gophr: got gophr
-data train-classifier T: LABEL<tab>TEXT""".replace("; ", "\n").split("\n")])
+@cases("command, says", [row.split(": ", 1) for row in re.split("; |\n", """bpe train EMPTY: empty
+bpe encode CUT hi: no tok; bpe train T --out /dev/null: cannot write; bpe encode NO hi: No such file
+bpe train T --vocab_size 256: wanted 257; data get TINY: got 4 bytes; data get owt: little disk
+data get T --workers 0: got 0; data get T --data_dir T: cannot write; data look NO: no file
+data get openwebtxt: stdlib; data get owt --vocab_size 9: size: got 9; data get BINARY: got 0 bytes
+data get owt --tokenizer bpee: bpe, byte, char; data get owt --mirror a.b/owt: http://a.b/owt
+data funnel T --stages gophr: got gophr; data train-classifier T: LABEL<tab>TEXT""")])
 def test_a_mistake_is_one_message_and_leaves_nothing(tmp_path, monkeypatch, capsys, command, says):
     monkeypatch.chdir(tmp_path)         # capitals: files that are there, but for NO
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10_000))
     files = dict(T="text " * 99, EMPTY="", TINY="tiny", BINARY="\0" * 99, CUT='{"version": ')
     for name, text in files.items(): Path(name).write_text(text)
     (script, *words), there = command.split(), {*os.listdir()}
-    with pytest.raises(UserError) as error: call(importlib.import_module(script), *words)
+    with pytest.raises(UserError) as error: call(globals()[script], *words)
     assert says in str(error.value) and {*os.listdir()} == there and error.value.code == 2
     assert capsys.readouterr().err == f"{error.value}\n"
 @cases("n, T, B", [(103, 8, 4), (33, 4, 8), (20, 7, 1)])
@@ -367,16 +360,14 @@ def test_the_loader_gives_each_target_once_an_epoch_and_splits_by_rank(n, T, B):
     x, y = map(torch.cat, zip(*batches))                                        # (B n_windows, T)
     found = [*zip(x[y >= 0].tolist(), y[y >= 0].tolist())]
     epochs = {tuple(found[i:i + n - 1]) for i in range(0, len(found), n - 1)}   # orders differ
-    assert len(epochs) == B and all(sorted(epoch) == want for epoch in epochs)
-    assert x.shape == (B * loader.n_windows, T) and (x[y < 0] == 0).all()
+    assert len(epochs) == B and all(sorted(epoch) == want for epoch in epochs) and x.shape[1] == T
     loader.seek(B)
     for again in new(seen=B), loader: assert torch.equal(next(again)[0], batches[1][0])
     for batch, *parts in zip(batches, *(new(rank=r, world=B) for r in range(B))):
         assert all(torch.equal(torch.cat(p), b) for b, *p in zip(batch, *parts))
 
-PROSE = [f"The {a} that we saw with the {b} is as old as the {c}, and it was made of {d} and glass."
-         for a, b, c, d in itertools.permutations("house river tower gate hill forest".split(), 4)]
-TEXTS = ["\n\n".join(PROSE[i:i + 7]) for i in range(0, 140, 7)]
+TEXTS = ["\n\n".join(f"The house that they saw with us in {i + j} was as old as the hill, and made "
+                     "of it." for j in range(7)) for i in range(1000, 1140, 7)]
 def page(text, more=""):
     text = f"<ul>{'<li><a href=/>Home</a>' * 20}</ul><div><p>{text}{more}</div><script>x"
     return text.replace("\n\nThe", "<p>The").encode()
@@ -385,7 +376,7 @@ def record(body, http="Content-Type: text/html\r\n", n=None):
     return b"WARC/1.0\nWARC-Type: response\nContent-Length: %d\n\n%b\n" % (n or len(body), body)
 CRAWL = [gzip.compress(record(page(text))) for text in (TEXTS * 3)[:54]]
 def test_records_are_read_in_any_packing_and_charset_and_broken_ones_are_counted(tmp_path):
-    text, kind, rng = "Größe: naïve ", "Content-Type: text/html; charset={}\r\n", random.Random(0)
+    text, kind = "Größe: naïve ", "Content-Type: text/html; charset={}\r\n"
     raw = [record(text.encode()), record(text.encode("latin-1"), kind.format("iso-8859-1")),
            record(b"<meta charset=koi8-r>" + "Ж".encode("koi8-r")), record(text.encode("utf-16")),
            record(gzip.compress(text.encode()), "Content-Encoding: gzip\r\n"),
@@ -399,18 +390,15 @@ def test_records_are_read_in_any_packing_and_charset_and_broken_ones_are_counted
         assert found == [text, text, "<meta charset=koi8-r>Ж", text, text, "abcde"]
         assert counts["not text (for PDF: pypdf)"] == counts["wrong lengths"] == 1
     assert read_docs(packed[:-9]) == (found, counts | {"broken gzip files": 1})
-    for mixed in map(bytearray, [packed, whole, page(text)] * 13):     # no exception
-        for _ in range(9): mixed[rng.randrange(len(mixed))] = rng.randrange(256)
-        for text in *read_docs(mixed)[0], mixed.decode("latin-1"): data.extract(text)
+    for at in range(0, len(whole), len(whole) // 40): read_docs(packed[:at] + b"7<" + whole[at:])
 def test_extraction_keeps_article_and_structure_rules_say_why_they_drop_and_masks_hide():
-    more = "<ul><li>First<li>Second</ul><pre>def f():\n    pass</pre><h2>End</h2>"
+    text, more = TEXTS[0], "<ul><li>First<li>Second</ul><pre>a\n  b</pre><h2>End</h2>"
     advert = "<div class=cookie-banner><p>Buy it, now, at our shop, it is cheap</p></div>"
-    assert data.extract(page(text := TEXTS[0], more).decode().replace("<script>", advert)) == (
-        text + "\n  \u2022 First\n  \u2022 Second\n\ndef f():\n    pass\n\nEnd")
+    assert data.extract(page(text, more).decode().replace("<script>", advert)) == (
+        text + "\n  \u2022 First\n  \u2022 Second\n\na\n  b\n\nEnd")
     assert data.extract("<div>" * 50_000) == data.extract("") == ""
-    for rule, spoilt, says in [("gopher", text[:200], "words"), ("c4", text + "{", "{"),
-                               ("fineweb", text + "\n" + text, "repeated")]:
-        assert data.outside(rule, text) == "" and says in data.outside(rule, spoilt)
+    for rule, spoilt in ("gopher", text[:200]), ("c4", text + "{"), ("fineweb", text + "\n" + text):
+        assert data.outside(rule, text) == "" != data.outside(rule, spoilt)
     assert data.mask("(283)-182 3829, a+b@c.co.uk, 192.0.2.1. 1.2.3.4.5", data.Counter()) == (
         "|||PHONE_NUMBER|||, |||EMAIL_ADDRESS|||, |||IP_ADDRESS|||. 1.2.3.4.5")
 def test_a_text_is_dropped_if_it_is_like_one_that_was_kept_and_the_classifier_learns(tmp_path):
@@ -419,9 +407,9 @@ def test_a_text_is_dropped_if_it_is_like_one_that_was_kept_and_the_classifier_le
     for i in range(0, 60, 3): docs[i + 1] = [w if rng.random() > i / 600 else "x" for w in docs[i]]
     for doc in docs:
         grams = {tuple(doc[i:i + 5]) for i in range(56)}
-        near = any(len(grams & other) / len(grams | other) >= .5 for other in kept)
-        assert bool(data.like(" ".join(doc).upper() + "!", .5, *state)) == near
-        kept += [grams] * (not near)
+        like = data.like(" ".join(doc).upper() + "!", .5, *state)
+        assert bool(like) == any(len(grams & old) / len(grams | old) >= .5 for old in kept)
+        if not like: kept.append(grams)
     assert 42 <= len(kept) < 57
     file.write_text("".join(f"{'xy'[i % 2]}\t{docs[i % 2 * 9][i % 50:]}\n" for i in range(90)))
     assert "9 of 9 right" in said(data, "train-classifier", file, "--out", f"{file}.npz")
@@ -433,24 +421,20 @@ def test_a_crawl_comes_by_range_and_its_pages_are_looked_at(tmp_path):
     shown = said(data, "look", "--n=1", *tmp_path.glob("*/*.gz"))
     assert any(f"extracted: {text}\n" in shown for text in TEXTS) and "c4: keeps" in shown
     assert asked == ["bytes=0-24999", "bytes=0-49999"]
-def test_the_funnel_ends_in_the_same_bytes_after_a_kill_and_by_ranks(tmp_path, monkeypatch):
+def test_the_funnel_ends_in_the_same_bytes_after_a_kill(tmp_path):
     files = [tmp_path / f"{k}.warc.gz" for k in range(6)]
     for k, file in enumerate(files): file.write_bytes(b"".join(CRAWL[9 * k:9 * k + 9]))
     words = lambda out: ["funnel", *map(str, files), "--stages=extract,dedup=.95,lines",
                          "--workers=1", "--show=1", f"--out={tmp_path / out}"]
-    done = lambda: {f: f.stat().st_mtime_ns for f in tmp_path.glob("b/.f*/*.jsonl")}
     assert f"drops a copy, J 1.00: {TEXTS[0][:200]!r}" in said(data, *words("a"))
     slow = ("import data, sys, time; f = data.extract; data.extract = lambda p: time.sleep(.02) or "
             "f(p); data.main(data.build_parser().parse_args(sys.argv[1:]))")
     child = subprocess.Popen([sys.executable, "-c", slow, *words("b")], cwd=HERE, stdout=-3)
-    while not (times := done()): time.sleep(.01)
+    while not (parts := [*tmp_path.glob("b/.f*/*.jsonl")]): time.sleep(.01)
     child.kill(), child.wait()
-    assert len(times) < 6 and not [*tmp_path.glob("b/*.txt")]
+    assert len(parts) < 6 and not [*tmp_path.glob("b/*.txt")]
     said(data, *words("b"), "--workers=2")
-    assert times.items() <= done().items()      # they are not made again
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in "10": monkeypatch.setenv("RANK", rank), call(data, *words("c"))
-    for out in "abc": assert (tmp_path / out / "text.txt").read_text().split(EOT)[:-1] == TEXTS
+    for out in "ab": assert (tmp_path / out / "text.txt").read_text().split(EOT)[:-1] == TEXTS
 
 # -----------------------------------------------------------------------------
 # kernels.py and model.py
