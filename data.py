@@ -106,7 +106,7 @@ def fetch(url: str, path: Path, most=None) -> None:     # whole, or its first by
         if getattr(error, "errno", None) in bpe.DISK_ERRORS: raise UserError(
             f"cannot write {part}: {error.strerror}; wanted a place with room; give another folder")
         if status == 416: part.unlink()         # theirs is shorter: begin anew
-        if status < 500 and status != 429: failures = TRIES     # to ask again is no use
+        elif status < 500 and status != 429: failures = TRIES     # to ask again is no use
         failures = 0 if size_of(part) > have else failures + 1
     raise UserError(f"cannot download {url}: {error}; run the same command again to go on, name "
                     f"another server with --mirror, or put the file by hand at {path.resolve()}")
