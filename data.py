@@ -106,7 +106,7 @@ def fetch(url: str, path: Path, most=None) -> None:     # whole, or its first by
         if getattr(error, "errno", None) in bpe.DISK_ERRORS: raise UserError(
             f"cannot write {part}: {error.strerror}; wanted a place with room; give another folder")
         if status == 416: part.unlink()         # theirs is shorter: begin anew
-        if status < 500 and status != 429: failures = TRIES     # to ask again is no use
+        elif status < 500 and status != 429: failures = TRIES     # to ask again is no use
         failures = 0 if size_of(part) > have else failures + 1
     raise UserError(f"cannot download {url}: {error}; run the same command again to go on, name "
                     f"another server with --mirror, or put the file by hand at {path.resolve()}")
@@ -286,9 +286,6 @@ def logits(weights, ids: list):     # n texts' n-grams -> (n, labels), the means
 def load_classifier(path: str) -> tuple:
     require(zipfile.is_zipfile(path), path, "no model", "what train-classifier makes")
     with np.load(path) as a: return a["labels"].tolist(), torch.tensor(a["weights"])
-def classify(text: str, path: str) -> dict:     # -> {label: probability}
-    labels, weights = load_classifier(path)
-    return dict(zip(labels, logits(weights, [grams(text)])[0].softmax(0).tolist()))
 def train_classifier(file: Path, out: Path = Path("model.npz"), epochs: int = 6) -> None:
     """Learns labels from lines LABEL<tab>TEXT, for lang=LABEL:MODEL and quality=MODEL."""
     require(file.is_file(), file, "no file", "lines LABEL<tab>TEXT")
@@ -299,6 +296,7 @@ def train_classifier(file: Path, out: Path = Path("model.npz"), epochs: int = 6)
     ids, y = [grams(text) for _, text in pairs], torch.tensor([labels.index(a) for a, _ in pairs])
     weights = torch.zeros(BUCKETS, len(labels), requires_grad=True)
     optimizer, n = torch.optim.Adagrad([weights], 0.5), len(pairs) - test
+    torch.sparse.check_sparse_tensor_invariants.disable()   # as it is; said, torch does not warn
     for batch in (batch for _ in range(epochs) for batch in np.array_split(
             test + rng.permutation(n), -(-n // 64))):
         F.cross_entropy(logits(weights, [ids[i] for i in batch]), y[batch]).backward()
@@ -348,7 +346,9 @@ def labelled(doc: dict, arg: str, note: dict) -> str:
     (arg, _, least), words = arg.partition("@"), doc["text"].lower().split()
     label, _, path = arg.rpartition(":") if arg.endswith(".npz") else (arg, "", "")
     shares = {lang: sum(map(words.count, own.split())) for lang, own in COMMON.items()}
-    if path: shares = classify(doc["text"], path)
+    if path:
+        labels, weights = load_classifier(path)
+        shares = dict(zip(labels, logits(weights, [grams(doc["text"])])[0].softmax(0).tolist()))
     label = label or next(iter(shares))
     require(label in shares, "label", label, f"one of {', '.join(shares)}, or LABEL:MODEL.npz")
     p = shares[label] / max(1e-9, sum(shares.values()))
@@ -495,35 +495,29 @@ def write_text(target: Path, ranges: list) -> tuple:
                     sha.update(raw := text.encode())
                     bar.update(out.write(raw))
     return sha.hexdigest(), invalid
-def plan(dataset: str, files: list, texts: list, note: dict, bins: list, mirror) -> None:
+def plan(dataset: str, files: list, bins: list, mirror) -> None:
     """Says what a large source still takes, and refuses what the disk cannot hold."""
-    done = [read_note(file).get("text") for file in bins] == [note.get(side, 0) for side in SIDES]
-    source, known, at = SOURCES.get(dataset), all(map(Path.exists, files)), texts[0].resolve()
-    have = sum(size_of(file) + size_of(part_of(file)) for file in files)
-    download = 0 if note or known else max(0, source.download - have)
-    text = sum(map(size_of, texts)) if note else source.text if not known else (
-        have * source.text // source.download if source and source.files else have)     # if packed
-    need = 0 if done else download + text * ((not note) + (1 if "-bpe" in bins[0].stem else 4))
+    source, at = SOURCES[dataset], bins[0].resolve()
+    download = max(0, source.download - sum(size_of(f) + size_of(part_of(f)) for f in files))
+    need = download + source.text * (2 if "-bpe" in at.stem else 5)     # the text, then its ids
     free = shutil.disk_usage(next(p for p in at.parents if p.exists())).free
-    line = "{}: {:,.0f} MB to download, {:,.0f} MB of disk needed, {:,.0f} MB free at {}".format(
-        dataset, download / 1e6, need / 1e6, free / 1e6, at.parent)
-    if need > free and (known or not mirror): raise UserError(
-        f"too little disk for {line}; free some or give another --data_dir")
-    if need > 1e8: print(line, "(if the mirror has the original)" * bool(mirror))
+    if need > 1e8: print(f"{dataset}: {download / 1e6:,.0f} MB to download, {need / 1e6:,.0f} MB of"
+                         " disk" + ", if the mirror has the original" * bool(mirror))
+    require(need <= free or mirror, f"too little disk for {dataset}", f"{free / 1e6:,.0f} MB at "
+            f"{at.parent}", f"{need / 1e6:,.0f} MB; free some or give another --data_dir")
 def make_text(dataset: str, folder: Path, bins: list, mirror, records: int) -> dict:    # their note
     source, texts = SOURCES.get(dataset), [folder / f"{side}.txt" for side in SIDES]
     root, files, n_others = find_files(dataset, folder)
-    note, to_come = read_note(folder / "text"), [file for file in files if not file.exists()]
+    if dataset == "commoncrawl": files = [f.with_name(f"{records}-{f.name}") for f in files]
+    note, known = read_note(folder / "text"), all(map(Path.exists, files))
     if note.get("bytes") != list(map(size_of, texts)) or (
-            not to_come and note.get("files") != fingerprint(files, root)):
+            known and note.get("files") != fingerprint(files, root)):
         note = {}               # a download that was deleted after it became text is not missed
-    plan(dataset, files, texts, note, bins, mirror)
-    for file in files if source and source.files else ():
-        url = f"{(mirror or source.homepage + source.folder).rstrip('/')}/{file.name}"
-        if file in to_come and not note:
-            fetch(url, file, records * PAGE_BYTES if dataset == "commoncrawl" else None)
-        if (origin := read_note(file).get("url", url)) != url:
-            print(f"{file} came from {origin}; for that of {url} delete {folder}")
+    if not known and not note: plan(dataset, files, bins, mirror)
+    for file, theirs in zip(files, () if known or note else source.files):
+        url = f"{(mirror or source.homepage + source.folder).rstrip('/')}/{theirs}"
+        most = records * PAGE_BYTES if dataset == "commoncrawl" else None
+        if not file.exists(): fetch(url, file, most)
     if dataset == "commoncrawl": raise SystemExit(print(f"next: python data.py look {files[0]}"))
     if note: return note
     require((size := sum(map(size_of, files))) >= MIN_BYTES, dataset, f"{size} bytes of text, and "
@@ -616,9 +610,8 @@ def validation(corpus, limit):      # -> (tokens, bytes of their text) to evalua
     tokens, tok = open_tokens(corpus.valid), corpus.tokenizer
     if limit is None or len(tokens) <= limit: return tokens, corpus.info["valid"]["bytes"]
     print(f"evaluations use the first {limit:,} of {len(tokens):,} validation tokens")
-    special = set(tok.special_tokens.values())
-    size = np.array([0 if i in special else len(tok.vocab[i]) for i in range(tok.vocab_size)])
-    return tokens[:limit], int(size[tokens[1:limit]].sum())
+    own = {*tok.special_tokens.values()}
+    return tokens[:limit], sum(len(tok.vocab[i]) for i in tokens[1:limit].tolist() if i not in own)
 @lru_cache(maxsize=2)       # a batch may lie across two epochs
 def permutation(n, seed, epoch): return np.random.default_rng((seed, epoch)).permutation(n)
 class Loader:
@@ -639,7 +632,6 @@ class Loader:
         places = (divmod(s, self.n_windows) for s in range(first, first + self.rows))
         return windows(self.tokens, self.seq_len, [
             int(permutation(self.n_windows, self.seed, epoch)[i]) for epoch, i in places])
-    def state(self) -> dict: return {"seed": self.seed, "seen": self.seen}
     def seek(self, seen: int) -> None: self.seen = seen
 # --- The lesson, and the command line ----------------------------------------
 def lesson(data_dir: str) -> None:

@@ -223,226 +223,170 @@ def test_ctrl_c_ends_training_quietly_and_no_worker_outlives_a_kill(tmp_path, nu
 
 data.WAIT_S, BODY = 0.001, np.random.default_rng(0).bytes(300_000)  # between two attempts
 @contextlib.contextmanager
-def server(files, drop=0, ranges=True, claim=0):
-    asked = []      # the Range of each GET; the first `drop` replies break off, `claim` is untrue
-    class Handler(http.server.BaseHTTPRequestHandler):
-        log_message = lambda *_: None
-        def do_GET(self):
-            body, wanted = files.get(self.path.rpartition("/")[2]), self.headers["Range"]
-            asked.append(wanted)
-            if body is None: return self.send_error(404)
-            tag = f'"{sum(body)}"'
-            part = wanted and ranges and self.headers["If-Range"] in (None, tag)
-            start, end = wanted[6:].split("-") if part else ("0", "")
-            body = body[int(start):int(end or 1 << 40) + 1]
-            self.send_response((206 if body else 416) if part else 200)
-            self.send_header("ETag", tag)
-            self.send_header("Content-Length", len(body) and len(body) + claim)
-            self.end_headers()
-            self.wfile.write(body[:len(body) // 2] if len(asked) <= drop else body)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+def server(files, drop=0):
+    asked = []      # the Range of each GET; the first `drop` replies break off
+    def reply(self):
+        body, wanted = files.get(self.path.rpartition("/")[2], b""), self.headers["Range"]
+        tag, _ = f'"{sum(body)}"', asked.append(wanted)
+        part = wanted and self.headers["If-Range"] in (None, tag)
+        start, end = wanted[6:].split("-") if part else ("0", "")
+        found = body[int(start):int(end or 1 << 40) + 1]
+        self.send_response(404 if not body else 200 if not part else 206 if found else 416)
+        for header in ("ETag", tag), ("Content-Length", len(found)): self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(found[:len(found) // 2] if len(asked) <= drop else found)
+    handler = type("", (http.server.BaseHTTPRequestHandler,), dict(do_GET=reply, log_message=print))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_port}", asked
         httpd.shutdown()
-
-@pytest.mark.parametrize("there, same, how, asked_for", [   # bytes there; of this version, or none
-    (0, None, dict(drop=2), [None, "bytes=150000-", "bytes=225000-"]), (300_000, True, {}, []),
-    (0, None, dict(drop=1, ranges=False), [None, "bytes=150000-"]), (1000, None, {}, [None]),
-    (1000, True, {}, ["bytes=1000-"]), (1000, False, {}, ["bytes=1000-"])])
-def test_a_download_ends_whole_and_asks_for_what_it_lacks(tmp_path, there, same, how, asked_for):
-    file, part = tmp_path / "f", tmp_path / "f.part"
-    with server({"f": BODY}, **how) as (url, asked):
-        note = dict(url=f"{url}/f", size=300_000, version=f'"{sum(BODY) if same else 0}"')
-        if there: part.write_bytes((BODY if same else b"?" * 1000)[:there])
-        if same is not None: data.write_note(file, note)
+@cases("there, same, drop, asked_for", [    # bytes that are there; of this version, or none
+    (0, None, 2, [None, "bytes=150000-", "bytes=225000-"]), (300_000, True, 0, []),
+    (1000, None, 0, [None]), (1000, True, 0, ["bytes=1000-"]), (1000, False, 0, ["bytes=1000-"]),
+    (400_000, True, 0, ["bytes=400000-", None])])
+def test_a_download_ends_whole_and_asks_for_what_it_lacks(tmp_path, there, same, drop, asked_for):
+    file, none = tmp_path / "f", tmp_path / "g"
+    with server({"f": BODY}, drop) as (url, asked):
+        if there: data.part_of(file).write_bytes((BODY * 2 if same else b"?" * 1000)[:there])
+        if same is not None: data.write_note(file, dict(
+            url=f"{url}/f", size=300_000, version=f'"{sum(BODY) if same else 0}"'))
         data.fetch(f"{url}/f", file)
-        assert file.read_bytes() == BODY and not part.exists() and asked == asked_for
-        if how.get("ranges", True): data.fetch(f"{url}/f", file.with_name("g"), 1000)
-    assert asked == asked_for or asked.pop() == "bytes=0-999" and len(BODY) > 1000 == (
-        file.with_name("g").stat().st_size)             # the first bytes alone
-
-@pytest.mark.parametrize("says, name, place", [("416", "f", "f"), ("404", "g", "f"),
-    ("cannot write", "f", "/dev/null/f")])              # 416: it is shorter than it claims
-def test_a_failed_download_leaves_no_file_and_names_its_place(tmp_path, says, name, place):
-    with server({"f": BODY}, claim=7) as (url, _), pytest.raises(UserError, match=says) as error:
-        data.fetch(f"{url}/{name}", tmp_path / place)
-    assert str(tmp_path / place) in str(error.value) and not (tmp_path / place).exists()
-
-def read(corpus):
-    return [corpus.tokenizer.decode(data.open_tokens(f)) for f in (corpus.train, corpus.valid)]
-
-def test_a_packed_source_comes_from_a_mirror_and_its_text_is_enough_afterwards(tmp_path, capsys):
+        with pytest.raises(UserError, match=f"404(?s:.*){none}"): data.fetch(f"{url}/g", none)
+    assert file.read_bytes() == BODY and {*os.listdir(tmp_path)} == {"f", "f.json"}
+    assert asked == [*asked_for, None]
+def test_a_packed_source_comes_from_a_mirror_and_its_text_is_enough_afterwards(tmp_path):
     prepare = partial(data.prepare, "owt", "byte", data_dir=tmp_path, workers=1)
     train = gzip.compress(b"One story.<|endoftext|>\nAnother one.<|endoftext|>" * 9)
     files = {"owt_train.txt.gz": train, "owt_valid.txt.gz": gzip.compress(b"Third. " * 9)}
     with server(files, drop=1) as (url, _): info = prepare(mirror=url + "/").info
-    (tmp_path / "owt" / "owt_train.txt.gz").unlink()
-    assert prepare().info == info and f"came from {url}" in capsys.readouterr().out
-    assert info["train"]["documents"] == 18 and info["train"]["bytes"] == 9 * 23
-    for name in files: (tmp_path / "owt" / name).write_bytes(train[:-9])    # by hand; cut short
-    with pytest.raises(UserError, match="owt_train.txt.gz"): prepare()
-
-def test_one_file_is_cut_as_nanogpt_cuts_it_and_a_full_disk_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
-    for text, cut in ("".join(chr(32 + i * i % 90) for i in range(5003)), 4502), ("ä " * 95, 171):
-        (tmp_path / "f").write_text(text)       # 0.9 * 5003; 0.9 * 285 bytes end within an ä
-        prepare, free = partial(data.prepare, tmp_path / "f", data_dir=tmp_path, workers=1), 10**6
-        assert read(made := prepare("char")) == [EOT + text[:cut] + EOT, EOT + text[cut:] + EOT]
-        free = 100
-        assert made.train.stat() == prepare("char").train.stat()        # it is not made again
-        with pytest.raises(UserError, match="too little disk"): prepare("byte")
-
-@pytest.mark.parametrize("tokenizer", data.TOKENIZERS)
+    (tmp_path / "owt/owt_train.txt.gz").unlink()
+    assert prepare().info == info and info["train"]["documents"] * 23 == 2 * info["train"]["bytes"]
+def read(corpus): return [corpus.tokenizer.decode(data.open_tokens(f)) for f in corpus[2:4]]
+@cases("text, cut", [("".join(chr(32 + i * i % 90) for i in range(5003)), 4502), ("ä " * 95, 171)])
+def test_one_file_is_cut_as_nanogpt_cuts_it(tmp_path, text, cut):
+    (tmp_path / "f").write_text(text)           # 0.9 * 5003; 0.9 * 285 bytes end within an ä
+    corpus = data.prepare(tmp_path / "f", "char", data_dir=tmp_path, workers=1)
+    assert read(corpus) == [EOT + text[:cut] + EOT, EOT + text[cut:] + EOT]
+@cases("tokenizer", data.TOKENIZERS)
 def test_tokens_give_texts_back_and_a_kill_costs_a_block(tmp_path, capsys, monkeypatch, tokenizer):
-    monkeypatch.setattr(bpe, "BLOCK", 40)
     texts = ["".join(f"Text {i} {j}: né 你 \ufffd\r\n\n" for j in range(i + 9)) for i in range(9)]
     for name, content in [("bad", b"Text: \xff \xe4\xbd\n\xe4"), ("no", b"MZ\0"), ("empty", b""),
                           (".x", b"x"), *((f"{i}", text.encode()) for i, text in enumerate(texts))]:
         (tmp_path / name).write_bytes(content)
-    os.mkfifo(tmp_path / "pipe")                # to open it would wait for ever
-    prepare = partial(data.prepare, tmp_path, tokenizer, 300, tmp_path, workers=1)
-    seen = []
+    prepare, seen = partial(data.prepare, tmp_path, tokenizer, 300, tmp_path, workers=1), []
     def killed(tok, text, encode=bpe.Tokenizer.encode):         # before the third is encoded
         if seen.append(text) or len(seen) == 3: raise KeyboardInterrupt
         return encode(tok, text)
-    monkeypatch.setattr(bpe.Tokenizer, "encode", killed)
+    monkeypatch.setattr(bpe, "BLOCK", 40), monkeypatch.setattr(bpe.Tokenizer, "encode", killed)
     with pytest.raises(KeyboardInterrupt): prepare()
-    gone, alive = (next(tmp_path.glob("*/train.txt")).with_name(f".x.{pid}.tmp")
-                   for pid in (1 << 23, os.getpid()))   # no pid is so large: what kill -9 leaves
-    gone.touch(), alive.touch()
     corpus, found = prepare(), []
-    assert re.search("of 10 files, 3 empty.* 3 invalid UTF-8", capsys.readouterr().out)
+    assert re.search("of 10 files, 2 empty.* 3 invalid UTF-8", capsys.readouterr().out)
     assert len(seen) == len({*seen}) + 1 and not [*tmp_path.glob("*/*-parts-*")]
-    assert alive.exists() and not gone.exists()
     for text, note in zip(read(corpus), corpus.info.values()):
-        start, *documents, end = text.split(EOT)
-        assert start == end == "" and note["documents"] == len(documents) > 0
-        assert note["tokens"] == len(corpus.tokenizer.encode(text))
+        found += (documents := text.split(EOT)[1:-1])
+        assert text == EOT.join(["", *documents, ""]) and 0 < len(documents) == note["documents"]
         assert note["bytes"] == len("".join(documents).encode())
-        found += documents
+        assert note["tokens"] == len(corpus.tokenizer.encode(text))
     assert sorted(found) == sorted([*texts, "Text: \ufffd \ufffd\n\ufffd"])
-
-@pytest.mark.parametrize("command, says", [("bpe train NO", "No such file"),   # capitals: files
-    ("bpe encode CUT hi", "no tok"), ("bpe train EMPTY", "empty"), ("data get TINY", "got 4 bytes"),
-    ("bpe train T --out /dev/null", "cannot write"), ("bpe train T --vocab_size 256", "wanted 257"),
-    ("bpe encode NO hi", "No such file"), ("bpe decode GOOD 256", "0 to 255"),
-    ("data get T --workers 0", "workers: got 0"), ("data get T --data_dir T", "cannot write"),
-    ("data get openwebtxt", "stdlib, shakespeare"), ("data get owt --vocab_size 9", "size: got 9"),
-    ("data get owt --tokenizer bpee", "bpe, byte, char"), ("data get BINARY", "got 0 bytes"),
-    ("data get owt --mirror a.b/owt", "http://a.b/owt"), ("data get owt", "too little disk"),
-    ("data funnel NO", "NO: got no file"), ("data funnel T --stages gophr", "got gophr"),
-    ("data train-classifier T", "LABEL<tab>TEXT"), ("data look NO", "NO: got no file")])
+@cases("command, says", [row.split(": ", 1) for row in re.split("; |\n", """bpe train EMPTY: empty
+bpe encode CUT hi: no tok; bpe train T --out /dev/null: cannot write; bpe encode NO hi: No such file
+bpe train T --vocab_size 256: wanted 257; data get TINY: got 4 bytes; data get owt: little disk
+data get T --workers 0: got 0; data get T --data_dir T: cannot write; data look NO: no file
+data get openwebtxt: stdlib; data get owt --vocab_size 9: size: got 9; data get BINARY: got 0 bytes
+data get owt --tokenizer bpee: bpe, byte, char; data get owt --mirror a.b/owt: http://a.b/owt
+data funnel T --stages gophr: got gophr; data train-classifier T: LABEL<tab>TEXT""")])
 def test_a_mistake_is_one_message_and_leaves_nothing(tmp_path, monkeypatch, capsys, command, says):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)         # capitals: files that are there, but for NO
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10_000))
-    texts = dict(T="text " * 99, EMPTY="", TINY="tiny", BINARY="ELF\0" * 99, CUT='{"version": ',
-                 GOOD=bpe.Tokenizer(dict(enumerate(bpe.BYTES))).to_text())
-    for name, text in texts.items(): Path(name).write_text(text)
+    files = dict(T="text " * 99, EMPTY="", TINY="tiny", BINARY="\0" * 99, CUT='{"version": ')
+    for name, text in files.items(): Path(name).write_text(text)
     (script, *words), there = command.split(), {*os.listdir()}
-    with pytest.raises(UserError) as error: call(importlib.import_module(script), *words)
-    assert error.value.code == 2 and says in str(error.value)
-    assert capsys.readouterr().err == f"{error.value}\n" and {*os.listdir()} == there
-
-@pytest.mark.parametrize("n, T, B", [(103, 8, 4), (97, 8, 3), (33, 4, 8), (20, 7, 1)])
+    with pytest.raises(UserError) as error: call(globals()[script], *words)
+    assert says in str(error.value) and {*os.listdir()} == there and error.value.code == 2
+    assert capsys.readouterr().err == f"{error.value}\n"
+@cases("n, T, B", [(103, 8, 4), (33, 4, 8), (20, 7, 1)])
 def test_the_loader_gives_each_target_once_an_epoch_and_splits_by_rank(n, T, B):
-    ids, found = np.random.default_rng(1).permutation(n).astype(np.uint16), []  # all different
-    new = partial(data.Loader, ids, T, B, 3)
+    ids = np.random.default_rng(1).permutation(n).astype(np.uint16)             # all different
+    new, want = partial(data.Loader, ids, T, B, 3), sorted(zip(ids.tolist(), ids[1:].tolist()))
     batches = [*itertools.islice(loader := new(), loader.n_windows)]            # B epochs
-    for tokens, targets in batches:
-        assert tokens.shape == targets.shape == (B, T) and (tokens[targets < 0] == 0).all()
-        found += zip(tokens[targets >= 0].tolist(), targets[targets >= 0].tolist())
+    x, y = map(torch.cat, zip(*batches))                                        # (B n_windows, T)
+    found = [*zip(x[y >= 0].tolist(), y[y >= 0].tolist())]
     epochs = {tuple(found[i:i + n - 1]) for i in range(0, len(found), n - 1)}   # orders differ
-    assert len(epochs) == B and {tuple(sorted(epoch)) for epoch in epochs} == {
-        tuple(sorted(zip(ids[:-1].tolist(), ids[1:].tolist())))}
+    assert len(epochs) == B and all(sorted(epoch) == want for epoch in epochs) and x.shape[1] == T
     loader.seek(B)
-    for again in data.Loader(ids, T, B, **loader.state()), loader:
-        assert torch.equal(next(again)[0], batches[1][0])
+    for again in new(seen=B), loader: assert torch.equal(next(again)[0], batches[1][0])
     for batch, *parts in zip(batches, *(new(rank=r, world=B) for r in range(B))):
         assert all(torch.equal(torch.cat(p), b) for b, *p in zip(batch, *parts))
-    with pytest.raises(UserError, match="windows"): data.Loader(ids, T, 64)
 
-PROSE = [f"The {a} that we saw with the {b} is as old as the {c}, and it was made of {d} and glass."
-         for a, b, c, d in itertools.permutations("house river tower gate hill forest".split(), 4)]
-def page(i, more=""):
-    menu, text = "<li><a href=/>Home, again</a>" * 9, "<p>".join(PROSE[7 * i:7 * i + 7])
-    return f"<title>T</title><ul>{menu}</ul><div><p>{text}{more}</div><script>x".encode()
+TEXTS = ["\n\n".join(f"The house that they saw with us in {i + j} was as old as the hill, and made "
+                     "of it." for j in range(7)) for i in range(1000, 1140, 7)]
+def page(text, more=""):
+    text = f"<ul>{'<li><a href=/>Home</a>' * 20}</ul><div><p>{text}{more}</div><script>x"
+    return text.replace("\n\nThe", "<p>The").encode()
 def record(body, http="Content-Type: text/html\r\n", n=None):
     body = f"HTTP/1.1 200 OK\r\n{http}\r\n".encode() + body
-    head = f"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: {n or len(body)}\r\n\r\n"
-    return head.encode() + body + b"\r\n\r\n"
-
+    return b"WARC/1.0\nWARC-Type: response\nContent-Length: %d\n\n%b\n" % (n or len(body), body)
+CRAWL = [gzip.compress(record(page(text))) for text in (TEXTS * 3)[:54]]
 def test_records_are_read_in_any_packing_and_charset_and_broken_ones_are_counted(tmp_path):
-    text, kind = "Größe: naïve café ", "Content-Type: text/html; charset={}\r\n"
+    text, kind = "Größe: naïve ", "Content-Type: text/html; charset={}\r\n"
     raw = [record(text.encode()), record(text.encode("latin-1"), kind.format("iso-8859-1")),
            record(b"<meta charset=koi8-r>" + "Ж".encode("koi8-r")), record(text.encode("utf-16")),
            record(gzip.compress(text.encode()), "Content-Encoding: gzip\r\n"),
            record(b"2\r\nab\r\n3;x\r\ncde\r\n0\r\n\r\n", "Transfer-Encoding: chunked\r\n"),
            record(b"%PDF-1.4"), record(b"x").replace(b"200 OK", b"404 NO"), record(b"", n=10**12)]
-    want, rng = [text, text, "<meta charset=koi8-r>Ж", text, text, "abcde"], random.Random(0)
     def read_docs(raw):
         counts, _ = data.Counter(), (tmp_path / "w").write_bytes(raw)
         return [doc["text"] for doc in data.read_docs(tmp_path / "w", counts)], counts
-    for packed in b"".join(raw), gzip.compress(b"".join(raw)), b"".join(map(gzip.compress, raw)):
+    for packed in (whole := b"".join(raw)), gzip.compress(whole), b"".join(map(gzip.compress, raw)):
         found, counts = read_docs(packed)
-        assert found == want and counts["not text (for PDF: pypdf)"] == counts["wrong lengths"] == 1
-    assert read_docs(packed[:-9])[0] == want and read_docs(packed[:-9])[1]["broken gzip files"] == 1
-    for mixed in map(bytearray, [packed, b"".join(raw), page(0)] * 13):     # no exception
-        for _ in range(9): mixed[rng.randrange(len(mixed))] = rng.randrange(256)
-        for text in *read_docs(mixed)[0], mixed.decode("latin-1"): data.extract(text)
-
-def test_extraction_keeps_the_article_and_its_structure_and_drops_menus():
-    more = "<ul><li>First<li>Second</ul><pre>def f():\n    pass</pre><h2>End</h2>"
+        assert found == [text, text, "<meta charset=koi8-r>Ж", text, text, "abcde"]
+        assert counts["not text (for PDF: pypdf)"] == counts["wrong lengths"] == 1
+    assert read_docs(packed[:-9]) == (found, counts | {"broken gzip files": 1})
+    for at in range(0, len(whole), len(whole) // 40): read_docs(packed[:at] + b"7<" + whole[at:])
+def test_extraction_keeps_article_and_structure_rules_say_why_they_drop_and_masks_hide():
+    text, more = TEXTS[0], "<ul><li>First<li>Second</ul><pre>a\n  b</pre><h2>End</h2>"
     advert = "<div class=cookie-banner><p>Buy it, now, at our shop, it is cheap</p></div>"
-    assert data.extract(page(0, more).decode() + advert) == "\n\n".join(PROSE[:7]) + (
-        "\n  \u2022 First\n  \u2022 Second\n\ndef f():\n    pass\n\nEnd")
+    assert data.extract(page(text, more).decode().replace("<script>", advert)) == (
+        text + "\n  \u2022 First\n  \u2022 Second\n\na\n  b\n\nEnd")
     assert data.extract("<div>" * 50_000) == data.extract("") == ""
-
-def test_each_rule_keeps_prose_and_says_why_it_drops_what_was_spoilt():
-    text = "\n\n".join(PROSE[:7])
-    for rule, spoilt, says in [("gopher", text[:200], "words"), ("c4", text + "{", "{"),
-            ("gopher", text + " 12" * 60, "letter"), ("fineweb", text + "\n" + text, "repeated")]:
-        assert data.outside(rule, text) == "" and says in data.outside(rule, spoilt)
-    for phone in "2831823829", "(283)-182-3829", "(283) 182 3829", "283-182-3829":
-        assert data.mask(f"{phone}, a+b@c.co.uk, 192.0.2.1. 1.2.3.4.5", data.Counter()) == (
-            "|||PHONE_NUMBER|||, |||EMAIL_ADDRESS|||, |||IP_ADDRESS|||. 1.2.3.4.5")
-
+    for rule, spoilt in ("gopher", text[:200]), ("c4", text + "{"), ("fineweb", text + "\n" + text):
+        assert data.outside(rule, text) == "" != data.outside(rule, spoilt)
+    assert data.mask("(283)-182 3829, a+b@c.co.uk, 192.0.2.1. 1.2.3.4.5", data.Counter()) == (
+        "|||PHONE_NUMBER|||, |||EMAIL_ADDRESS|||, |||IP_ADDRESS|||. 1.2.3.4.5")
 def test_a_text_is_dropped_if_it_is_like_one_that_was_kept_and_the_classifier_learns(tmp_path):
     rng, kept, state, file = random.Random(1), [], ([], {}), tmp_path / "t"
     docs = [[rng.choice("abcdefghij") * rng.randint(1, 9) for _ in range(60)] for _ in range(60)]
     for i in range(0, 60, 3): docs[i + 1] = [w if rng.random() > i / 600 else "x" for w in docs[i]]
     for doc in docs:
         grams = {tuple(doc[i:i + 5]) for i in range(56)}
-        near = any(len(grams & other) / len(grams | other) >= .5 for other in kept)
-        assert bool(data.like(" ".join(doc).upper() + "!", .5, *state)) == near
-        kept += [grams] * (not near)
+        like = data.like(" ".join(doc).upper() + "!", .5, *state)
+        assert bool(like) == any(len(grams & old) / len(grams | old) >= .5 for old in kept)
+        if not like: kept.append(grams)
     assert 42 <= len(kept) < 57
     file.write_text("".join(f"{'xy'[i % 2]}\t{docs[i % 2 * 9][i % 50:]}\n" for i in range(90)))
-    call(data, "train-classifier", file, "--out", f"{file}.npz")
-    for label, doc in ("y", docs[9]), ("x", docs[0]):
-        assert data.classify(str(doc)[3:200], f"{file}.npz")[label] > .7
-
-def test_the_funnel_ends_in_the_same_bytes_after_a_kill_and_by_two_ranks(tmp_path, monkeypatch):
-    for k in range(6): (tmp_path / f"{k}.warc.gz").write_bytes(b"".join(
-        gzip.compress(record(page(i % 20))) for i in range(9 * k, 9 * k + 9)))
-    flags = ["funnel", *map(str, sorted(tmp_path.glob("*.gz"))), "--stages=extract,dedup=.95,lines"]
-    def run(out, workers=1):
-        call(data, *flags, f"--workers={workers}", f"--out={tmp_path / out}")
-        return (tmp_path / out / "text.txt").read_text()
-    def done(out): return {f: f.stat().st_mtime_ns for f in (tmp_path / out).glob(".f*/*.jsonl")}
-    whole = run("a")
-    assert whole.split(EOT)[:-1] == ["\n\n".join(PROSE[7 * i:7 * i + 7]) for i in range(20)]
+    assert "9 of 9 right" in said(data, "train-classifier", file, "--out", f"{file}.npz")
+def test_a_crawl_comes_by_range_and_its_pages_are_looked_at(tmp_path):
+    with server({data.SOURCES["commoncrawl"].files[0]: b"".join(CRAWL * 9)}) as (url, asked):
+        for n in 1, 2, 2:                       # another number is another file
+            with contextlib.suppress(SystemExit): said(data, f"--data_dir {tmp_path} get "
+                                                       f"commoncrawl --records {n} --mirror {url}")
+    shown = said(data, "look", "--n=1", *tmp_path.glob("*/*.gz"))
+    assert any(f"extracted: {text}\n" in shown for text in TEXTS) and "c4: keeps" in shown
+    assert asked == ["bytes=0-24999", "bytes=0-49999"]
+def test_the_funnel_ends_in_the_same_bytes_after_a_kill(tmp_path):
+    files = [tmp_path / f"{k}.warc.gz" for k in range(6)]
+    for k, file in enumerate(files): file.write_bytes(b"".join(CRAWL[9 * k:9 * k + 9]))
+    words = lambda out: ["funnel", *map(str, files), "--stages=extract,dedup=.95,lines",
+                         "--workers=1", "--show=1", f"--out={tmp_path / out}"]
+    assert f"drops a copy, J 1.00: {TEXTS[0][:200]!r}" in said(data, *words("a"))
     slow = ("import data, sys, time; f = data.extract; data.extract = lambda p: time.sleep(.02) or "
             "f(p); data.main(data.build_parser().parse_args(sys.argv[1:]))")
-    child = subprocess.Popen([sys.executable, "-c", slow, *flags, "--workers=1",
-                              f"--out={tmp_path / 'b'}"], cwd=HERE, stdout=subprocess.DEVNULL)
-    while not (times := done("b")): time.sleep(.01)
+    child = subprocess.Popen([sys.executable, "-c", slow, *words("b")], cwd=HERE, stdout=-3)
+    while not (parts := [*tmp_path.glob("b/.f*/*.jsonl")]): time.sleep(.01)
     child.kill(), child.wait()
-    assert len(times) < 6 and not [*tmp_path.glob("b/*.txt")]
-    assert run("b", 2) == whole and times.items() <= done("b").items()     # they are not made again
-    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", "1")
-    with pytest.raises(FileNotFoundError): run("c")     # the rest, and the text, is for rank 0
-    monkeypatch.setenv("RANK", "0")
-    assert len(done("c")) == 3 and run("c") == whole
+    assert len(parts) < 6 and not [*tmp_path.glob("b/*.txt")]
+    said(data, *words("b"), "--workers=2")
+    for out in "ab": assert (tmp_path / out / "text.txt").read_text().split(EOT)[:-1] == TEXTS
 
 # -----------------------------------------------------------------------------
 # kernels.py and model.py
