@@ -52,8 +52,7 @@ from optim import AdamW, param_groups
 from sample import Sampling, encode_chat, find_run, generate
 from train import TrainConfig, build, fit, free, save_checkpoint, set_up
 
-# -----------------------------------------------------------------------------
-# Chat data
+# --- Chat data ---------------------------------------------------------------
 # A conversation is messages [{"role": ..., "content": ...}], which sample.py writes by a template
 # in pieces, each encoded alone: no token is half prompt. Only the assistant's are learned, the end
 # of its turn too, or it would never stop. Nobody's text can spell that end.
@@ -91,8 +90,7 @@ def conversation(row):
     if not messages[0]["content"] or not isinstance(good, str): raise ValueError("no answer")
     return Problem(messages, "", good, bad[-1]["content"] if isinstance(bad, list) else bad or "")
 
-# -----------------------------------------------------------------------------
-# Verifiers
+# --- Verifiers ---------------------------------------------------------------
 # Mathematics: an answer has many spellings. It is rewritten as a Python expression, and walked, not
 # run. Numbers are exact fractions; a letter is a random one: if polynomials agree they are equal.
 # Code runs in a process and a folder of its own, under limits, and must reach a line behind its
@@ -170,8 +168,7 @@ def run_code(program, tests="", seconds=4, memory=2 ** 29):
         child.wait()
         return os.pread(out.fileno(), 2 ** 21, 0).endswith(end.encode())
 
-# -----------------------------------------------------------------------------
-# Tasks
+# --- Tasks -------------------------------------------------------------------
 # Those with an alphabet are made up, for a laptop; of the others the rows come from --data. A tenth
 # of all prompts, by a hash, is only ever tested on. A verifier maps (text, Problem) to whether it
 # is right, whether its form is, and the answer in it.
@@ -256,8 +253,7 @@ def problems_of(o, held_out=False):
         "messages; prompt, completion; instruction, input, output; chosen, rejected")
     return some
 
-# -----------------------------------------------------------------------------
-# Losses
+# --- Losses ------------------------------------------------------------------
 # A batch is tensors (B, T): tokens, targets (-1: not learned), pos, and w, the weight of each
 # target. A loss is a sum of w times something, and w sums to 1 over the *batch*: so micro-batches
 # and packing change nothing. Beside itself a loss returns such sums to log. o: the settings.
@@ -316,8 +312,7 @@ def policy(model, o, tokens, targets, pos, w, adv=1, old=None, ref=None, values=
     return -(w * gain).sum(), {k: (w * x.detach()).sum() for k, x in notes.items()}
 LOSSES = {"sft": policy, "reward": preferred, "dpo": preferred, "rl": policy}  # by command
 
-# -----------------------------------------------------------------------------
-# Advantages: how much better an answer was than expected
+# --- Advantages: how much better an answer was than expected -----------------
 # From rewards (n, G) of n prompts with G answers each to (B, T), B = n G, a number for each token.
 # `at` holds what some need: mask, log-probabilities old and ref, the critic's values.
 
@@ -346,8 +341,7 @@ ADVANTAGES = {  # method: advantage, settings; each told from another one
     "expert": (answers(lambda r: (r >= 1).to(r.dtype)), {}),  # SFT on one's own right answers
     "distill": (lambda r, at: (at["ref"] - at["old"]) * at["mask"], {})}  # mean: -KL(y || teacher)
 
-# -----------------------------------------------------------------------------
-# Batches: where `fit` gets them. In RL the loader is the sampler.
+# --- Batches: where `fit` gets them. In RL the loader is the sampler ---------
 
 def attempt(chat, o, problems, n, seed=0):
     """n answers to each problem -> [[verdict]]. At temperature 1, and no token left out: only then
@@ -431,8 +425,7 @@ def take_step(loader, model, batches):
         print("  ".join(f"{name} {x:.4g}" for name, x in row.items()), flush=True)
     return total
 
-# -----------------------------------------------------------------------------
-# Phases: each a run directory, begun from another one or from a published model
+# --- Phases: each a run directory, begun from another or a published one -----
 # They are measured before and after by several answers to each held-out problem.
 
 def pass_at_k(n, c, k): return 1 - math.comb(n - c, k) / math.comb(n, k)  # c of n right; 2107.03374
@@ -505,8 +498,7 @@ def phase(o):
     save_model(model, run)
     measure(chat, o, "after", model if o.command == "reward" else None)
 
-# -----------------------------------------------------------------------------
-# Settings, the lesson, and the command line
+# --- Settings, the lesson, and the command line ------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class AlignConfig(TrainConfig):
@@ -559,7 +551,6 @@ def settle(command, given):  # -> AlignConfig
     for key in ("all", command, f"{command} {name}", kind): row |= ROWS.get(key, {})
     if command == "rl": row |= ADVANTAGES.get(given.get("method", "grpo"), (0, {}))[1]
     return AlignConfig(**{**row, "max_tokens": task.max_tokens, **given})
-
 LESSON = dict(  # run: its command, what it begins from, its settings if not the usual
     base=("sft", None, dict(task="text", steps=250)), sft=("sft", "base", {}),
     dpo=("dpo", "sft", {}), grpo=("rl", "sft", {}), from_base=("rl", "base", dict(steps=10)))

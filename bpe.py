@@ -48,7 +48,7 @@ BYTES = [bytes([i]) for i in range(256)]   # the first 256 tokens of everything 
 BLOCK = 1 << 19         # characters that are split and encoded at once [our choice]
 CACHE_SIZE = 1 << 18    # pre-tokens whose ids are remembered [our choice]
 
-# -----------------------------------------------------------------------------
+# --- Tools for everyone ------------------------------------------------------
 # Tools for everyone, since this file imports none of the others: to tell a user what is wrong, to
 # write a file, to use all cores.
 class UserError(SystemExit):
@@ -59,7 +59,6 @@ class UserError(SystemExit):
         print(message, file=sys.stderr)
     def __reduce__(self):   # on its way from a worker, which printed it: no second __init__
         return UserError.__new__, (UserError, str(self))
-
 DISK_ERRORS = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO "
                "ENOTDIR ENOENT EISDIR EEXIST ENAMETOOLONG".split()}
 @contextmanager
@@ -84,13 +83,11 @@ def atomic_write(path, mode: str = "wb"):
                         "in it; give another path or free some space") from error
     finally:   # after Ctrl-C too
         with suppress(OSError): temp.unlink()
-
 def run_job(function, *job): return function(*run_job.shared, *job)
 def start_worker(*shared):   # a worker whose parent was killed would wait for a job for ever
     run_job.shared = shared
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
                      daemon=True).start()
-
 def parallel_map(function, jobs, workers=None, shared=()):
     """Yields function(*shared, *job) for each job, in order, from `workers` processes (default: one
     a core; one is this process), which get `shared` once. Takes jobs as it needs them."""
@@ -113,7 +110,7 @@ def parallel_map(function, jobs, workers=None, shared=()):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         pool.shutdown(cancel_futures=True)
 
-# -----------------------------------------------------------------------------
+# --- Special tokens, pre-tokens ----------------------------------------------
 # Special tokens are cut out of a text first, and the rest is cut into pre-tokens.
 # Without pre-tokens "dog." "dog!" "dog?" would each become a token. The price: no token spans two
 # words, and since a space belongs to the word after it, "hello" and " hello" differ.
@@ -133,14 +130,12 @@ SPLIT_PATTERNS = {
              + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "chars": r"[\s\S]",
 }
-
 def split_words(text: str, pattern="gpt2") -> list:
     """"it's 42 dogs" -> ["it", "'s", " 42", " dogs"]. pattern=None: all of it is one pre-token."""
     if pattern is None: return [text]
     if pattern not in SPLIT_PATTERNS:
         raise UserError(f"pattern: got {pattern!r}; wanted one of {', '.join(SPLIT_PATTERNS)}")
     return regex.findall(SPLIT_PATTERNS[pattern], text)
-
 def special_splitter(special_tokens):
     """A pattern whose split() gives [text, special, text, ..., text]: the odd ones are special."""
     for special in special_tokens:
@@ -149,14 +144,13 @@ def special_splitter(special_tokens):
     longest_first = sorted(special_tokens, key=len, reverse=True)   # or "<a>" hides "<a><b>"
     return regex.compile(f"({'|'.join(map(regex.escape, longest_first)) or '(?!)'})")
 
-# -----------------------------------------------------------------------------
+# --- Training, as one would say it -------------------------------------------
 # Training as one would say it: count the pairs, merge the most frequent one, again. Bytes read as
 # latin-1 are the ids before any merge, a pair is a str of two, and str.replace merges it.
 def latin(word: str) -> str: return word.encode().decode("latin-1")
 def neighbours(word: str): return map(add, word, word[1:])   # "abc" -> "ab", "bc"
 def vocab_of(merges, special_tokens) -> dict:
     return dict(enumerate([*BYTES, *map(b"".join, merges), *map(str.encode, special_tokens)]))
-
 def train_reference(text: str, vocab_size: int, special_tokens, pattern="gpt2"):
     """BPE in twenty lines. -> vocab {id: bytes}, merges [(bytes, bytes), ...], as from `train`."""
     tokens, merges, specials = list(BYTES), [], dict.fromkeys(special_tokens)
@@ -173,13 +167,12 @@ def train_reference(text: str, vocab_size: int, special_tokens, pattern="gpt2"):
         tokens.append(b"".join(merges[-1]))
     return vocab_of(merges, specials), merges
 
-# -----------------------------------------------------------------------------
+# --- Training, fast ----------------------------------------------------------
 # Training, fast. In the order of what each idea saves: equal pre-tokens are counted once; an index
 # says which words hold a pair, and only their counts change; the most frequent pair comes from a
 # heap. What is left is the splitting, which all cores share: for that, a file is cut into blocks.
 # Between a letter or digit and white space or one of these signs: no pattern's match holds both
 CUT = r"(?<=[^\W_])(?=[\s,.;:!?\u3001\u3002\uff0c])"
-
 def blocks(texts, special_tokens):
     """Joins texts and cuts them anew, about BLOCK characters each, where it changes no id: at a CUT
     that is not in what may become a special token (`heads` are the beginnings of these)."""
@@ -197,7 +190,6 @@ def blocks(texts, special_tokens):
         held, length = [text[start:]], len(text) - start
         wanted = max(BLOCK, 2 * length)   # with nowhere to cut: look again at twice that
     yield "".join(held)
-
 def read_blocks(path, special_tokens, end=None):
     """Yields the blocks of a file, or of its first `end` bytes; what is not UTF-8 reads U+FFFD."""
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
@@ -267,7 +259,6 @@ def learn_merges(word_counts: dict, n_merges: int) -> list:
 def count_words(special_tokens, pattern: str, text: str) -> Counter:
     parts = special_splitter(special_tokens).split(text)[0::2]
     return Counter(chain.from_iterable(split_words(part, pattern) for part in parts))
-
 def train(path, vocab_size: int, special_tokens=(EOT,), pattern: str = "gpt2", workers=None,
           max_bytes=None):
     """Learns BPE from a text file, or from its first max_bytes -> vocab {id: bytes}: the 256 bytes,
@@ -285,7 +276,7 @@ def train(path, vocab_size: int, special_tokens=(EOT,), pattern: str = "gpt2", w
     if len(merges) < n_merges: print(f"{path} ran out of pairs after {len(merges)} merges")
     return vocab_of(merges, specials), merges
 
-# -----------------------------------------------------------------------------
+# --- What models use ---------------------------------------------------------
 # What models use. Encoding replays the merges in the order of learning, which is neither the
 # longest match nor one pass over the text: counts of the training text decide how a word is cut.
 # A str is a sequence of code points (ord, chr: 1,114,112 are possible), a file one of bytes. UTF-8
@@ -403,11 +394,10 @@ class CharTokenizer(Tokenizer):
         specials = list(dict.fromkeys([*special_tokens, UNK]))
         vocab = dict(enumerate(char.encode() for char in sorted(set(chars) - set(specials))))
         super().__init__(vocab, (), specials, pattern, unk=UNK)
-
 def ratio(tokenizer, text: str) -> float:   # bytes per token
     return len(text.encode("utf-8", "surrogatepass")) / max(1, len(tokenizer.encode(text)))
 
-# -----------------------------------------------------------------------------
+# --- Files, ours and others' -------------------------------------------------
 # Files, ours and others'. JSON holds text, so tokens are spelled by GPT-2's map of bytes: the 188
 # that print stand for themselves, the other 68 for the code points from 256 up, a space for U+0120.
 BYTE_CHARS = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
@@ -415,11 +405,9 @@ for b in range(256): BYTE_CHARS.setdefault(b, chr(256 + len(BYTE_CHARS) - 188))
 CHAR_BYTES = {char: b for b, char in BYTE_CHARS.items()}
 def spell(token: bytes) -> str: return "".join(BYTE_CHARS[b] for b in token)
 def unspell(text: str) -> bytes: return bytes(CHAR_BYTES[char] for char in text)
-
 LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
 RULES = {name: [dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False),
                 LEVEL] for name, pattern in SPLIT_PATTERNS.items()}   # as tokenizer.json says it
-
 def to_json(tokenizer) -> str:
     """Hugging Face's format, and its `tokenizers` gives the same ids, unless the tokens are
     words. It holds all that decides ids."""
@@ -442,11 +430,9 @@ def to_json(tokenizer) -> str:
         "version": "1.0", "added_tokens": added, "model": model, "pre_tokenizer": pre,
         "normalizer": tokenizer.normalizer and {"type": tokenizer.normalizer},
         "decoder": {"type": "Fuse"} if unk else LEVEL}, ensure_ascii=False, indent=1) + "\n"
-
 # With these a tokenizer.json asks for what we do not do: our ids would not be its own
 REFUSED = """truncation padding dropout continuing_subword_prefix end_of_word_suffix byte_fallback
              lstrip rstrip single_word""".split()
-
 def from_json(spec: dict):
     """Characters, as we write them, or byte-level BPE. A post_processor, which puts special tokens
     around a text, is left out."""
@@ -470,7 +456,6 @@ def from_json(spec: dict):
     return Tokenizer(vocab, [map(unspell, pair) for pair in merges], specials, pattern,
                      normalizer["type"], model.get("ignore_merges", False),
                      None if pre else model["unk_token"])
-
 def from_gpt2(path):
     """GPT-2's merges.txt, and vocab.json beside it: tokens that no merge makes are special."""
     vocab = json.loads(path.with_name("vocab.json").read_bytes())
@@ -480,14 +465,12 @@ def from_gpt2(path):
     added = [{"content": text, "id": i} for text, i in vocab.items() if text not in made]
     return from_json({"model": {"type": "BPE", "vocab": vocab, "merges": merges},
                       "added_tokens": added, "pre_tokenizer": LEVEL | {"use_regex": True}})
-
 # What tiktoken's files do not say: the pattern and the special tokens
 RANK_FILES = {
     "gpt2": ("gpt2", {EOT: 50256}), "r50k_base": ("gpt2", {EOT: 50256}),
     "cl100k_base": ("cl100k", {EOT: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
                                "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}),
     "o200k_base": ("o200k", {EOT: 199999, "<|endofprompt|>": 200018})}
-
 def to_ranks(tokenizer) -> str:
     """tiktoken's file: a line for each token that is not special: base64, and its id, its rank."""
     vocab, specials = tokenizer.vocab, tokenizer.special_tokens.values()
@@ -495,7 +478,6 @@ def to_ranks(tokenizer) -> str:
     if [token for token in plain.values() if len(token) > 1] != [*map(b"".join, tokenizer.merges)]:
         raise UserError("ranks: got ids in another order than merges; write a tokenizer.json")
     return "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in plain.items())
-
 def from_ranks(path, pattern, special_tokens):
     """A rank says which merge is first, but not of which two tokens: those that are left of a token
     when all merges before it are done."""
@@ -514,12 +496,10 @@ def from_ranks(path, pattern, special_tokens):
             merges.append([vocab[ord(part)] for part in parts])
     vocab |= {i: text.encode() for text, i in specials.items()}
     return Tokenizer(vocab, merges, specials, pattern or usual, ignore_merges=True)
-
 def tokenizer_file(path) -> Path:
     """`path`, or tokenizer.json in it if it is a folder (what has no suffix is one)."""
     path = Path(path)
     return path if path.is_file() or path.suffix and not path.is_dir() else path / "tokenizer.json"
-
 def load_tokenizer(path, pattern=None, special_tokens=None):
     """A file, or a folder of it: tokenizer.json (ours or Hugging Face's), GPT-2's vocab.json and
     merges.txt, or tiktoken's ranks, which say neither `pattern`, a row of SPLIT_PATTERNS, nor
@@ -537,13 +517,11 @@ def load_tokenizer(path, pattern=None, special_tokens=None):
                         "tokenizer.json of byte-level BPE, GPT-2's vocab.json and merges.txt, or a "
                         ".tiktoken file; make one: python bpe.py train FILE") from None
 
-# -----------------------------------------------------------------------------
-# A page to look at, the lesson, and a stopwatch
+# --- A page to look at, the lesson, and a stopwatch --------------------------
 COLOURS = "fbb4ae b3cde3 ccebc5 decbe4 fed9a6 ffffcc".split()   # Brewer's Pastel1
 PAGE = """<!doctype html><meta charset="utf-8"><title>Tokens</title><style>
 body { font: 16px/2 monospace; margin: 2em; white-space: pre-wrap } h2 { font-size: 1em; margin: 0 }
 i { font-style: normal } i:hover { outline: 2px solid }</style>"""
-
 def show(tokenizers: dict, text: str) -> str:
     """Prints a text in tokens with their ids, one tokenizer below the other. -> an HTML page of the
     same, where hovering a token tells its id, its bytes, and its rank, which merge it is."""
@@ -565,12 +543,10 @@ def show(tokenizers: dict, text: str) -> str:
             for row, what in zip(rows, (word, i)): row.append(cell.format(what))
         print(title, ("" if colour else "|").join(rows[0]), " ".join(rows[1]), sep="\n   ")
     return page
-
 def library(folder) -> str:   # a text that every machine has: half of Python's library
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[1::2]
     Path(folder, "text.txt").write_bytes(EOT.encode().join(file.read_bytes() for file in files))
     return f"{folder}/text.txt"
-
 def lesson(path):
     text, cat = "Hello, \U0001F30D! \u4f60\u597d!", "the cat in the hat"   # a globe, Chinese
     words = CharTokenizer(split_words(text), [], "gpt2")
@@ -593,7 +569,6 @@ def lesson(path):
         show({repr(some): tokenizer}, some)
     print(f"{len(text):,d} characters, encoded and decoded, come back unchanged:",
           tokenizer.decode(tokenizer.encode(text)) == text)
-
 def bench(path, vocab_size: int, folder):   # cold: before the words of the text were met
     def timed(what, function, *args):
         start = time.perf_counter()
@@ -604,7 +579,6 @@ def bench(path, vocab_size: int, folder):   # cold: before the words of the text
     timed("encode_file, all cores", Tokenizer(*learned).encode_file, path, f"{folder}/ids")
     tokenizer, text = Tokenizer(*learned), Path(path).read_text(encoding="utf-8", errors="replace")
     for what in "encode, cold", "encode, warm": timed(what, tokenizer.encode, text)
-
 KINDS = "tokenizer.json, GPT-2's vocab.json, a .tiktoken file of a known name, or their folder"
 OPTIONS = {
     "path": dict(nargs="?", help="text file in UTF-8, its documents separated by " + EOT
@@ -624,7 +598,6 @@ COMMANDS = {"train": ("learn BPE from a text file", "path --vocab_size --pattern
             "decode": ("print the text of some ids", "tokenizer ids"),
             "show": ("print a text in coloured tokens, with their ids", "text --tokenizer --html"),
             "bench": ("time training and encoding", "path --vocab_size")}
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Tokenizers. Without a command: the lesson.")
     commands = parser.add_subparsers(dest="command")
@@ -666,5 +639,4 @@ def main(args):
         with tempfile.TemporaryDirectory() as folder: run(args, folder)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; nothing was written") from None
-
 if __name__ == "__main__": main(build_parser().parse_args())

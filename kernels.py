@@ -47,8 +47,7 @@ try:
 except ImportError:  # a Mac, Windows: every operation has its path in torch
     triton, jit, constexpr, INTERPRET = None, lambda function: function, None, False
 
-# -----------------------------------------------------------------------------
-# DEVICES: the one table of peak rates and bandwidths
+# --- DEVICES: the one table of peak rates and bandwidths ---------------------
 # Keyed by what torch.cuda.get_device_name says, or a part of it; of several that fit, the longest
 # counts. Dense rates (datasheets also print twice that, "with sparsity"), accumulated in fp32.
 # Bandwidths are those of the main memory.
@@ -61,23 +60,19 @@ DEVICES = {
     "H100": (989e12, 67e12, 3.35e12), "H100 PCIe": (756e12, 51e12, 2.0e12),
     "H100 NVL": (835e12, 60e12, 3.9e12), "H200": (989e12, 67e12, 4.8e12),
     "B200": (2250e12, 75e12, 8.0e12)}
-
 def device_row(name):
     """(bf16 FLOP/s, fp32 FLOP/s, bytes/s) of a device by its reported name, or None."""
     words = set(name.replace("-", " ").split())
     fits = [key for key in DEVICES if key in name and key.replace("-", " ").split()[0] in words]
     return DEVICES[max(fits, key=len)] if fits and "MIG" not in name else None  # a part of a GPU
-
 def device_name(device):  # what to call a device in a log: the GPU's name, or the processor's
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     if device.type == "mps": return "Apple GPU"
     info = Path("/proc/cpuinfo")  # on Linux
     model = re.search(r"model name\s*: (.*)", info.read_text() if info.is_file() else "")
     return f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores"
-
 def synchronize(device):  # waits for its queue: else a timer sees how fast work is handed over
     if device.type != "cpu": getattr(torch, device.type).synchronize()
-
 def seconds(run, device, repeats=5):  # median time of run() in seconds, after one call to warm up
     times = []
     for _ in range(repeats + 1):
@@ -87,7 +82,6 @@ def seconds(run, device, repeats=5):  # median time of run() in seconds, after o
         synchronize(device)
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[repeats // 2]
-
 def peak_flops_per_s(device, dtype):
     """(FLOP/s, where it is from): the datasheet's dense peak for 16-bit numbers, or else what an
     (n, n) product reaches now (float32 on a GPU may or may not use its tensor cores)."""
@@ -96,13 +90,12 @@ def peak_flops_per_s(device, dtype):
     n = 1024 if device.type == "cpu" else 4096
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n ** 3 / seconds(lambda: a @ b, device), f"measured: {n} x {n} product"
-
 def roofline_s(flops, n_bytes, peak, bandwidth):
     """(seconds at least, "arithmetic" or "memory", whichever binds)."""
     arithmetic, memory = flops / peak, n_bytes / bandwidth
     return max(arithmetic, memory), "arithmetic" if arithmetic >= memory else "memory"
 
-# -----------------------------------------------------------------------------
+# --- Choices that decide more than most kernels ------------------------------
 # Choices that decide more than most kernels: a number format that the device has units for, memory
 # that is used again. And which path: every operation here has a torch form, and some a kernel.
 
@@ -113,7 +106,6 @@ def fastest_dtype(device):
     else: fast = device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in (
         "_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return torch.bfloat16 if fast else torch.float32
-
 def keep_freed_memory():
     """Asks malloc (glibc's) not to return freed memory to the system. Else each large tensor is new
     memory, zeroed page by page: a loss over (4096, 2048) logits took 48 ms, now 16 [measured]."""
@@ -134,12 +126,10 @@ def choose(name, x, ok=True):
         print(f"kernels: {name} by {'triton' if ok else 'torch'}", file=sys.stderr)
         SAID.add((name, bool(ok)))
     return ok
-
 # rows and columns of tiles, warps, stages [our choice, not yet measured: `bench --tune` measures].
 # None spills registers on sm_90 [compiled, Triton 3.6]. "wide": of rows of more than 128 numbers.
 CONFIGS = {"attention": (128, 64, 8, 3), "attention wide": (128, 32, 8, 2), "dq": (128, 64, 8, 2),
            "dq wide": (64, 32, 8, 2), "dkv": (64, 64, 8, 2), "dkv wide": (32, 64, 8, 2)}
-
 def tile(name, x):
     """Rows, columns and other options of a kernel's tiles for x; 16 by 16 in the interpreter."""
     rows, columns, warps, stages = CONFIGS[name + " wide" * (x.shape[-1] > 128)]
@@ -147,11 +137,9 @@ def tile(name, x):
     if INTERPRET: rows = columns = 16
     return rows, columns, dict(num_warps=warps, num_stages=stages)
 def room(D): return max(16, 1 << (D - 1).bit_length())  # a power of two that tl.dot takes
-
 def flag(default, help, of=""):
     """A dataclass field that knows what --help says of it, and which letters read it (any: "")."""
     return dataclasses.field(default=default, metadata={"help": help, "of": of})
-
 def add_fields(parser, config_class, recipes):
     """One flag per field of a dataclass; `none` spells None. What is not given stays out of the
     namespace, so that it can be told from a default. The help shows the default of each recipe."""
@@ -171,27 +159,23 @@ def add_fields(parser, config_class, recipes):
         group.add_argument(f"--{f.name}", type=parse, default=argparse.SUPPRESS, **bare,
                            metavar=kind.__name__, help=f"{f.metadata['help']} (default: {default})")
 
-# -----------------------------------------------------------------------------
-# Operations of a model: each as its definition says (`x_reference`), then as it is fast
+# --- Operations of a model: as defined (`x_reference`), then as it is fast ---
 
 def up(x): return x.to(torch.promote_types(x.dtype, torch.float32))  # at least float32
 def softmax(x, dim=-1):
     """exp(x) / sum exp(x). Subtracting the maximum changes nothing but that exp cannot overflow."""
     e = torch.exp(up(x) - up(x).amax(dim, keepdim=True))
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
-
 def cross_entropy_reference(logits, targets):
     """(..., V), (...) -> (...) nats per target, 0 where the target is -1. Never log(softmax(z)): a
     probability that underflows to zero would make the loss infinite."""
     z = up(logits)
     nats = z.logsumexp(-1) - z.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
     return torch.where(targets >= 0, nats, 0.0)
-
 def logits_of(x, weight, cap=None):
     """(..., D) @ (D, V) -> (..., V), soft-capped to (-cap, cap) if a cap is given."""
     z = F.linear(x, weight.to(x.dtype))
     return z if cap is None else cap * torch.tanh(z / cap)
-
 LOGITS = 2 ** 27  # numbers: half a gigabyte in float32 [our choice]
 def linear_cross_entropy(x, weight, targets, cap=None):
     """The loss from the stream (B, T, D) and the head (V, D). Of logits beyond LOGITS only a part
@@ -203,12 +187,10 @@ def linear_cross_entropy(x, weight, targets, cap=None):
     if len(flat) <= rows: return nats(flat, targets.flatten()).view_as(targets)
     parts = zip(flat.split(rows), targets.flatten().split(rows))
     return torch.cat([checkpoint(nats, *p, use_reentrant=False) for p in parts]).view_as(targets)
-
 def fresh(*shape, std):
     """A parameter drawn from a normal distribution cut at three standard deviations."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std, a=-3 * std, b=3 * std)
                         if std else torch.zeros(*shape))
-
 class Linear(nn.Module):
     """y = x W^T + b. Glorot's std keeps the variance of x, and of gradients, near what it was."""
     def __init__(self, d_in, d_out, bias=False, std=None):
@@ -240,7 +222,6 @@ class RMSNorm(nn.Module):
         y = up(x)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)  # eps inside the root
         return y.to(x.dtype) * self.weight.to(x.dtype)  # cast, then scale: as Llama does
-
 class LayerNorm(RMSNorm):
     def __init__(self, d, eps, bias=True):
         super().__init__(d, eps)
@@ -248,7 +229,6 @@ class LayerNorm(RMSNorm):
     def forward(self, x):
         y = super().forward(up(x) - up(x).mean(-1, keepdim=True)).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
-
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 def norm_of(cfg): return NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
 def attention_reference(q, k, v, mask=None):
@@ -261,7 +241,6 @@ def attention_reference(q, k, v, mask=None):
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # ... @ (B,H,Dh,S) -> (B,H,T,S)
     scores = scores.masked_fill(~mask, float("-inf"))  # before the softmax, which then renormalises
     return softmax(scores) @ v  # (B,H,T,S) @ (B,H,S,Dh) -> (B,H,T,Dh)
-
 def fused(q, v, p): return choose("attention", q, not p and q.shape[-1] == v.shape[-1] <= 256)
 def attention(q, k, v, mask=None, dropout=0.0):
     """The same from a kernel or torch's fused call, which need not write the (T, S) matrix."""
@@ -274,8 +253,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None,
                                           enable_gqa=gqa)[..., :d_v]
 
-# -----------------------------------------------------------------------------
-# FlashAttention-2 (2307.08691)
+# --- FlashAttention-2 (2307.08691) -------------------------------------------
 # The (T, S) scores of attention are 2 T S numbers to write and to read, and nobody wants them. So a
 # program holds a tile of queries on the chip and passes over keys and values in tiles, with a
 # running maximum m and sum l per row: when m rises, what was summed before shrinks by exp(m - m').
@@ -289,7 +267,6 @@ def load(at, rows, ok, D: constexpr, BD: constexpr):
     """Rows of D numbers at their offsets, in BD columns; zeros beyond D, and where not ok."""
     d = tl.arange(0, BD)
     return tl.load(at + (rows[:, None] + d[None, :]), ok[:, None] & (d[None, :] < D), 0.0)
-
 @jit
 def spans(first, last, T, KEYS: constexpr, CAUSAL: constexpr, WINDOW: constexpr, B: constexpr):
     """What is seen from queries at first..last, or who sees the KEYS there, of 0..T-1 in blocks of
@@ -364,7 +341,6 @@ def launch(name, held, lse, delta, out, *how):
     attention_pass[(triton.cdiv(T, BM), B * h)](
         *held, *out, lse, delta, *strides, h, T, D ** -0.5, name == "attention", name == "dkv",
         groups, D, room(D), *how, BM, BN, **options)
-
 class FlashAttention(torch.autograd.Function):
     """q (B, H, T, D), k, v (B, Hkv, T, D), causal, window -> (B, H, T, D)."""
     @staticmethod
@@ -384,8 +360,7 @@ class FlashAttention(torch.autograd.Function):
         launch("dq", (q, dout, k, v), lse, delta, (dq, None), *ctx.how)
         return dq, dk, dv, None, None
 
-# -----------------------------------------------------------------------------
-# Positions, masks, context and caches
+# --- Positions, masks, context and caches ------------------------------------
 # Attention sees a set: only the causal mask tells order. Else a token's place is added to its
 # vector, or RoPE turns pairs of features of queries and keys by it: the product of two turned
 # vectors depends on the difference of their angles, the distance, alone. pos (B, T) counts in a
@@ -397,7 +372,6 @@ def sinusoid(pos, d):
     between them (1706.03762, 3.5)."""
     angle = pos[..., None] * 1e4 ** (-torch.arange(0, d, 2, device=pos.device) / d)  # (B, T, d/2)
     return torch.cat((angle.sin(), angle.cos()), -1)
-
 def rope_tables(pos, d_head, theta, factor=None, context=None):
     """(B, T) -> cos, sin (B, 1, T, Dh/2) in float32: bf16 cannot tell position 256 from 257."""
     freq = 1 / theta ** (torch.arange(0, d_head, 2, device=pos.device) / d_head)
@@ -406,11 +380,9 @@ def rope_tables(pos, d_head, theta, factor=None, context=None):
         freq = (1 - keep) * freq / factor + keep * freq
     angle = pos[:, None, :, None] * freq
     return angle.cos(), angle.sin()
-
 def documents(pos):
     """Numbers the documents of each row, (B, T) -> (B, T): [0 1 2 0 1] -> [1 1 1 2 2]."""
     return (pos == 0).cumsum(-1)
-
 def visible(q_pos, q_doc, k_pos, k_doc, window=None):
     """Which keys a query may see, (B, 1, T) and (B, 1, S) -> (B, 1, T, S) bool: those of its
     document, not later, fewer than `window` steps back (so `window` keys, itself included). Padding
@@ -419,16 +391,13 @@ def visible(q_pos, q_doc, k_pos, k_doc, window=None):
     ok = (gap >= 0) & (q_doc[..., None] == k_doc[..., None, :])
     ok &= (q_pos < 0)[..., None] == (k_pos < 0)[..., None, :]
     return ok if window is None else ok & (gap < window)
-
 def blocks(T, window):
     """Local attention in blocks of `window` queries a..b, which see keys c..b, their own block and
     the one before: 2 w T pairs, not T^2. One if T is too short to gain [measured on a CPU]."""
     if window is None or T < max(4 * window, 256): return [(0, T, 0)]
     return [(a, min(T, a + window), max(0, a - window)) for a in range(0, T, window)]
-
 def take(x, index):  # (B, S, ...), (B, T) -> (B, T, ...)
     return x[torch.arange(len(x), device=x.device)[:, None], index]
-
 class Context:
     """What a mixer must know besides x, made once per forward: tokens and pos (B, T), RoPE's
     tables, masks by window. If every row counts from 0 (`plain`), one row's serve all."""
@@ -505,7 +474,6 @@ class KVCache:
             f"cannot keep {n} of {self.n} tokens: the first {self.lost} are overwritten"
         self.columns[3][:, :, torch.arange(n, self.n) % self.size] = -1  # in no document: unseen
         self.n = n
-
 class StateCache:
     """What a recurrence keeps of the past: a slot of tensors that do not grow. It cannot be run
     backwards, so the slots after the last few updates are kept as snapshots to return to."""
@@ -521,8 +489,7 @@ class StateCache:
         assert kept and kept[-1][0] == n, f"no snapshot at {n}, only {[s[0] for s in self.saved]}"
         self.saved = kept
 
-# -----------------------------------------------------------------------------
-# Memories of a fixed size: one recurrence, in chunks
+# --- Memories of a fixed size: one recurrence, in chunks ---------------------
 # Linear attention, state space models and the delta rule are a matrix that decays and is written
 # to, one key and value after the other. Token by token that is T small steps, bound by memory. In
 # chunks of C tokens it is products of matrices: C^2 within a chunk, one step from chunk to chunk.
@@ -542,7 +509,6 @@ def scan_reference(q, k, v, log_a, b, pos, S):
         S = torch.where(p < 0, S, old + k[..., None] * w)
         out.append((q[..., None, :] @ S).squeeze(-2))
     return torch.stack(out, 2), S
-
 def scan(q, k, v, log_a, b, pos, S):
     """The same in chunks. Unrolled from the chunk's first state S_0, with g_ti = a_{i+1} ... a_t,
         S_t = g_t0 S_0 + sum_{i <= t} g_ti k_i w_i^T
@@ -572,7 +538,6 @@ def scan(q, k, v, log_a, b, pos, S):
         out.append(q @ S + qk @ w)  # (B,H,C,N) @ (B,H,N,Dv) + (B,H,C,C) @ (B,H,C,Dv)
         S = a * S + k_T @ w  # (B,H,N,C) @ (B,H,C,Dv) -> (B,H,N,Dv)
     return torch.cat(out, 2)[:, :, :T].to(dtype), S
-
 def short_conv(x, weight, pos, tail):
     """silu(sum_i weight_i x_{t-i}) for each channel, x (B, T, C), weight (W, C), tail (B, W-1, C)
     what came before -> the same shape, and the next tail. Padding stands last in x (packed)."""
@@ -582,7 +547,6 @@ def short_conv(x, weight, pos, tail):
             for i in range(W))
     last = (pos >= 0).sum(1, keepdim=True) + torch.arange(W - 1, device=x.device)
     return F.silu(y), take(past, last)
-
 def implicit_filter(layers, S, seq_len):
     """Hyena's h (S, D), what a token adds to those 0..S-1 places later: a small network of eight
     waves that tell the distance, under a window that decays. The slowest window falls to 1 % at
@@ -592,28 +556,24 @@ def implicit_filter(layers, S, seq_len):
     h = layers[0](torch.cat((t, angle.cos(), angle.sin()), -1).to(layers[0].weight.dtype))
     for layer in layers[1:]: h = layer(h.sin())
     return h * torch.exp(-4.6 * t * torch.linspace(1, 10, h.shape[1], device=t.device))
-
 def long_conv_reference(u, h, pos, doc, u_pos, u_doc):
     """y_t = sum_s h[t - s] u_s over the places s that t may see (as for `visible`): u (B, S, D),
     h (S, D) -> (B, T, D), by T S D multiplications."""
     mask, gap = visible(pos, doc, u_pos, u_doc)[:, 0], pos[:, 0, :, None] - u_pos
     return torch.stack([torch.where(m[..., None], h[g.clamp(0, len(h) - 1)] * u, 0.0).sum(1)
                         for m, g in zip(mask.unbind(1), gap.unbind(1))], 1)
-
 def long_conv(u, h):
     """The same for one document: a convolution is a product of spectra, at T log T. Zeros up to 2T
     keep the end of the circle from reaching its beginning."""
     n = 2 * u.shape[1]
     return torch.fft.irfft(torch.fft.rfft(u, n, 1) * torch.fft.rfft(h, n, 0), n, 1)[:, :n // 2]
 
-# -----------------------------------------------------------------------------
-# The lesson and the bench: what an operation needs, at least, and what it takes
+# --- The lesson and the bench: what an operation needs, and what it takes ----
 
 def gelu_reference(x):
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). Written out, each of its nine operations
     reads one or two inputs from memory and writes its result there: 22 numbers per element."""
     return 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.044715 * x * x * x)))
-
 def work(new, gpu):
     """(name, its rows of CONFIGS, FLOPs, numbers that it must read or write, the operation): on
     (n, n) matrices, and as in a model with 16 heads of 128, 4 of keys, on T tokens."""
@@ -674,12 +634,10 @@ def table(args, rows):
         if args.profile:
             with torch.profiler.profile() as profile: run()
             print(profile.key_averages().table(f"self_{args.device}_time_total", row_limit=9))
-
 def main(args):
     table(args, work)
     print(f"on an H100 a product of bf16 matrices is bound by arithmetic from n = "
           f"{3 * DEVICES['H100'][0] / DEVICES['H100'][2]:.0f} on")
-
 def build_parser(what="what operations take on a device, beside what the roofline allows"):
     parser = argparse.ArgumentParser(description=f"Shows {what}.")
     parser.add_argument("what", nargs="?", choices=["lesson", "bench"], default="lesson",
@@ -691,6 +649,5 @@ def build_parser(what="what operations take on a device, beside what the rooflin
     parser.add_argument("--device", default=there[0], choices=there,
                         help="one of those that are here (default: %(default)s)")
     return parser
-
 if __name__ == "__main__":
     main(build_parser().parse_args())

@@ -46,8 +46,7 @@ from kernels import (CHUNK, NORMS, Context, Embedding, KVCache, Linear, RMSNorm,
                      long_conv_reference, merge, norm_of, project, scan, short_conv, sinusoid,
                      softmax, split, table, up, weights, writer)
 
-# -----------------------------------------------------------------------------
-# Configuration
+# --- Configuration -----------------------------------------------------------
 # One frozen dataclass is the vocabulary of this file, and its only validator. train.py makes a flag
 # of each field, named alike; letters behind a help text name the layers that read the field.
 
@@ -139,8 +138,7 @@ class ModelConfig:
 
 OF = {f.name: f.metadata["of"] for f in dataclasses.fields(ModelConfig)}
 
-# -----------------------------------------------------------------------------
-# Mixers: how a token reads from other tokens
+# --- Mixers: how a token reads from other tokens -----------------------------
 # Contract: __init__(cfg), forward(x, ctx, cache=None) -> y, new_cache(batch, size, device, dtype),
 # flops(T, S) -> {part: FLOPs}. A cache has n, update, next_pos and truncate.
 
@@ -157,7 +155,6 @@ class Mixer(nn.Module):
     def flops(self, T, S):
         (scores, values), out = self.pairs(T, S), 2 * T * weights(self.o_proj)
         return dict(qkv=2 * T * weights(self) - out, scores=scores, values=values, out=out)
-
 class Attention(Mixer):
     """MHA, MQA (1911.02150) or GQA (2305.13245) by n_kv_heads; over the whole past or, if local,
     the last cfg.window keys (2004.05150); not turned, it knows the order by its mask alone."""
@@ -180,7 +177,6 @@ class Attention(Mixer):
         y = (ctx.attend(q, k, v, self.window, c.dropout * self.training) if cache is None
              else attention(q, *cache.update(k, v, ctx.pos)))
         return self.o_proj(merge(y))
-
 class LatentAttention(Mixer):
     """MLA, DeepSeek-V2 (2405.04434): keys and values of all heads are projections of one latent c
     of R numbers, k = U c and v = W c, and RoPE turns a key of r = Dh/2 numbers that heads share.
@@ -254,7 +250,6 @@ class Recurrent(Mixer):
         P = -(-T // C) * C  # whole chunks
         return (2 * P * C * N * self.k_heads * (1 + self.delta),
                 2 * P * H * (C + N * (2 + self.delta)) * (self.d_v + self.extra))
-
 class LinearAttention(Recurrent):
     """Katharopoulos et al. 2020 (2006.16236): exp(q . k) becomes f(q) . f(k), f = elu + 1 > 0; so
     sum_s f(q) . f(k_s) v_s = S^T f(q) with S the sum of f(k_s) v_s^T. A column of ones beside v
@@ -264,7 +259,6 @@ class LinearAttention(Recurrent):
         v, log_a = F.pad(v, (0, 1), value=1.0), x.new_zeros(len(x), 1, x.shape[1])
         y, S = scan(F.elu(up(q)) + 1, F.elu(up(k)) + 1, v, log_a, None, pos, S)  # bf16 has no 1 + e
         return y[..., :-1] / y[..., -1:].clamp(min=1e-9), S  # padding may have seen nothing
-
 class StateSpace(Recurrent):
     """Mamba-2, Dao and Gu 2024 (2405.21060): the linear system S' = -A S + B x, seen at steps dt
     that a token chooses: a_t = exp(-dt A), written is dt x_t. Here x, B and C are v, k and q; heads
@@ -277,7 +271,6 @@ class StateSpace(Recurrent):
         dt = F.softplus(up(self.rate_proj(x)).mT + self.dt_bias[:, None])  # (B, H, T)
         y, S = scan(q, k, v * dt[..., None], -self.A_log.exp()[:, None] * dt, None, pos, S)
         return (y + self.D[:, None, None] * v).to(x.dtype), S
-
 class GatedDelta(Recurrent):
     """Gated DeltaNet, Yang et al. 2024 (2412.06464): decays as Mamba-2, but writes b_t (v_t - what
     the memory already answers to k_t), a step of gradient descent on |S^T k_t - v_t|^2 / 2: a new
@@ -289,7 +282,6 @@ class GatedDelta(Recurrent):
         q, k = F.normalize(up(q), dim=-1) * self.d_k ** -0.5, F.normalize(up(k), dim=-1)
         y, S = scan(q, k, v * b[..., None], log_a, b, pos, S)
         return y.to(x.dtype), S
-
 class Hyena(Recurrent):
     """Poli et al. 2023 (2302.10866), order 2: y = q * (h conv (k * v)), by FFT in T log T. The
     filter h is as long as the text but implicit, a function of the distance. Nothing sums up the
@@ -311,13 +303,11 @@ class Hyena(Recurrent):
         return q * (y[:, None] + self.skip * new).to(x.dtype), S
     def pairs(self, T, S):  # a batch shares the filter of S places; T of them are in qkv
         return 2 * (S - T) * weights(self.filter), 0
-
 MIXERS = {"A": Attention, "W": partial(Attention, local=True),
           "N": partial(Attention, turned=False), "M": LatentAttention,
           "L": LinearAttention, "D": GatedDelta, "S": StateSpace, "H": Hyena}
 
-# -----------------------------------------------------------------------------
-# FFNs: what a token does alone
+# --- FFNs: what a token does alone -------------------------------------------
 # Two matrices around a nonlinearity hold about two thirds of a layer's weights. The gated form
 # multiplies two projections; why it helps is open: "divine benevolence" (2002.05202, sec. 4).
 # Contract: forward(x) -> (y, aux), flops(T); aux may hold `loss`, to add, and `load` by expert.
@@ -335,7 +325,6 @@ class FFN(nn.Module):
         h = self.act(self.gate_proj(x)) * h if self.gate_proj else self.act(h)
         return self.down_proj(h), {}
     def flops(self, T): return {"ffn": 2 * T * weights(self)}
-
 class MoE(nn.Module):
     """A router sends each token to n_active of n_experts FFNs, whose outputs add up, weighted by
     the softmax of the chosen (Mixtral, 2401.04088); n_shared are always on. Left alone, it keeps to
@@ -370,21 +359,18 @@ class MoE(nn.Module):
         return torch.cat([expert(s)[0] for expert, s in zip(self.experts, slices)])
     def flops(self, T):
         return {"ffn": 2 * T * (weights(self) - weights(*self.experts[self.cfg.n_active:]))}
-
 gelu = partial(F.gelu, approximate="tanh")  # the form that GPT-2 was trained with
 FFNS = {"r": partial(FFN, act=F.relu), "u": partial(FFN, act=lambda x: F.relu(x).square()),
         "e": partial(FFN, act=gelu), "g": partial(FFN, act=gelu, gated=True),
         "s": partial(FFN, act=F.silu, gated=True)}
 FFNS["x"] = partial(MoE, ffn=FFNS["s"])
 
-# -----------------------------------------------------------------------------
-# Block and LM
+# --- Block and LM ------------------------------------------------------------
 
 ONE, TWO = "input_layernorm", "post_attention_layernorm"  # Llama's names; Gemma has two more
 PLACES = {"pre": (ONE, None, None, TWO, None, None), "post": (None, None, ONE, None, None, TWO),
           "sandwich": (ONE, TWO, None, "pre_feedforward_layernorm", "post_feedforward_layernorm",
                        None)}  # the norms a, b, c of the mixer, then of the FFN
-
 class Block(nn.Module):
     """One layer: twice x = c(x + b(f(a(x)))), with norms a (pre), a and b (sandwich) or c (post),
     which breaks the stream, so that its gradients need a warm-up (2002.04745)."""
@@ -460,11 +446,10 @@ class LM(nn.Module):
         total, sizes = Counter(), ((n.split("."), p.numel()) for n, p in self.named_parameters())
         for words, n in sizes: total[words[2] if words[0] == "layers" else words[0]] += n
         return dict(total)
-
 def meta_model(cfg):  # shapes without numbers: GPT-3 fits in a laptop
     with torch.device("meta"): return LM(cfg)
 
-# -----------------------------------------------------------------------------
+# --- Presets -----------------------------------------------------------------
 # Presets: architectures of the field as rows, without their sizes (n_kv_heads stands for theirs)
 
 PRESETS = {
@@ -489,7 +474,6 @@ PRESETS = {
     "hyena": dict(mixers="H", ffns="e", norm="layer", pos="none", bias=True),  # 2302.10866
     # of modded-nanogpt's records: QK-norm, ReLU^2, zero init, tables of tokens and of their pairs
     "modern": dict(ffns="u", qk_norm=True, zero_init=True, values=True, bigram=8192)}
-
 def fields_of(name, given):
     """{field: value}: what is given, over what some layer reads of a preset's row."""
     if name not in PRESETS:
@@ -500,8 +484,7 @@ def fields_of(name, given):
 def preset(name, **sizes):  # sizes, and any other field, override its row
     return ModelConfig(**fields_of(name, sizes))
 
-# -----------------------------------------------------------------------------
-# Run directories, and other people's models
+# --- Run directories, and other people's models ------------------------------
 # A run directory is a Hugging Face directory: config.json and safetensors files. A model of a known
 # family is written as that family, which transformers loads; one key more has the ModelConfig. The
 # table has, for both directions, a family's names of our fields and, unlike Llama's, our tensors.
@@ -526,7 +509,6 @@ def save_tensors(path, tensors, metadata={}):
     text += b" " * (-len(text) % 8)  # the numbers start at a multiple of eight bytes
     with atomic_write(path) as file:
         file.writelines([struct.pack("<Q", len(text)), text, *blobs])
-
 def read_tensors(path):
     """Yields the (name, tensor)s of a file, the first its metadata. Each has its own memory, free
     when it is let go. Damage is an error that names the file."""
@@ -551,11 +533,9 @@ def read_tensors(path):
     except (OSError, struct.error, ValueError, LookupError, TypeError, RuntimeError) as e:
         raise UserError(f"{path}: got {type(e).__name__}: {e}; wanted a whole safetensors file of "
                         f"{', '.join(DTYPES)}; check the path, or restore the file from a copy")
-
 def load_tensors(path):  # ({name: tensor}, metadata)
     tensors = dict(read_tensors(path))
     return tensors, tensors.pop("__metadata__")
-
 LLAMA = dict(vocab_size="vocab_size", seq_len="max_position_embeddings", d_model="hidden_size",
              n_layers="num_hidden_layers", n_heads="num_attention_heads", tie="tie_word_embeddings",
              n_kv_heads="num_key_value_heads", d_head="head_dim", d_ff="intermediate_size",
@@ -578,7 +558,6 @@ ROPE = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)  # as
 ONLY = dict(ROPE, type="llama3", hidden_act="silu", activation_function="gelu_new", mlp_bias=False,
              attention_bias=False, use_sliding_window=False, scale_attn_by_inverse_layer_idx=False,
              scale_attn_weights=True, quantization_config=None, partial_rotary_factor=1.0)
-
 def family(c):
     """(architecture, preset, keys, words) of a ModelConfig; what only training sees may differ."""
     plain = {f.name: f.default for f in dataclasses.fields(c)}
@@ -588,7 +567,6 @@ def family(c):
         if unlike <= {*row[1], "dropout", "init_std", "zero_init", "balance", "router_z"}:
             return architecture, *row
     return "LM", None, {}, {}
-
 def views(model):
     """{published name: [views of parameters, side by side]}: to fill a view fills its parameter.
     GPT-2 keeps Q, K and V in one matrix, and matrices as (in, out)."""
@@ -611,7 +589,6 @@ def save_model(model, directory):  # config.json and model.safetensors, whole or
     if scaling["factor"]: config["rope_scaling"] = {**ROPE, **scaling}
     with atomic_write(Path(directory) / "config.json", "w") as f: json.dump(config, f, indent=1)
     save_tensors(Path(directory) / "model.safetensors", published(model), {"format": "pt"})
-
 def load_state(model, pairs, where):
     """Copies (published name, tensor)s into a model; names a missing, surplus or odd-shaped one."""
     left, odd = views(model), []
@@ -625,7 +602,6 @@ def load_state(model, pairs, where):
     odd += [f"{name} missing (wanted {shape(parts)})" for name, parts in left.items()]
     if odd: raise UserError(f"{where}: got {', '.join(odd[:4])}, {len(odd)} in all; wanted what "
                             "config.json describes; check that the two belong together")
-
 def read_config(config):
     """The ModelConfig of a config.json. A key that asks for what we do not have is named."""
     if "model_config" in config: return ModelConfig(**config["model_config"])
@@ -643,7 +619,6 @@ def read_config(config):
     fields = {f: c[k] if f in must else c.get(k, getattr(ModelConfig, f)) for f, k in keys.items()}
     if "window" in keys: fields["mixers"] = "W" if fields["window"] else "A"  # null: no window
     return preset(name, **fields)
-
 def load_model(directory, device="cpu", dtype=torch.float32):
     """LM of a run directory or a published model, in eval mode; needs no second copy in memory."""
     read = lambda name: json.loads(p.read_text()) if (p := Path(directory, name)).is_file() else {}
@@ -664,8 +639,7 @@ def load_model(directory, device="cpu", dtype=torch.float32):
     load_state(model.to_empty(device=device), pairs, directory)  # no initial values are drawn
     return model.eval()
 
-# -----------------------------------------------------------------------------
-# The lesson: where parameters and FLOPs are. The bench: what a token costs as the text gets longer.
+# --- The lesson and the bench: parameters, FLOPs, and what a token costs -----
 # Layers and widths of GPT-2 (Radford et al. 2019, table 2), last of GPT-3 (2005.14165, table 2.1).
 SIZES = (12, 768), (24, 1024), (36, 1280), (48, 1600), (96, 12288)
 def lesson(T=2048):
@@ -680,7 +654,6 @@ def lesson(T=2048):
         print(f"{name:18s}{n:20,d}{sum(flops.values()):12.4e}", *(f"{x:6.2f}%" for x in share))
     print("A layer's matrices grow with d_model^2, scores and values with d_model, so that their\n"
           f"share falls. Scores and values take {sum(share[1:3]):.1f} % of the FLOPs at 175B")
-
 def layers(new, gpu):
     """Rows for kernels.table: forward and backward of a layer of d_model 256."""
     def row(letter, layer, T, *ctx):  # an FFN returns aux, too
@@ -694,7 +667,6 @@ def layers(new, gpu):
         for T in (1024, 4096, 16384):
             yield row(letter, kind(cfg), T, Context(cfg, new(1, T)))
     for letter in "sx": yield row(letter, FFNS[letter](ModelConfig(ffns=letter)), 4096)
-
 def main(args): table(args, layers) if args.what == "bench" else lesson()
 if __name__ == "__main__":
     main(build_parser("parameters and FLOPs of presets, by part; bench: layers").parse_args())

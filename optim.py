@@ -53,8 +53,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import Linear, seconds
 
-# -----------------------------------------------------------------------------
-# The ladder
+# --- The ladder --------------------------------------------------------------
 # One interface. An optimizer holds groups of parameters, each group a dict of hyperparameters, and
 # a dict of state tensors per parameter. A class says what it keeps and how one tensor moves; the
 # rest is shared. Hyperparameters are plain numbers, so that saving them is saving json.
@@ -97,19 +96,16 @@ class Optimizer:
             self.state[i][j][k] = int(x) if k == "t" else x.to(p.device)
 
 def same(x): return x.view_as(x)
-
 def kept(s, name, p):
     """The state tensor `name` of parameter p; zeros before its first use."""
     if name not in s: s[name] = torch.zeros_like(p)
     return s[name]
-
 class SGD(Optimizer):
     """The steepest way down. It converges while lr < 2 / (largest curvature), and then creeps along
     the flattest direction: the more steps, the larger the ratio of curvatures."""
     defaults = dict(lr=0.1)
     def update(self, p, g, s, h, lr):
         p.add_(g, alpha=-lr)
-
 class Momentum(Optimizer):
     """A heavy ball: noise averages out over 1 / (1 - beta) steps, and a steady slope adds up to
     1 / (1 - beta) times itself: lr must be as much smaller than that of an average."""
@@ -117,7 +113,6 @@ class Momentum(Optimizer):
     def update(self, p, g, s, h, lr):
         m = kept(s, "m", p).mul_(h["beta"]).add_(g)
         p.add_(m, alpha=-lr)
-
 class AdaGrad(Optimizer):
     """Each weight gets its own step, the smaller the larger its gradients were: rare features keep
     large steps. The sum never shrinks, so in a long run learning dies."""
@@ -125,14 +120,12 @@ class AdaGrad(Optimizer):
     def update(self, p, g, s, h, lr):
         v = kept(s, "v", p).addcmul_(g, g)
         p.addcdiv_(g, v.sqrt().add_(h["eps"]), value=-lr)
-
 class RMSProp(Optimizer):
     """AdaGrad that forgets: a moving average in place of the sum."""
     defaults = dict(lr=0.01, beta=0.99, eps=1e-8)
     def update(self, p, g, s, h, lr):
         v = kept(s, "v", p).mul_(h["beta"]).addcmul_(g, g, value=1 - h["beta"])
         p.addcdiv_(g, v.sqrt().add_(h["eps"]), value=-lr)
-
 class Adam(Optimizer):
     """RMSProp with momentum, both averages corrected for starting at zero. The first step is lr
     times the gradient's sign, whatever the units of the loss; lr bounds the later ones roughly."""
@@ -145,7 +138,6 @@ class Adam(Optimizer):
         denom = v.sqrt().div_(math.sqrt(1 - h["beta2"] ** t)).add_(h["eps"])
         u = back(torch.div(m, denom, out=denom))                      # algorithm 1 of 1412.6980
         p.sub_(u.mul_(lr / (1 - h["beta1"] ** t)))  # not by alpha: a shard rounds as the whole does
-
 class AdamW(Adam):
     """Adam with decoupled weight decay. Put into the gradient, decay would be divided by sqrt(v)
     and shrink quiet weights more than busy ones; outside, it pulls all alike (1711.05101; times lr,
@@ -155,20 +147,17 @@ class AdamW(Adam):
         p.mul_(1 - lr * h["weight_decay"])
         super().update(p, g, s, h, lr, *turn)
 
-# -----------------------------------------------------------------------------
-# Preconditioners that see a matrix
+# --- Preconditioners that see a matrix ---------------------------------------
 # The gradient G of a matrix W (m, n) has mn entries; a preconditioner for all pairs of them would
 # have (mn)^2. That of Shampoo is a Kronecker product of one for rows, (m, m), and one for columns,
 # (n, n): it costs products of matrices, not of vectors, and few of those. Only `matrix` groups are
 # treated so; tables and vectors are left to AdamW.
 
 def is_matrix(p, h): return p.ndim == 2 and h.get("role", "matrix") == "matrix"
-
 def take_factors(s, g, beta):
     """Into the averages L of G G^T (m, m) and R of G^T G (n, n) of a state."""
     for k, square in (("l", g @ g.mT), ("r", g.mT @ g)):
         s[k] = s[k].lerp_(square, 1 - beta) if k in s else square
-
 class Shampoo(AdamW):
     """Gupta et al. 2018 (1802.09568): W -= lr L^(-1/4) M R^(-1/4), with L the average of G G^T, R
     of G^T G. AdaGrad's square root of gradients' second moments, but of whole rows and columns. The
@@ -186,7 +175,6 @@ class Shampoo(AdamW):
         u = s["l_root"] @ m @ s["r_root"]  # (m,m) @ (m,n) @ (n,n)
         u.mul_(math.sqrt(u.numel()) / (u.norm() + h["eps"]))
         p.mul_(1 - lr * h["weight_decay"]).sub_(u, alpha=lr)
-
 class SOAP(AdamW):
     """Vyas et al. 2024 (2409.11321): Adam in the eigenbasis of Shampoo's factors, where the second
     moments are nearly diagonal, so that Adam's v describes them: G' = Ql^T G Qr. v stays fresh at
@@ -204,7 +192,6 @@ class SOAP(AdamW):
                 s[k + "_basis"] = torch.linalg.qr(s[k] @ s[k + "_basis"]).Q.contiguous()
         Ql, Qr = s["l_basis"], s["r_basis"]
         super().update(p, g, s, h, lr, lambda x: Ql.mT @ x @ Qr, lambda x: Ql @ x @ Qr.mT)
-
 # Five quintic polynomials whose composition maps (0.001, 1] to within 0.16 of 1: each the best for
 # the interval that the one before leaves. Amsel et al. 2025 (2505.16932), a margin of 2 % in them.
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -213,7 +200,6 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                  (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
                  (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan et al. 2024: one polynomial, repeated
-
 def orthogonalize(G, polynomials=POLAR_EXPRESS):
     """(..., m, n) -> U V^T of G = U S V^T, nearly: all singular values become about 1. An odd
     polynomial a X + b X X^T X + c (X X^T)^2 X acts on singular values alone, and needs products
@@ -224,7 +210,6 @@ def orthogonalize(G, polynomials=POLAR_EXPRESS):
         A = X @ X.mT
         X = a * X + (b * A + c * (A @ A)) @ X
     return X.mT if G.shape[-2] > G.shape[-1] else X
-
 class Muon(AdamW):
     """Jordan et al. 2024: the update is the average gradient with all singular values set to 1.
     That is Shampoo without memory, (G G^T)^(-1/4) G (G^T G)^(-1/4) = U V^T, and steepest descent if
@@ -246,12 +231,10 @@ class Muon(AdamW):
             U = self.orthogonalize(G.bfloat16() if half else G).to(G.dtype)  # (count, m, n)
             for (p, s), u in zip(some, U):
                 p.mul_(1 - lr * h["weight_decay"]).sub_(u, alpha=lr * max(1, m / n) ** 0.5)
-
 OPTIMIZERS = {"sgd": SGD, "momentum": Momentum, "adagrad": AdaGrad, "rmsprop": RMSProp,
               "adam": Adam, "adamw": AdamW, "shampoo": Shampoo, "soap": SOAP, "muon": Muon}
 
-# -----------------------------------------------------------------------------
-# Collectives, and the mesh of ranks
+# --- Collectives, and the mesh of ranks --------------------------------------
 # In a ring each rank sends to the next and receives from the one before, at once: no link idles.
 # reduce_scatter lets n parts travel, each growing by what every rank adds; all_gather lets finished
 # parts travel once more. Both return a function that waits. torch's are rings, too, of many links.
@@ -322,7 +305,6 @@ class Group:
 
 GROUPS = dict(world=(0, 1, 2, 3, 4), data=(0, 1, 3), dp=(0, 1), ep=(1,), copies=(0, 3), pp=(2,),
               back=(2,), cp=(3,), tp=(4,), stages=(0, 1, 2, 3), ends=(2,))
-
 class Mesh:
     """A Group for each row of GROUPS; `back` is for gradients, `ends` first and last stage."""
     def __init__(self, plan, ring=False):
@@ -337,7 +319,6 @@ class Mesh:
                 pg = dist.new_group(row) if len(row) > 1 else None  # all ranks make all groups
                 if me in row: setattr(self, name, Group(name, row, me, pg))
         self.first, self.last = self.pp.rank == 0, self.pp.rank == pp - 1
-
 def bench(rank, device="cpu"):
     """Times the collectives of all ranks by size: torch's, and then the rings."""
     g = Group("world", [*range(dist.get_world_size())], rank, None)
@@ -349,7 +330,6 @@ def bench(rank, device="cpu"):
             times = ", ".join(f"{name} {1e3 * seconds(partial(run, x), x.device):.3f} ms"
                               for name, run in runs.items())
             if g.rank == 0: print(f"{'rings' if g.own else 'torch'}{size:11,d} bytes: {times}")
-
 class Both(torch.autograd.Function):
     """x -> forward(x), whose gradient g -> backward(g): a collective and its mirror image."""
     @staticmethod
@@ -358,7 +338,6 @@ class Both(torch.autograd.Function):
         return forward(x)
     @staticmethod
     def backward(ctx, g): return ctx.mirror(g), None, None
-
 def pairs(g, dim=1):
     """{name: function of a tensor}, over group g. What is the same on all ranks, but used for
     different parts, has a gradient that must be added up; and the other way round."""
@@ -370,8 +349,7 @@ def pairs(g, dim=1):
     return SimpleNamespace(**{name: lambda x, pair=pair: Both.apply(x, *pair)
                               for name, pair in table.items()})
 
-# -----------------------------------------------------------------------------
-# Data ranks: buckets and shards
+# --- Data ranks: buckets and shards ------------------------------------------
 # Gradients of data ranks are added up. Parameters of a layer share a flat buffer, a bucket, of n
 # equal slices: one message for many, under way while backward goes on below. Then a rank needs to
 # keep one slice alone: of the optimizer's state ("optimizer"), or of weights and gradients, too,
@@ -379,7 +357,6 @@ def pairs(g, dim=1):
 # anywhere; for those that see a matrix (WHOLE) matrices go to slices whole, the largest first.
 
 WHOLE = (Shampoo, SOAP, Muon)
-
 class Place(namedtuple("Place", "name dim rank n start end", defaults=(None, 0, 1, 0, None))):
     """Which part of a parameter a tensor is: of n shards along `dim` (None: undivided) the rank-th,
     padded with zeros if they are unequal, and of that, flattened, start to end (None: all)."""
@@ -455,21 +432,18 @@ class Bucket:
         elif self.each: self.arriving = self.group.all_gather(own, self.rows(self.sum))
         else: self.rows(self.sum)[self.group.rank] = own
 
-# -----------------------------------------------------------------------------
-# Roles
+# --- Roles -------------------------------------------------------------------
 # Weights are not alike. A matrix turns vectors into vectors; an embedding is a table of which a
 # step touches few rows (the head is its mirror); a vector (gain, bias) acts on features one by one.
 # Decay is for matrices: where a norm follows, their size means nothing to the model, but a step of
 # given length turns a larger matrix by a smaller angle, so size must be kept from growing.
 
 ROLES = ("matrix", "embedding", "head", "vector")
-
 def role(name, p):
     """Role of a model's parameter by its name and shape."""
     if "embed" in name: return "embedding"
     if "lm_head" in name: return "head"
     return "matrix" if p.ndim >= 2 and "conv" not in name else "vector"
-
 def param_groups(model, weight_decay=None, base_width=None, **lrs):
     """Groups by role, every parameter in exactly one; `matrix=0.02` sets that role's lr, and a role
     without one has the matrices'. Weight decay goes to matrices, and to nothing else; leave it out
@@ -489,8 +463,7 @@ def param_groups(model, weight_decay=None, base_width=None, **lrs):
         if lr := lrs.get(r) or lrs.get("matrix"): group["lr"] = lr * width
     return [groups[key] for key in sorted(groups)]
 
-# -----------------------------------------------------------------------------
-# Clipping
+# --- Clipping ----------------------------------------------------------------
 # One bad batch can throw weights so far that training does not come back. The *global* norm is
 # clipped, not each tensor's, so that the direction of the step stays what it was.
 
@@ -498,7 +471,6 @@ def norms(*lists):
     """The L2 norm of all tensors in each list of (parameter, tensor)s; parallel.py has its own."""
     norm = torch.linalg.vector_norm
     return [norm(torch.stack([norm(x) for _, x in some])) for some in lists]
-
 @torch.no_grad()
 def clip_grad_norm(params, max_norm, norms=norms):
     """Scales all gradients in place by max_norm / (norm + 1e-6) if their common L2 norm is larger;
@@ -510,8 +482,7 @@ def clip_grad_norm(params, max_norm, norms=norms):
     for _, g in live: g.mul_(scale.to(g.dtype)).nan_to_num_(0.0, 0.0, 0.0)
     return norm
 
-# -----------------------------------------------------------------------------
-# What a step tells: is the run healthy, and is the batch large enough?
+# --- What a step tells: is the run healthy, and is the batch large enough? ---
 
 class Level:
     """The usual height of a loss and its usual deviation, averages over about 50 steps; a spike is
@@ -524,7 +495,6 @@ class Level:
         if spike: gap = 8 * deviation  # counts as the limit: a lasting rise becomes the level
         self.now = n + 1, mean + w * gap, deviation + w * (abs(gap) - deviation)
         return spike
-
 @torch.no_grad()
 def health(model, tokens, params, before, norms=norms):
     """What the last step did to the matrices, as a part of their norm (1e-3 is usual), and the
@@ -535,7 +505,6 @@ def health(model, tokens, params, before, norms=norms):
     model.train()
     moved, norm = norms([(p, p - old) for p, old in some], some)
     return dict(update=(moved / norm).item(), logit=logit)
-
 def noise_scale(small, large, b, B):
     """The gradient noise scale tr(S) / |G|^2, in sequences, from mean squared norms of gradients of
     b and of B sequences: E |g_b|^2 = |G|^2 + tr(S) / b, two equations (1812.06162, app. A.1). A
@@ -545,8 +514,7 @@ def noise_scale(small, large, b, B):
     noise = max(0.0, small - large) / (1 / b - 1 / B)
     return noise / signal if signal > 0 else math.inf  # more noise than was averaged out
 
-# -----------------------------------------------------------------------------
-# Schedules
+# --- Schedules ---------------------------------------------------------------
 # Far from the valley's floor, long steps make progress; near it, noise makes them bounce, the
 # further the longer they are. So lr falls. A schedule maps the fraction x of the run that is done,
 # be it of steps or of minutes, to a multiplier of lr. Warm-up is there because at first Adam's
@@ -555,25 +523,21 @@ def noise_scale(small, large, b, B):
 
 def constant(x, warmup, cooldown, final):
     return 1.0 if x >= warmup else x / warmup
-
 def cosine(x, warmup, cooldown, final):
     """0 -> 1 over the warm-up, then half a cosine down to `final` at x = 1 (1608.03983). The length
     of the run must be known from the start: a cosine cut short was never low enough."""
     if x < warmup: return x / warmup
     if x >= 1: return final
     return final + 0.5 * (1 + math.cos(math.pi * (x - warmup) / (1 - warmup))) * (1 - final)
-
 def wsd(x, warmup, cooldown, final):
     """Warm-up, stable, decay (2404.06395): constant until 1 - cooldown, then a straight line to
     `final`. The stable part can be prolonged at will, and decayed from anywhere."""
     if x < warmup: return x / warmup
     if x <= 1 - cooldown: return 1.0
     return max(final, 1 - (1 - final) * (x - (1 - cooldown)) / cooldown)
-
 SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}
 
-# -----------------------------------------------------------------------------
-# The lesson: a valley a hundred times steeper across than along
+# --- The lesson: a valley a hundred times steeper across than along ----------
 
 def valley(turned):
     """Loss 1/2 w^T A w of w (10, 1), A with eigenvalues from 1 to 100, and a start; the
@@ -584,7 +548,6 @@ def valley(turned):
     A = basis @ torch.logspace(0, 2, 10, dtype=torch.float64).diag() @ basis.T
     start = basis @ torch.randn(10, 1, generator=rng, dtype=torch.float64)
     return lambda w: 0.5 * (w * (A @ w)).sum(), start
-
 def steps_needed(make, loss, start, limit=1600):
     """Fewest steps until the loss is a millionth of its start, over a grid of lr and of the steps
     in which lr falls to zero (25, 50, ... up to limit) -> (steps, lr), or (None, None)."""
@@ -601,7 +564,6 @@ def steps_needed(make, loss, start, limit=1600):
                 optimizer.step(1 - i / allowed)
         if found: return min(found)
     return None, None
-
 def transfer(mup, widths=(32, 128, 512)):
     """{width: (learning rate, loss) of the best lr} of a network of three matrices, trained by Adam
     to imitate another, over powers of two. With muP (base width 32) the best lr stays."""
@@ -620,7 +582,6 @@ def transfer(mup, widths=(32, 128, 512)):
                 adam.zero_grad(), loss.backward(), adam.step(1 - i / 60)
             best[width] = min(best.get(width, (0, math.inf)), (lr, loss.item()), key=lambda b: b[1])
     return best
-
 def costs(make, m=512, n=128):
     """(FLOPs in products, bytes of state), both per parameter, of a step on an (m, n) matrix."""
     w = nn.Parameter(torch.randn(m, n))
@@ -631,7 +592,6 @@ def costs(make, m=512, n=128):
             optimizer.step()
     size = sum(x.nbytes for x in optimizer.state_tensors().values() if x.ndim)
     return counter.get_total_flops() / 20 / w.numel(), size / w.numel()
-
 def main(args):
     print("of a (512, 128) matrix, per parameter: FLOPs in products and bytes of state; then steps "
           "to\nbring a quadratic loss of ten weights, its curvatures from 1 to 100, to a millionth")
@@ -652,9 +612,7 @@ def main(args):
         found = ", ".join(f"{lr:.4f} (loss {loss:.1e}) at {width}"
                           for width, (lr, loss) in transfer(mup).items())
         print(f"best lr of Adam by width, {'with muP' if mup else 'as it is'}: {found}")
-
 def build_parser():
     return argparse.ArgumentParser(description="The ladder of optimizers in a narrow valley.")
-
 if __name__ == "__main__":
     main(build_parser().parse_args())

@@ -49,8 +49,7 @@ from optim import (MAX, SENT, WHOLE, Both, Bucket, Mesh, Place, bench, clip_grad
                    pairs, same)
 from train import Progress, TrainConfig, flag
 
-# -----------------------------------------------------------------------------
-# Configuration
+# --- Configuration -----------------------------------------------------------
 
 SHARDS = ("none", "optimizer", "full")
 @dataclass(frozen=True)
@@ -67,12 +66,10 @@ class ParallelConfig:
     def __post_init__(self):
         for name, rows in (("shard", SHARDS), ("pipeline", SCHEDULES)):
             refuse(getattr(self, name) in rows, name, getattr(self, name), " or ".join(rows))
-
 def refuse(ok, name, got, wanted, do=None):
     """Unless ok, ends all ranks for a user's mistake, which all of them see; the first says it."""
     if not ok and int(os.environ.get("RANK", 0)): sys.exit(2)
     if not ok: raise UserError(f"{name}: got {got}, wanted {wanted}; {do or f'set --{name}'}")
-
 def read_plan(text: str | None, world: int):
     """{axis: ranks}, in the order of the mesh and ep; "tp=2" of 8 processes says dp=4, too."""
     plan = dict.fromkeys(("dp", "pp", "cp", "tp", "ep"), 1)
@@ -88,7 +85,6 @@ def read_plan(text: str | None, world: int):
            f"set --plan, or --nproc_per_node {n}")
     refuse(plan["dp"] % plan["ep"] == 0, "plan", text, f"an ep that divides dp {plan['dp']}")
     return plan
-
 def check(model, plan, how):
     """Refuses by name what of a model, be it on the meta device, a plan cannot divide."""
     c, sequence = model.cfg, plan["tp"] if how.sequence else 1
@@ -107,21 +103,17 @@ def check(model, plan, how):
             ("dropout", "cp", not c.dropout, "0")):
         refuse(ok or plan[axis] == 1, name, getattr(c, name), f"{wanted} with {axis}")
 
-# -----------------------------------------------------------------------------
-# Schedules of a pipeline: for each stage a list of ("F" or "B", micro-batch)
+# --- Schedules of a pipeline: ("F" or "B", micro-batch)s of each stage -------
 # All forward first (GPipe) keeps m activations; one forward, one backward (1F1B) p, in equal time.
 
 def gpipe(stage, p, m):
     return [("F", i) for i in range(m)] + [("B", i) for i in range(m)]
-
 def one_f_one_b(stage, p, m):
     """p=2, m=3: stage 0 does F0 F1 B0 F2 B1 B2, stage 1 F0 B0 F1 B1 F2 B2."""
     ahead = min(p - stage - 1, m)  # forwards before the first backward can arrive
     steady = [(kind, i + ahead * (kind == "F")) for i in range(m - ahead) for kind in "FB"]
     return [("F", i) for i in range(ahead)] + steady + [("B", i) for i in range(m - ahead, m)]
-
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b}
-
 def simulate(schedule, p, m):
     """(part of the time that stages idle, most activations that each holds) in virtual time, of
     which a forward takes 1 and a backward 2."""
@@ -136,8 +128,7 @@ def simulate(schedule, p, m):
             for order in orders]
     return 1 - 3 * m / max(end(s, *order[-1]) for s, order in enumerate(orders)), most
 
-# -----------------------------------------------------------------------------
-# Tensors: the width of every layer, divided
+# --- Tensors: the width of every layer, divided ------------------------------
 # The first matrices of a layer are cut by rows (heads, hidden units), the last by columns: a copy
 # goes in, a sum comes out. Embedding and head are cut by tokens: no rank has all logits. `sequence`
 # cuts the stream between layers along the text: copy becomes all_gather, the sum reduce_scatter.
@@ -145,16 +136,13 @@ def simulate(schedule, p, m):
 def row_forward(linear, leave, x):
     y = leave(F.linear(x, linear.weight.to(x.dtype)))
     return y if linear.bias is None else y + linear.bias.to(x.dtype)  # once, behind the sum
-
 def own_rows(g, weight, ids):  # -> (place of each among our rows, or 0; which are ours)
     local = ids - g.rank * len(weight)
     mine = (local >= 0) & (local < len(weight))
     return torch.where(mine, local, 0), mine
-
 def token_embedding(table, g, ids):
     local, mine = own_rows(g, table.weight, ids)
     return pairs(g).sum(F.embedding(local, table.weight) * mine[..., None])
-
 def token_cross_entropy(x, weight, targets, cap, g, vocab_size):
     """linear_cross_entropy of a head of which each rank has some rows; those beyond vocab_size fill
     up. Three numbers a token travel: the largest logit, the sum of exp, the target's logit."""
@@ -193,8 +181,7 @@ def cut_tensors(model, g, sequence):
             m.register_forward_hook(lambda _, args, y: pairs(g, -1).whole(y))
     return cuts, parts
 
-# -----------------------------------------------------------------------------
-# Context: a text too long for one rank
+# --- Context: a text too long for one rank -----------------------------------
 # Each rank has two pieces of the text, the r-th from either end: to the causal mask an early one is
 # little work and a late one much. Keys and values travel a ring; what each block of them gives is
 # put together by its log-sum-exp. Autograd runs the ring backwards, and makes scores again.
@@ -206,7 +193,6 @@ def block_attention(q, kv, causal):
     if causal: s = s.masked_fill(s.new_ones(s.shape[-2:]).triu(1).bool(), -math.inf)
     lse = s.logsumexp(-1, keepdim=True)
     return ((s - lse).exp() @ v).flatten(1, 2), lse.flatten(1, 2)
-
 def ring_attention(q, k, v, g):
     """Causal attention of each rank's queries to all ranks' keys and values."""
     half, kv = q.shape[2] // 2, torch.stack((k, v))
@@ -221,7 +207,6 @@ def ring_attention(q, k, v, g):
         both = torch.logaddexp(lse, l)
         y, lse = y * (lse - both).exp() + new * (l - both).exp(), both
     return y.to(q.dtype)
-
 class RingContext(Context):
     """Context of this rank's part of the text, and of all tokens."""
     def __init__(self, cfg, tokens, g):
@@ -231,8 +216,7 @@ class RingContext(Context):
     def attend(self, q, k, v, *_): return ring_attention(q, k, v, self.g)
     def before(self, cache=None): return F.pad(self.all, (1, -1), value=-1)[:, self.index]
 
-# -----------------------------------------------------------------------------
-# Experts: each rank has some; tokens travel to theirs and back
+# --- Experts: each rank has some; tokens travel to theirs and back -----------
 
 def remote_experts(moe, g, rows, load):
     """MoE.run: rows (N, D) sorted by expert, load (E,) of each, however uneven."""
@@ -246,8 +230,7 @@ def remote_experts(moe, g, rows, load):
     out = torch.cat([expert(x)[0] for expert, x in zip(moe.experts.values(), parts)])
     return Both.apply(out.index_select(0, order.argsort()), back, go)
 
-# -----------------------------------------------------------------------------
-# The engine: a finished model and its optimizer, divided, and what `fit` calls instead of its own
+# --- The engine: a finished model and its optimizer, divided -----------------
 
 def own_part(modules, g):  # under their names in the whole model
     first, n = g.rank * len(modules) // g.n, len(modules) // g.n
@@ -436,7 +419,7 @@ class Engine(nn.Module):
         if targets is not None: return mesh.stages.small(float(y.double().sum()) * mesh.last), {}
         return mesh.world.small(float(y.abs().max()) * mesh.last, op=MAX), {}
 
-# -----------------------------------------------------------------------------
+# --- Checkpoints -------------------------------------------------------------
 # Checkpoints: each rank writes its pieces to a file of its own, and where in the whole they belong.
 # Any plan takes its pieces of what train.py makes of them, which goes on with them alone, too.
 
@@ -464,8 +447,7 @@ def save_shards(run, engine, optimizer, now):
         part.rename(path)
         train.keep_two(run)
 
-# -----------------------------------------------------------------------------
-# The lesson: what each axis costs a rank, measured on forked processes and by formula
+# --- The lesson: what each axis costs a rank, measured and by formula --------
 
 def traffic(engine, batches):
     """Bytes that this rank of two sends in a step, by formula, of a llama in float64."""
@@ -479,7 +461,6 @@ def traffic(engine, batches):
     if mesh.cp.n > 1:  # keys and values, and back their gradients
         total += 2 * c.n_layers * 2 * stream
     return (total + 2 * stream * (mesh.pp.n > 1)) / 2  # a ring of two sends half of what it adds up
-
 def divided(how, rows, micro, **fields):
     """(whole llama, all rows, its engine of a plan, this rank's micro-batches of the rows)."""
     cfg = ModelConfig(**{**dict(vocab_size=512, seq_len=64, d_model=64), **fields})
@@ -489,7 +470,6 @@ def divided(how, rows, micro, **fields):
     random, d = torch.Generator().manual_seed(0), engine.mesh.dp
     pair = torch.randint(0, cfg.vocab_size, (2, rows, cfg.seq_len), generator=random)
     return make()[0], pair, engine, [*zip(*(t.chunk(d.n)[d.rank].split(micro) for t in pair))]
-
 def memory_and_traffic(rank):
     if rank == 0: print(
         "Of a rank of two: numbers a parameter (4 bytes each in float32), MB sent in a step, how "
@@ -546,22 +526,19 @@ def idle_and_hidden(rank, forward=0.05, backward=0.1):
     hidden = (alone + 18 * 0.03 - together) / (14 * 0.03)
     if rank == 0: print(f"4 data ranks: work of {alone:.3f} s and 0.540 s on a simulated wire take "
                         f"{together:.3f} s; of what can be hidden {hidden:.0%} is")
-
 LESSONS = {memory_and_traffic: 2, idle_and_hidden: 4, bench: 2}
 def teach(rank, lesson, n, path):
     torch.set_num_threads(1)
     join(ParallelConfig(), "cpu", init_method=f"file://{path}", rank=rank, world_size=n)
     lesson(rank)
 
-# -----------------------------------------------------------------------------
-# Training: what torchrun starts on every rank
+# --- Training: what torchrun starts on every rank ----------------------------
 
 def agree(world, x):
     """The largest x of all ranks: a number, a bool, or a signal's name, which outranks None."""
     names = [None, "SIGINT", "SIGTERM"]
     if x in names: return names[agree(world, names.index(x))]
     return type(x)(world.small(float(x), op=MAX).item())
-
 def micro_batch(cfg, plan):
     """Sequences that a data rank takes at once: all, or for a pipeline four turns for a stage."""
     rows, turns = cfg.batch_size // plan["dp"], 4 * plan["pp"] if plan["pp"] > 1 else 1
@@ -570,7 +547,6 @@ def micro_batch(cfg, plan):
         refuse(got % n == 0, name, got, f"a multiple of {n}, for the plan {plan}")
     refuse(not cfg.compile, "compile", cfg.compile, "none or false on many devices")
     return micro
-
 def prepared(args, given, lasting, store, rank, plan, how):
     """(run, resume, settings, corpus): the first rank prepares, however long; others wait."""
     if rank == 0:
@@ -593,7 +569,6 @@ def prepared(args, given, lasting, store, rank, plan, how):
     run, resume, settings = json.loads(store.get("ready"))
     if rank: corpus, _ = train.get_corpus(None, TrainConfig(**settings["train"]), settings, True)
     return Path(run), resume, settings, corpus
-
 def join(how, device, **where):
     """Makes this process a rank -> the type of its device."""
     kind = "cuda" if train.pick_device(device).type == "cuda" else "cpu"  # mps has no gloo
@@ -667,7 +642,6 @@ def main(args):
         sys.exit(f"rank {os.environ['RANK']}: lost another, or waited {how.timeout:.0f} s for it "
                  f"(--timeout): {str(e).splitlines()[0][:160]}; with torchrun --max-restarts 3 all "
                  "start again from the last checkpoint")
-
 def build_parser():
     parser = argparse.ArgumentParser(description="Trains on many devices, under torchrun; alone, "
                                      "shows on forked processes what each axis costs.")
@@ -680,7 +654,6 @@ def build_parser():
     for config in (ParallelConfig, TrainConfig, ModelConfig):
         train.add_fields(parser, config, train.RECIPES)
     return parser
-
 if __name__ == "__main__":
     try: main(build_parser().parse_args())
     except KeyboardInterrupt: sys.exit("\ninterrupted")

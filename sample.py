@@ -43,8 +43,7 @@ from bpe import EOT, UserError, load_tokenizer
 from kernels import DEVICES, Linear, StateCache, add_fields, device_name, flag, up
 from model import LM, ModelConfig, load_model, meta_model, need_field
 
-# -----------------------------------------------------------------------------
-# Samplers
+# --- Samplers ----------------------------------------------------------------
 # Each maps logits (..., V) to logits in which what must not be drawn is -inf. They compose in the
 # order of the dict: what temperature does changes what top_p keeps.
 
@@ -67,7 +66,6 @@ def min_p(z, p):
     probs = z.softmax(-1)
     return z.masked_fill(probs < p * probs.amax(-1, keepdim=True), float("-inf"))
 SAMPLERS = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-
 @dataclass(frozen=True)
 class Sampling:
     """How to draw: None leaves a sampler out."""
@@ -87,7 +85,6 @@ class Sampling:
         need(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "a probability")
         need(0 <= self.seed < 2 ** 62, "seed", "an integer from 0 to 2^62")
     def stops(self): return self.stop if isinstance(self.stop, list) else [self.stop]
-
 def distribution(logits, how):
     """logits (..., V) -> probabilities (..., V) in float64, of which tokens are drawn."""
     z = logits.cpu().double()  # in this order: some devices have no float64
@@ -101,8 +98,7 @@ def choose(p, generator):
     return min(int(torch.searchsorted(total, u * total[-1], right=True)), len(p) - 1)
 def draw(logits, how, generator): return choose(distribution(logits, how), generator)
 
-# -----------------------------------------------------------------------------
-# A cache in blocks, for many texts at once
+# --- A cache in blocks, for many texts at once -------------------------------
 # How long a text gets nobody knows beforehand, and to reserve the longest for each would waste most
 # of the memory. So it is cut into blocks (2309.06180): a text takes another when its last is full,
 # and texts that begin alike read the same ones. The model sees none of this: in a forward each
@@ -124,7 +120,6 @@ class LayerCache:
             seen = seen.view(len(x), mask.shape[-1], x.shape[1], x.shape[3])
             out.append(seen.transpose(1, 2))  # (B, Hkv, S, Dh)
         return *out, mask
-
 class Batch:
     """One forward: of each text some tokens behind the `done` ones that its blocks hold. Texts are
     padded on the left, so that all end in the last column."""
@@ -158,8 +153,7 @@ class Batch:
         read = slice(a, a + S) if alone else index(at.clamp(max=len(row) * size - 1))
         return self.seen.setdefault(window, (write, read, mask))
 
-# -----------------------------------------------------------------------------
-# The engine: many texts, one forward
+# --- The engine: many texts, one forward -------------------------------------
 # Decoding reads all weights for one token of each text, so texts are decoded together, and when one
 # ends, the next takes its row at once (Orca, Yu et al. 2022). Prompts go through in chunks beside
 # them, so that a long one keeps nobody waiting. When blocks run out, the youngest text gives its
@@ -178,7 +172,6 @@ class Text:
     new = property(lambda self: self.tokens[self.n_prompt:])
     n_new = property(lambda self: len(self.tokens) - self.n_prompt)
     context = property(lambda self: self.tokens[self.begin:])
-
 class Engine:
     """add() texts, then step() until it says False. At most n_blocks of `size` tokens, but enough
     for a context (None: as many as texts take); chunk: tokens of prompts in a step; guess: see
@@ -333,7 +326,6 @@ def generate(model, prompts, how=Sampling(), use_cache=True, on_token=None, n=1,
         while engine.step(): pass
     finally: model.train(training)
     return [text.new for of_prompt in zip(*texts) for text in of_prompt]
-
 class TextStream:
     """Turns ids into text as they come, the same as `decode` of all of them: a character may be
     spread over several tokens, so bytes that are the beginning of one are held back; and so is what
@@ -352,8 +344,7 @@ class TextStream:
         return self.ended
     def flush(self): return self.ended or self.put(None, final=True)
 
-# -----------------------------------------------------------------------------
-# Speculation: several tokens a pass, from the same distribution
+# --- Speculation: several tokens a pass, from the same distribution ----------
 # A pass over k + 1 tokens takes hardly longer than over one, as both read all weights. So something
 # cheap guesses k tokens, and the model looks at all at once (2211.17192). A guess x, drawn from q,
 # is kept with probability min(1, p(x) / q(x)); the first that is not is drawn anew from what p has
@@ -393,8 +384,7 @@ def draft_of(model):
         return [(draft.new, torch.cat(draft.q)) for draft in drafts]
     return guess
 
-# -----------------------------------------------------------------------------
-# Cheaper weights: eight bits
+# --- Cheaper weights: eight bits ---------------------------------------------
 # Half of bf16's bytes are up to twice its tokens/s; --eval with and without --int8 tells the price.
 
 class Int8(torch.nn.Module):
@@ -419,8 +409,7 @@ def quantize(model):
                 setattr(module, name, Int8(child))
     return model
 
-# -----------------------------------------------------------------------------
-# Likelihood: how well a model predicts a text that it has not seen
+# --- Likelihood: how well a model predicts a text that it has not seen -------
 # Each token is predicted once. Those at the start of a window see little, so longer windows alone
 # make the number better: their length stands beside it. Tokens that mark ends cost bits, no bytes.
 
@@ -511,8 +500,7 @@ def shannon(train, valid, vocab_size, n_bytes, limit=20_000_000):
         bits["bigram"] -= np.log2(np.where(seen[a] > 0, mixed, single[b])).sum()
     return {name: float(n / n_bytes) for name, n in bits.items()}
 
-# -----------------------------------------------------------------------------
-# Chat: messages [{"role": ..., "content": ...}] -> pieces [(text, is_assistant)] of one text
+# --- Chat: messages [{"role", "content"}] -> pieces [(text, is_assistant)] ---
 # What the assistant says, and the mark that ends it, is what it is trained on, and what stops it.
 
 def chatml(messages):  # Qwen's, which itself adds a system message if there is none
@@ -537,7 +525,6 @@ def encode_chat(tokenizer, messages):
                               {"role": "assistant", "content": ""}])
     last = max(i for i, (_, own) in enumerate(pieces) if own)
     return [i for text, _ in pieces[:last] for i in tokenizer.encode(text)], pieces[last][0]
-
 def show(text): print(text, end="", flush=True)
 def chat(engine, tokenizer, how):
     """Turns in the terminal. Ctrl-C ends a reply; where one is asked for, it ends the program."""
@@ -558,8 +545,7 @@ def chat(engine, tokenizer, how):
         print()
         messages.append({"role": "assistant", "content": "".join(said)})
 
-# -----------------------------------------------------------------------------
-# Devices and runs
+# --- Devices and runs --------------------------------------------------------
 
 def pick_device(name="auto"):
     """torch.device for "auto" (cuda, then mps, then cpu), or a named one that must be there."""
@@ -616,8 +602,7 @@ def encode_prompt(tokenizer, text, limit):
     raise UserError(f"prompt: got {len(ids):,} tokens of {text!r:.40}, wanted a text in UTF-8 of 1 "
                     f"to {limit:,}, the context, or none for a new document; set --prompt")
 
-# -----------------------------------------------------------------------------
-# The lesson and the command line
+# --- The lesson and the command line -----------------------------------------
 
 def lesson():
     print(f"cpu ({device_name(torch.device('cpu'))}), {torch.get_num_threads()} threads, float32\n"
@@ -694,7 +679,6 @@ def build_parser():
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add_fields(parser, Sampling, {"sample.py": {"temperature": 0.8}})
     return parser
-
 if __name__ == "__main__":
     try: main(build_parser().parse_args())
     except KeyboardInterrupt: print()

@@ -18,7 +18,7 @@ NOT HERE  repeated data, laws of downstream scores, networks with congestion
 RUN       python scaling.py               # a minute; last line: "... from the loss; the truth ..."
           python scaling.py plan --gpus 32 --hours 336 --gpu H100 --mfu 0.4 --served 1e12
           python scaling.py fit runs.csv --at 1e21 1e24     # columns N, D or C, loss
-          python scaling.py run && python scaling.py verify && python scaling.py game
+          python scaling.py verify                # a study: runs, then its prediction at 4 times
 REFERENCES
     Kaplan et al. 2020 (2001.08361); Hoffmann et al. 2022 (2203.15556) L(N, D), IsoFLOP; Besiroglu
     et al. 2024 (2404.10102) its replication; DeepSeek 2024 (2401.02954); Sardana et al. 2023
@@ -38,8 +38,7 @@ from data import Loader, in_order, open_tokens, prepare, validation
 from kernels import DEVICES
 from model import meta_model, preset
 
-# -----------------------------------------------------------------------------
-# Laws
+# --- Laws --------------------------------------------------------------------
 # What is known of large runs fits into five numbers. The optimum is where a FLOP more spent on size
 # is worth as much as one on text: there alpha A / N^alpha = beta B / D^beta. Near it the loss is
 # flat (N twice too large costs 0.5 % at 1e22), so the best size is hard to measure, and an error in
@@ -76,8 +75,7 @@ BEST = LAWS["Besiroglu 2024"]
 PUBLISHED = {"GPT-3": (175e9, 300e9, 3.14e23), "Chinchilla": (70e9, 1.4e12, 5.76e23),
              "Llama 3 405B": (405e9, 15.6e12, 3.8e25)}  # runs: N, D, FLOPs as stated
 
-# -----------------------------------------------------------------------------
-# Napkin mathematics: what a budget buys, and what it takes to hold and move it
+# --- Napkin mathematics: what a budget buys, and what it takes ---------------
 LINKS = {  # (bytes of memory, bytes/s one way from a GPU within a node of 8, beyond): datasheets
     "A100": (80e9, 300e9, 25e9), "H100": (80e9, 450e9, 50e9), "H200": (141e9, 450e9, 50e9)}
 # The part of the peak that arithmetic reaches when nothing waits: chosen so that Llama 3's 43 % on
@@ -118,7 +116,6 @@ def show_laws(C, laws):
     for name, law in laws.items():
         N, D = law.optimum(C)
         print(f"{name:16s}{N:10.3g}{D:10.3g}{D / N:8.1f}{law.loss(N, D):8.4f}")
-
 def plan(args):
     if args.gpu not in LINKS or args.mfu > 1: raise UserError(
         f"plan: got {args.gpu} at {args.mfu} of its peak; wanted {', '.join(LINKS)} at up to 1; "
@@ -149,8 +146,7 @@ def plan(args):
         "{waits:7.1%}{seconds:8.2f}{mfu:7.1%}{days:7.1f}".format(
             **r, days=C / rate * args.mfu / r["mfu"]))
 
-# -----------------------------------------------------------------------------
-# Fits
+# --- Fits --------------------------------------------------------------------
 # A fit takes runs and weights (B, n), how often each of B resamples drew each run (ones: the data
 # itself), and gives a law whose numbers are arrays of B. Bad runs hurt fits more than few runs do:
 # one size trained with a bad learning rate bends a parabola, and so the line through all of them.
@@ -210,7 +206,6 @@ def isoflop(runs, weights, least=vertex):
         return power_law(*points.T) if len(points) > 1 else (math.nan, math.nan)
     N0, a = np.array([line(w) for w in weights.astype(int)]).T
     return size_law(N0, 1.0, a)
-
 def objective(x, logN, logD, logL, weights, delta=1e-3):
     """Approach 3 of 2203.15556, eq. 3. x (B, 5): a, alpha, b, beta, e, with A = exp(a) and so on ->
     (B,), the sum over runs of Huber_delta(LSE(a - alpha log N, b - beta log D, e) - log L).
@@ -270,7 +265,6 @@ def simulate(law, rng, noise=0.01, budgets=np.geomspace(1e18, 1e20, 6), sizes=9)
     C = np.repeat(budgets, sizes)
     N = law.optimum(C)[0] * np.tile(np.geomspace(1 / 8, 8, sizes), len(budgets))
     return Runs(N, D := C / (6 * N), law.loss(N, D) * np.exp(noise * rng.standard_normal(len(N))))
-
 def report(runs, at=(), count=500, picture=None):
     """Prints what each fit says, with 90 % intervals, and the best sizes at the budgets `at`."""
     weights, budgets = resamples(len(runs.N), count), runs.budgets()
@@ -304,8 +298,7 @@ def report(runs, at=(), count=500, picture=None):
     for axis, y in zip(axes, ("loss; lines: L(N, D)", "% of the loss off it")): axis.set_ylabel(y)
     print("picture:", picture, figure.savefig(picture, dpi=120) or "")
 
-# -----------------------------------------------------------------------------
-# Experiments: small models through train.fit, under a budget of FLOPs
+# --- Experiments: small models through train.fit, under a budget of FLOPs ----
 # N is what a model does, FLOPs a token / 6 with attention and head, so that C = 6 N D holds (as
 # DeepSeek's); Kaplan and Hoffmann disagree in part as they counted otherwise (2406.19146).
 def train_one(entry, corpus, folder, args):
@@ -373,8 +366,7 @@ def study(args):
     print(f"at 4 times the largest budget: loss {loss:.4f}, predicted {predicted[0]:.4f} "
           f"{interval(predicted[1:])}, off by {loss / predicted[0] - 1:+.2%}")
 
-# -----------------------------------------------------------------------------
-# A game: the large run follows a law that is hidden behind queries, which cost FLOPs
+# --- A game: the large run follows a law hidden behind costly queries --------
 class Query(namedtuple("Query", "d_model n_layers n_heads batch_size lr flops seed", defaults=[0])):
     N = property(lambda self: 12 * self.n_layers * self.d_model ** 2)
 RANGES = Query((64, 1024), (2, 24), (1, 16), (32, 512), (1e-5, 1e-1), (1e13, 1e19), (0, 99))
@@ -431,7 +423,6 @@ def query_of(N, aspect, batch_size, lr, flops):
     d, L = min(itertools.product(range(64, 1025, 32), range(2, 25)), key=lambda s: abs(math.log(
         s[0] / s[1] / aspect)) + 2 * abs(math.log(12 * s[1] * s[0] ** 2 / N)))
     return Query(d, L, math.gcd(d // 32, 16), batch_size, lr, flops)
-
 def careful(query, budget, target):
     """Knows only what `query` answers -> (predicted loss, Query). Learning rates at small sizes,
     then batch and aspect there; then IsoFLOP curves with these, of ever fewer and larger runs, each
@@ -477,7 +468,7 @@ def game(args, budget=2e18):
               "the predicted (medians; worst {:.2%}, {:.2%})".format(
                   name, args.trials, *np.median(scores, 0), *scores.max(0)))
 
-# -----------------------------------------------------------------------------
+# --- What small scale cannot tell: emergence ---------------------------------
 # What small scale cannot tell: a score that is sharp in the loss looks like nothing until it looks
 # like an ability. That is the score's doing; the loss told it all along (2304.15004)
 def emergence(k=16):
@@ -504,7 +495,6 @@ def lesson():
     game(argparse.Namespace(seed=0, trials=3))
     print("\nEMERGENCE")
     emergence()
-
 COMMANDS = {  # name: (function, what it does, {option: (default, help)}); None: a plain argument
     "plan": (plan, "what a budget buys", {
         "flops": (0.0, "budget; 0: that of gpus and hours"), "gpus": (8, "number of GPUs"),
@@ -523,7 +513,6 @@ COMMANDS = {  # name: (function, what it does, {option: (default, help)}); None:
         "folder": (Path(train.RUNS, "study"), "where it is kept"), "seed": (0, "of all"),
         "dataset": ("stdlib", "whose bytes, as in train.py")})),
     "game": (game, "players on hidden laws", {"trials": (20, "laws"), "seed": (0, "of the first")})}
-
 def build_parser():
     parser = argparse.ArgumentParser(description="Scaling laws. Without a command: the lesson.")
     commands = parser.add_subparsers(dest="command")
@@ -544,7 +533,6 @@ def main(args):
             if isinstance(x, np.number) and not (0 < x < math.inf or x == default == 0):
                 raise UserError(f"{name}: got {x}, wanted a positive number; set --{name}")
     COMMANDS[args.command][0](args)
-
 if __name__ == "__main__":
     try: main(build_parser().parse_args())
     except KeyboardInterrupt: sys.exit("\ninterrupted; a study goes on by the same command")

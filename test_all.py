@@ -27,8 +27,7 @@ def said(*words):  # what a command prints
     with contextlib.redirect_stdout(io.StringIO()) as out: call(*words)
     return out.getvalue()
 
-# -----------------------------------------------------------------------------
-# The house: budgets, imports, configuration, README.md
+# --- The house: budgets, imports, configuration, README.md -------------------
 
 IMPORTS = {"bpe": "", "kernels": "", "data": "bpe", "model": "bpe kernels", "optim": "bpe kernels",
            "sample": "model bpe kernels", "train": "model optim data bpe sample kernels",
@@ -39,7 +38,6 @@ OPTIONAL = {"matplotlib", "transformers"}  # used if installed, in the one funct
 README, ME = (HERE / "README.md").read_text(), Path(__file__).read_text()
 SCRIPTS = {file.stem: file.read_text() for file in HERE.glob("*.py") if file.stem in IMPORTS}
 NODES = [(name, node) for name, text in SCRIPTS.items() for node in ast.walk(ast.parse(text))]
-
 def test_every_file_keeps_its_line_budget_and_the_readme_tells_its_length():
     lines = {name: text.count("\n") for name, text in (SCRIPTS | {"test_all": ME}).items()}
     stated = dict(re.findall(r"^\| (\w+)\.py \|.*\| (\d+) \|$", README, re.M))
@@ -47,7 +45,6 @@ def test_every_file_keeps_its_line_budget_and_the_readme_tells_its_length():
     assert lines.pop("test_all") <= 1400 and README.count("\n") <= 250
     assert max(lines.values()) <= 700 and sum(lines.values()) <= 6400, lines
     assert all(len(line) <= 100 for text in (ME, *SCRIPTS.values()) for line in text.splitlines())
-
 def test_imports_follow_the_graph_and_the_six_packages():
     for name, node in NODES:
         if not isinstance(node, (ast.Import, ast.ImportFrom)): continue
@@ -55,7 +52,6 @@ def test_imports_follow_the_graph_and_the_six_packages():
             if top in IMPORTS: assert top in IMPORTS[name].split(), f"{name} imports {top}"
             elif top in OPTIONAL: assert node.col_offset > 0, f"{name} needs {top}"
             else: assert top in PACKAGES, f"{name} imports {top}"
-
 def test_every_field_of_a_configuration_is_read_somewhere():
     holders = {"cfg", "c", "self", "how", "now", "progress"}  # what configurations are called
     read = {x.attr for _, x in NODES if isinstance(x, ast.Attribute) and isinstance(x.ctx, ast.Load)
@@ -63,7 +59,6 @@ def test_every_field_of_a_configuration_is_read_somewhere():
     read |= {"preset", *sample.SAMPLERS}  # from the flags; by the name of their sampler
     for config in (model.ModelConfig, train.TrainConfig, sample.Sampling, train.Progress):
         assert {f.name for f in dataclasses.fields(config)} <= read
-
 def test_every_command_of_readme_and_docstrings_parses_and_every_exercise_names_tests():
     docs = [ast.get_docstring(node) for _, node in NODES if isinstance(node, ast.Module)]
     blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -76,8 +71,7 @@ def test_every_command_of_readme_and_docstrings_parses_and_every_exercise_names_
         (words,) = re.findall(r'-k "?([\w ]+?)"?`', doc.split("EXERCISE")[1])
         for word in words.split(" or "): assert re.search(rf"\ndef test_\w*{word}", ME), word
 
-# -----------------------------------------------------------------------------
-# bpe.py
+# --- bpe.py ------------------------------------------------------------------
 
 def random_text(rng, n):   # few letters, so that pairs repeat; much white space; any code points
     some = list("aaAb  \n\t1'.,\r\u00a0\u00e9e\u0301\u4f60\U0001F30D" * 6) + ["\ufdd0"]
@@ -89,20 +83,17 @@ def replay(tok, text):   # encoding by definition: each merge in the order of le
         for i in range(len(word) if left in word and right in word else 0):
             if word[i:i + 2] == [left, right]: word[i:i + 2] = [left + right]
     return [tok.ids[token] for word in words for token in word]
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):   # a file of 0.1 MB of Python, and the tokenizer that comes of it
     path = tmp_path_factory.mktemp("bpe") / "text.txt"
     path.write_text(EOT.join(Path(m.__file__).read_text() for m in (random, json, subprocess)))
     return path, bpe.Tokenizer(*bpe.train(path, 700), [EOT])
-
 def test_the_obvious_tokenizers_have_the_ratios_of_the_lecture():
     text, byte = "Hello, \U0001F30D! \u4f60\u597d!", bpe.Tokenizer(dict(enumerate(bpe.BYTES)))
     char, word = bpe.CharTokenizer(text), bpe.CharTokenizer(bpe.split_words(text), [EOT], "gpt2")
     for tok, n in (char, 13), (word, 5), (byte, 20):
         assert bpe.ratio(tok, text) == 20 / n and tok.decode(tok.encode(text)) == text
     assert word.decode(word.encode("Hello, w")) == "Hello,<|unk|>"
-
 @cases("pattern, words", [   # a bar is where the text is cut
     ("gpt2", "it|'s| 42| dogs|  | a|\t|b|'|Se|\u0301|x|!?|\n "),
     ("llama3", "it|'S| |123|4|.\n\n|\ta|  | b|$c|\u0301e| ;\n|//|x| \n| "),
@@ -110,7 +101,6 @@ def test_the_obvious_tokenizers_have_the_ratios_of_the_lecture():
     ("o200k", "camel|Case's| HTML|.Pine\u0301e'LL|'t| |123|4| ;\n//|x| \n| ")])
 def test_a_text_is_cut_into_the_words_worked_by_hand(pattern, words):
     assert bpe.split_words(words.replace("|", ""), pattern) == words.split("|")
-
 @cases("text, merges", [(   # the first of Sennrich et al. 2016
     "low\n" * 5 + "lower\n" * 2 + "widest\n" * 3 + "newest\n" * 6,
     "s-t e-st o-w l-ow w-est n-e ne-west w-i wi-d wid-est low-e lowe-r"),
@@ -119,7 +109,6 @@ def test_a_text_is_cut_into_the_words_worked_by_hand(pattern, words):
 def test_training_learns_the_merges_worked_by_hand(text, merges):
     _, got = bpe.train_reference(text, 256 + merges.count("-"), [])   # train equals it
     assert " ".join(f"{a.decode()}-{b.decode()}" for a, b in got) == merges
-
 def test_train_equals_the_reference_serial_and_parallel(tmp_path, trained, monkeypatch):
     for seed in range(60):
         rng, some = random.Random(seed), [[], [EOT], ["ab", "aba", "ab"], ["<a b>", EOT]][seed % 4]
@@ -159,7 +148,6 @@ def test_decode_undoes_encode_for_every_code_point_and_special_tokens_are_whole(
     assert tok.eot == 699 and tok.encode(f"<|a|><|b|><|a|>{EOT}") == [701, 700, 699]
     assert tok.encode(EOT, "text") == replay(tok, EOT)
     with pytest.raises(UserError, match="no special token"): tok.encode("a" + EOT, "refuse")
-
 @pytest.fixture
 def formats(tmp_path, trained):   # {file in tmp_path: its content}, the tokenizer in every format
     tok, spell = trained[1], bpe.spell
@@ -169,7 +157,6 @@ def formats(tmp_path, trained):   # {file in tmp_path: its content}, the tokeniz
              "merges.txt": merges, "t.json": tok.to_text(), "a.tiktoken": tok.to_text("a.tiktoken")}
     for name, content in files.items(): (tmp_path / name).write_text(content, encoding="utf-8")
     return files
-
 def test_every_format_gives_the_same_ids_and_the_hash_is_the_files(tmp_path, trained, formats):
     char, text = bpe.CharTokenizer("hello \u00e9\n", [EOT, "\u00e9"]), f"\u00e9 \t{EOT}\u4f60 hello"
     for tok, names in (char, []), (trained[1], formats):
@@ -178,7 +165,6 @@ def test_every_format_gives_the_same_ids_and_the_hash_is_the_files(tmp_path, tra
         for name in "", *names:
             got = bpe.load_tokenizer(tmp_path / name, "gpt2", {EOT: 699})
             assert got.vocab == tok.vocab and got.encode(text) == tok.encode(text)
-
 @cases("kind, normalizer, merges, text, ids", [   # " cab" is no token, 123 and 4 are apart
     ("llama3", None, [["a", "b"], ["3", "4"]], "cab cab1234", [258, 220, 66, 256, 16, 17, 18, 19]),
     ("qwen2", {"type": "NFC"}, ["\u00c3 \u00a9", "1 2"], "e\u0301<s>12", [256, 999, 16, 17])])
@@ -190,7 +176,6 @@ def test_a_tokenizer_json_of_others_gives_ids_worked_by_hand(kind, normalizer, m
             type="BPE", ignore_merges=kind == "llama3", merges=merges,
             vocab=dict(zip([*bpe.BYTE_CHARS.values(), *made, "cab"], range(259))))},
         ).encode(text) == ids
-
 @cases("name, old, new", [*(("t.json", *pair) for pair in [
     ('"BPE"', '"BPE", "dropout": 0.1'), ('lstrip": false', 'lstrip": true'), ("N}+|", "N}|"),
     ('zer": null', 'zer": {"type": "X"}'), ('"s e', '"s 12')]), ("merges.txt", "\ns e", "\nse"),
@@ -198,7 +183,6 @@ def test_a_tokenizer_json_of_others_gives_ids_worked_by_hand(kind, normalizer, m
 def test_a_file_that_is_damaged_or_asks_for_more_is_named(tmp_path, formats, name, old, new):
     (tmp_path / name).write_text(formats[name].replace(old, new), encoding="utf-8")
     with pytest.raises(UserError, match=name): bpe.load_tokenizer(tmp_path / name, "gpt2")
-
 @cases("error, seen", [(SystemExit(), SystemExit), (OSError(errno.ENOSPC, "full"), UserError)])
 def test_atomic_write_leaves_the_old_file_when_the_writer_raises(tmp_path, error, seen):
     (tmp_path / "f").write_text("old")
@@ -206,7 +190,6 @@ def test_atomic_write_leaves_the_old_file_when_the_writer_raises(tmp_path, error
         file.write(b"new")
         raise error
     assert os.listdir(tmp_path) == ["f"] and (tmp_path / "f").read_text() == "old"
-
 @cases("number, status", [(signal.SIGINT, 1), (signal.SIGKILL, -9)])
 def test_ctrl_c_ends_training_quietly_and_no_worker_outlives_a_kill(tmp_path, number, status):
     (tmp_path / "big").write_text("".join(f"word{i} " for i in range(2_000_000)))
@@ -218,8 +201,7 @@ def test_ctrl_c_ends_training_quietly_and_no_worker_outlives_a_kill(tmp_path, nu
     assert b"Traceback" not in error and child.returncode == status
     assert status < 0 or os.listdir(tmp_path) == ["big"]
 
-# -----------------------------------------------------------------------------
-# data.py
+# --- data.py -----------------------------------------------------------------
 
 data.WAIT_S, BODY = 0.001, np.random.default_rng(0).bytes(300_000)  # between two attempts
 @contextlib.contextmanager
@@ -317,7 +299,6 @@ def test_the_loader_gives_each_target_once_an_epoch_and_splits_by_rank(n, T, B):
     for again in new(seen=B), loader: assert torch.equal(next(again)[0], batches[1][0])
     for batch, *parts in zip(batches, *(new(rank=r, world=B) for r in range(B))):
         assert all(torch.equal(torch.cat(p), b) for b, *p in zip(batch, *parts))
-
 TEXTS = ["\n\n".join(f"The house that they saw with us in {i + j} was as old as the hill, and made "
                      "of it." for j in range(7)) for i in range(1000, 1140, 7)]
 def page(text, more=""):
@@ -388,15 +369,13 @@ def test_the_funnel_ends_in_the_same_bytes_after_a_kill(tmp_path):
     said(data, *words("b"), "--workers=2")
     for out in "ab": assert (tmp_path / out / "text.txt").read_text().split(EOT)[:-1] == TEXTS
 
-# -----------------------------------------------------------------------------
-# kernels.py and model.py
+# --- kernels.py and model.py -------------------------------------------------
 
 def test_roofline_takes_the_longer_of_two_times_and_a_device_the_longest_name_that_fits():
     roofline, row = partial(kernels.roofline_s, peak=10, bandwidth=10), kernels.device_row
     assert [roofline(100, 10), roofline(10, 100)] == [(10, "arithmetic"), (10, "memory")]
     assert row("NVIDIA H100 PCIe")[0] == 756e12 and row("NVIDIA H100 80GB HBM3")[0] == 989e12
     assert row("NVIDIA A10")[0] == 125e12 and row("NVIDIA A1000") is None
-
 def tiny(name="llama", **more):
     row = {"n_layers": 2, "ffns": "s", **model.PRESETS[name], **more}
     sizes = dict(vocab_size=61, seq_len=24, n_layers=row["n_layers"], d_model=32, n_heads=4,
@@ -417,14 +396,12 @@ close = partial(torch.allclose, atol=1e-10)  # float64, sums reordered
 def agree(f, g, *x):  # in value and in gradient
     results = [(y, *torch.autograd.grad(y.square().sum(), x)) for y in (f(*x), g(*x))]
     assert all(torch.allclose(*pair, atol=1e-11) for pair in zip(*results))
-
 EVERY = {name: dict(name=name) for name in model.PRESETS}  # and each letter that no preset has
 for field, letters in dict(mixers=model.MIXERS, ffns=model.FFNS).items():
     used = "".join(getattr(tiny(name), field) for name in model.PRESETS)
     EVERY |= {letter: {field: letter} for letter in letters if letter not in used}
 @pytest.fixture(params=EVERY)
 def cfg(request): return tiny(**EVERY[request.param])
-
 @cases("chunks", [[1] * 14, [2, 11, 1]])
 def test_decode_with_cache_equals_full_forward_also_after_a_wrong_guess(cfg, chunks, monkeypatch):
     monkeypatch.setattr(kernels.KVCache, "SLACK", 4)  # so that a window's ring goes round
@@ -436,7 +413,6 @@ def test_decode_with_cache_equals_full_forward_also_after_a_wrong_guess(cfg, chu
         for c in cache: c.truncate(n)
         parts.append(m(part, cache=cache)[0])
     assert close(torch.cat(parts, 1), m(x)[0])
-
 def test_padded_tokens_and_other_documents_in_a_row_change_nothing(cfg):
     m, texts, more = make(cfg), ids(3, 6), ids(2, 2, seed=5)
     pos = torch.tensor([[0, 1, -1, 2, -1, -1, -1, 3, 4, 5, *range(6)], [-1] * 10 + [*range(6)]])
@@ -447,13 +423,11 @@ def test_padded_tokens_and_other_documents_in_a_row_change_nothing(cfg):
     for out in (m(tokens, pos=pos)[0], torch.cat(parts, 1)):
         assert close(out[pos >= 0].view(3, 6, -1), m(texts)[0])
     assert close(m(more, cache=cache)[0], m(torch.cat((texts[1:], more), 1))[0][:, 6:])  # goes on
-
 def test_every_parameter_gets_a_finite_gradient(cfg):
     m = make(cfg, torch.float32).train()
     m(ids(2, 12), ids(2, 12, seed=4))[0].mean().backward()
     for name, p in m.named_parameters():
         assert torch.isfinite(p.grad).all() and p.grad.abs().max() > 0, name
-
 def test_flops_formula_equals_torchs_counter(cfg, monkeypatch):
     plain = lambda q, k, v, mask=None, p=0.0: kernels.attention_reference(q, k, v, mask)
     for module in (kernels, model): monkeypatch.setattr(module, "attention", plain)
@@ -477,7 +451,6 @@ def test_counts_equal_the_published_ones_and_those_of_the_course(name, sizes, mo
     total, head = sum(m.flops(1024).values()), m.flops(1024)["head"]
     course = {190_460_160: "3.4963e+11, 22.61 %", 2_127_057_600: "4.5133e+12, 3.65 %"}
     if n in course: assert f"{total:.4e}, {100 * head / total:.2f} %" == course[n]
-
 @cases("kv", [1, 2, 4])
 def test_attention_and_local_attention_in_blocks_equal_the_reference(kv):
     pos = torch.cat((torch.arange(7), torch.arange(250), -torch.ones(44, dtype=torch.long)))
@@ -487,7 +460,6 @@ def test_attention_and_local_attention_in_blocks_equal_the_reference(kv):
     for f, *mask in (kernels.attention,), (lambda *qkv: ctx.attend(*qkv, 5), ctx.mask(5)):
         agree(lambda *qkv: f(*qkv) * real, lambda *qkv: whole(*qkv, *mask) * real, *qkv)
     assert len(kernels.blocks(301, 5)) == 61
-
 @cases("delta", [False, True])
 def test_chunked_scan_equals_its_recurrence(delta):
     pos = torch.stack((torch.arange(150), torch.arange(150) % 70 - 3))  # padding, three documents
@@ -498,7 +470,6 @@ def test_chunked_scan_equals_its_recurrence(delta):
         return torch.cat(((y * (pos >= 0)[:, None, :, None]).flatten(), end.flatten()))
     agree(partial(run, kernels.scan), partial(run, kernels.scan_reference), *numbers(
         (2, 1, 150, 6), (2, 1, 150, 6), (2, 3, 150, 5), (2, 3, 6, 5), *[(2, 3, 150)] * (1 + delta)))
-
 def test_linear_attention_is_attention_with_another_kernel():
     cfg, (x,) = tiny(mixers="L"), numbers((1, 70, 32))
     layer = make(cfg).layers[0].self_attn
@@ -506,7 +477,6 @@ def test_linear_attention_is_attention_with_another_kernel():
     share = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril()
     want = layer.o_proj(kernels.merge(share / share.sum(-1, keepdim=True) @ v))
     assert close(layer(x, kernels.Context(cfg, torch.zeros(1, 70))), want)
-
 def test_losses_and_softmax_equal_torchs_in_parts_and_for_huge_logits(monkeypatch):
     (x, W), y = numbers((3, 11, 8), (13, 8)), torch.arange(33).view(3, 11) % 14 - 1
     sizes, whole, z = set(), kernels.logits_of, 1000 * x @ W.T
@@ -530,7 +500,6 @@ def test_experts_add_up_as_their_definition_says(K):
     loss = 2 * (on.sum(0) / on.sum() * p.mean(0)).sum() + 0.25 * z.logsumexp(1).square().mean()
     assert close(y[0], want + moe.shared_experts(x[0])[0]) and close(aux["loss"], loss)
     assert aux["load"].tolist() == on.sum(0).tolist()
-
 def test_router_bias_evens_the_load_of_experts_without_a_loss():
     torch.manual_seed(0)
     m = model.LM(tiny(ffns="x", balance_bias=0.01))
@@ -538,13 +507,11 @@ def test_router_bias_evens_the_load_of_experts_without_a_loss():
     first = spread()
     for _ in range(100): train.local_step(m, [(ids(8, 24), ids(8, 24))])
     assert spread() < 0.5 * first
-
 def test_model_starts_near_a_uniform_guess():
     for name in model.PRESETS:  # logits of std 1, at most, cost half a nat
         torch.manual_seed(0)
         loss = model.LM(tiny(name, vocab_size=512))(ids(4, 20), ids(4, 20, seed=1))[0].mean().item()
         assert math.log(512) - 0.1 < loss < math.log(512) + 0.8, (name, loss)
-
 def test_dropout_is_for_training_softcap_bounds_logits_and_a_bfloat16_stream_keeps_its_loss():
     m, x = make(tiny(dropout=0.5, softcap=3.0), torch.float32), ids(2, 9)
     a, b, c = m(x)[0], m(x)[0], m.train()(x)[0]
@@ -578,7 +545,6 @@ def test_a_saved_model_comes_back_the_same_also_as_others_would_publish_it(tmp_p
     assert config["architectures"] == [kind] and config.pop("model_config")
     if kind != "LM": file.write_text(json.dumps(config))
     assert torch.equal(model.load_model(tmp_path)(ids(2, 20))[0], m(ids(2, 20))[0])
-
 def look(*qkv, window=20):  # of (B, T, H, Dh): nothing later, `window` places in all
     q, k, v, mask = *(x.transpose(1, 2) for x in qkv), torch.ones(20, 20).tril().triu(1 - window)
     y = F.scaled_dot_product_attention(q, k, v, mask.bool(), enable_gqa=True)
@@ -660,7 +626,6 @@ def test_published_models_give_the_logits_of_their_definition(tmp_path, kind, mo
     config = json.loads((tmp_path / "ours/config.json").read_text())
     assert config.get("rope_scaling") == (STRETCH if "rope" in str(more) else None)
     assert config["eos_token_id"] == m.eos == [3, 5]
-
 @cases("harm, says", [
     (lambda c, w: c.update(architectures=["Bert"]), "Bert.*GPT2LMHeadModel.*LlamaForCausalLM"),
     (lambda c, w: c.update(rope_scaling=dict(type="yarn", factor=4.0)), "type.*yarn"),
@@ -682,7 +647,6 @@ def child(code, interpret):
                           env={**os.environ, "TRITON_INTERPRET": str(int(interpret))})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
-
 GPU = partial(pytest.param, "cuda", marks=pytest.mark.skipif("not torch.cuda.is_available()"))
 @cases("device, dtype, most", [
     ("cpu", "float32", 1e-5), GPU("float32", 1e-4), GPU("float16", 4e-3), GPU("bfloat16", 2e-2)])
@@ -734,8 +698,7 @@ print(json.dumps(out))""", False)[0]:
         assert shared <= 232_448 and spills == [0, 0], (name, D, shared, spills)
         assert products == ((name, D) != ("dkv", 256))  # there tiles have 32 rows, not 64
 
-# -----------------------------------------------------------------------------
-# optim.py
+# --- optim.py ----------------------------------------------------------------
 
 def soap_by_hand(w, gradients, every=10, lr=0.01):  # 2409.11321, algorithm 3
     m, v = 0 * w, 0 * w
@@ -748,7 +711,6 @@ def soap_by_hand(w, gradients, every=10, lr=0.01):  # 2409.11321, algorithm 3
         step = (P.T @ m @ Q) / (1 - 0.9 ** t) / ((v / (1 - 0.95 ** t)).sqrt() + 1e-8)
         w = (1 - lr * 0.1) * w - lr * P @ step @ Q.T
     return w
-
 def muon_by_hand(w, gradients, lr=0.01):  # Jordan et al. 2024, with Nesterov's momentum
     m = 0 * w
     for g in gradients:
@@ -756,7 +718,6 @@ def muon_by_hand(w, gradients, lr=0.01):  # Jordan et al. 2024, with Nesterov's 
         u = optim.orthogonalize(0.05 * g + 0.95 * m)
         w = (1 - lr * 0.1) * w - lr * max(1, w.shape[0] / w.shape[1]) ** 0.5 * u
     return w
-
 BY_HAND, T = {"soap": soap_by_hand, "muon": muon_by_hand}, torch.optim
 TORCHS = {"sgd": T.SGD, "momentum": partial(T.SGD, momentum=0.9), "adagrad": T.Adagrad,
           "rmsprop": T.RMSprop, "adam": partial(T.Adam, betas=(0.9, 0.95)),
@@ -790,7 +751,6 @@ def test_the_first_step_of_shampoo_sets_all_singular_values_alike():
         (U, _, V), p.grad = torch.linalg.svd(G, full_matrices=False), G
         optim.Shampoo([p], lr=1.0).step()
         assert torch.allclose(p, -U @ V * math.sqrt(24 / 4), atol=1e-6)
-
 @cases("shape", [(40, 12), (12, 40), (24, 24)])
 def test_orthogonalized_singular_values_lie_within_the_polynomials_band(shape):
     U, _, V = torch.linalg.svd(G := numbers(shape)[0], full_matrices=False)
@@ -799,11 +759,9 @@ def test_orthogonalized_singular_values_lie_within_the_polynomials_band(shape):
         for a, b, c in some: x = a * x + b * x ** 3 + c * x ** 5
         S = (U.mT @ optim.orthogonalize(G, some) @ V.mT).diagonal()
         assert low < x.min() and x.max() < high and S.max() < high and S[:9].min() > low
-
 def test_with_mup_the_best_learning_rate_stays_where_it_was_at_the_smallest_width():
     best = {mup: [lr for lr, _ in optim.transfer(mup, (32, 512)).values()] for mup in (0, 1)}
     assert best[0][0] / best[0][1] >= 4 and 0.5 <= best[1][0] / best[1][1] <= 2
-
 def test_noise_scale_solves_its_two_equations_and_level_tells_spikes():
     signal, noise = 3.0, 120.0  # |G|^2, tr(S)
     assert optim.noise_scale(signal + noise / 4, signal + noise / 64, 4, 64) == pytest.approx(40)
@@ -812,7 +770,6 @@ def test_noise_scale_solves_its_two_equations_and_level_tells_spikes():
     usual = [level.spikes(4 - i / 1000 + rng.gauss(0, 0.1)) for i in range(1000)]
     assert not any(usual) and level.spikes(5.0) and not level.spikes(3.0)
     assert not [level.spikes(6.0) for _ in range(300)][-1]  # what lasts becomes the level
-
 def test_groups_partition_the_parameters_and_only_matrices_decay():
     for m in (model.LM(tiny(name)) for name in model.PRESETS):
         groups = optim.param_groups(m, weight_decay=0.1, embedding=0.5)
@@ -823,21 +780,18 @@ def test_groups_partition_the_parameters_and_only_matrices_decay():
             assert (g["weight_decay"] > 0) == (g["role"] == "matrix")
             assert ("lr" in g) == (g["role"] == "embedding")
             assert g["role"] == "vector" or all(p.ndim == 2 for p in g["params"])
-
 def test_clipping_scales_to_the_global_norm_and_leaves_small_gradients():
     for size in (0.01, 100.0):
         params = numbers((12,), (5,), (2,))  # the third has no gradient
         for p in params[:2]: p.grad = size * torch.ones_like(p)
         assert optim.clip_grad_norm(params, 1.0) == pytest.approx(norm := size * 17 ** 0.5)
         assert all(torch.allclose(p.grad, p * 0 + size / max(norm, 1)) for p in params[:2])
-
 @cases("name, warmup, cooldown, final, values", [  # {fraction of the run: of the peak}
     ("cosine", 1 / 3, None, 0.1, {0: 0, 1 / 3: 1, 8 / 21: 0.98871756, 2 / 3: 0.55, 1.5: 0.1}),
     ("wsd", 0.1, 0.4, 0.2, {0: 0, 0.05: 0.5, 0.1: 1, 0.35: 1, 0.6: 1, 0.8: 0.6, 1: 0.2, 1.5: 0.2})])
 def test_schedule_has_the_values_worked_by_hand(name, warmup, cooldown, final, values):
     schedule = optim.SCHEDULES[name]
     assert {x: schedule(x, warmup, cooldown, final) for x in values} == pytest.approx(values)
-
 def test_optimizers_refuse_what_they_do_not_know():
     m = model.LM(tiny())
     for bad in (lambda: optim.SGD(optim.param_groups(m, weight_decay=0.1)),
@@ -845,11 +799,9 @@ def test_optimizers_refuse_what_they_do_not_know():
                 lambda: optim.Adam(m.parameters()).load_state_tensors({"0.0.m": torch.ones(4)})):
         with pytest.raises(AssertionError): bad()
 
-# -----------------------------------------------------------------------------
-# sample.py
+# --- sample.py ---------------------------------------------------------------
 
 BYTES = bpe.Tokenizer(dict(enumerate(bpe.BYTES)), [], [EOT, "<|im_start|>", "<|im_end|>"])
-
 def test_sampling_by_top_p_top_k_and_min_p_keeps_the_tokens_worked_by_hand():
     z = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     kept = lambda z: torch.isfinite(z).nonzero().flatten().tolist()
@@ -857,7 +809,6 @@ def test_sampling_by_top_p_top_k_and_min_p_keeps_the_tokens_worked_by_hand():
     assert crossing == [[1], [1, 3], [1, 2, 3], [0, 1, 2, 3]]
     assert kept(sample.top_k(z, 2)) == kept(sample.min_p(z, 0.4)) == [1, 3]
     assert kept(sample.top_k(torch.zeros(5), 2)) == [0, 1]
-
 @torch.no_grad()
 def one_at_a_time(m, row, how):  # greedy, all of the text through the model for each token
     row, n, begin = list(row), len(row), 0
@@ -897,7 +848,6 @@ def test_generate_says_with_and_without_cache_what_decoding_one_at_a_time_says(c
     assert sample.generate(m, prompts, how, on_token=lambda *it: told.append(it)) == want
     assert want == [[token for row, token in told if row == i] for i in range(3)]
     assert want == sample.generate(m, prompts, how, use_cache=False)
-
 def test_random_schedules_say_what_decoding_one_at_a_time_says_and_lose_no_block():
     engines, shared = zip(*map(schedule, range(40)))
     accepted, guessed = (sum(getattr(e, n) for e in engines) for n in ("accepted", "guessed"))
@@ -933,12 +883,10 @@ def test_sampled_frequencies_follow_the_model_with_and_without_a_draft():
         got = torch.tensor([3 * a + b for a, b, _ in texts]).bincount(minlength=9)
         assert ((got - want) ** 2 / want).sum() < 26.1  # of 8 degrees: once in a thousand
         assert texts[7:8] == sample.generate(target, [[0]], how(seed=7), guess=guess, k=2)
-
 def test_sliding_windows_count_each_token_once_behind_enough_others():
     batches = list(sample.sliding(np.arange(83), 24, 10))
     assert torch.cat([y[y >= 0] for _, y in batches]).tolist() == list(range(1, 83))
     for x, y in batches: assert x.shape[1] <= 24 and (x[0, 0] == 0 or (y[:, :14] < 0).all())
-
 def test_multiple_choice_takes_what_the_model_finds_likeliest(tmp_path):
     path, m = tmp_path / "q.jsonl", make(tiny(vocab_size=259, seq_len=99))
     m.forward = lambda x, y: ((1.0 + (y != ord("b"))) * (y >= 0), {})  # a b costs 1 nat, else 2
@@ -946,12 +894,10 @@ def test_multiple_choice_takes_what_the_model_finds_likeliest(tmp_path):
                     '{"question": "2", "choices": ["bbbb", "a"], "answer": 0}\n')
     shares, errors = sample.multiple_choice(m, BYTES, sample.read_questions(path))
     assert shares.tolist() == [0.5, 1.0] and errors[0] == pytest.approx(0.5 / 2 ** 0.5)
-
 def test_text_stream_waits_for_whole_characters_and_for_what_may_be_a_stop():
     stream = sample.TextStream(BYTES, (out := []).append, ["<end>", "\nQ:"])
     assert not any(map(stream.put, "né🌍<en".encode())) and out == ["n", "é", "🌍"]
     assert [stream.put(b) for b in b"<end>"] == 4 * [False] + [True] and out[3:] == ["<en"]
-
 def test_a_chat_keeps_its_turns_and_no_user_can_speak_as_another(monkeypatch):
     lines, asked = iter(["<|im_end|>", "you"]), []
     monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or exec("raise EOFError"))
@@ -960,16 +906,19 @@ def test_a_chat_keeps_its_turns_and_no_user_can_speak_as_another(monkeypatch):
     sample.chat(engine, BYTES, sample.Sampling(3, 0.0))
     assert asked[0].count(BYTES.special_tokens["<|im_end|>"]) == 1  # that of his turn
     assert asked[1][:len(asked[0])] == asked[0] and len(asked) == 2 and not sum(engine.ref)
+def test_eight_bits_are_rounded_by_half_a_step_and_multiply_as_what_they_stand_for():
+    linear, x = kernels.Linear(7, 5, bias=True).double(), torch.randn(2, 3, 7).double()
+    w = (q := sample.Int8(linear)).weight * q.scale[:, None]
+    assert ((w - linear.weight).abs() <= 0.501 * q.scale[:, None]).all()
+    assert torch.allclose(q(x), x @ w.mT + linear.bias)
 
-# -----------------------------------------------------------------------------
-# train.py
+# --- train.py ----------------------------------------------------------------
 
 CPU = train.Machine(torch.device("cpu"), torch.float32, False, 1e12, "")
 TEXT = "".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(40))
 TINY = "--n_layers 1 --d_model 16 --n_heads 2 --seq_len 16 --batch_size 4 --log_steps 1 --threads 1"
 ON_TEXT = "--device cpu --dataset . --tokenizer byte"
 WHOLE = f"{ON_TEXT} {TINY} --dtype float32 --dropout 0.1 --steps 60 --evals 2 --save_minutes 0"
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder with a text, and a run that came to its end undisturbed; `desk` is a copy of it."""
@@ -983,7 +932,6 @@ def finished(tmp_path_factory):
 def desk(tmp_path, monkeypatch, finished):
     monkeypatch.chdir(shutil.copytree(finished, tmp_path / "desk"))
     return tmp_path / "desk"
-
 def losses_of(run):
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [[(r["step"], r[kind]) for r in rows if kind in r] for kind in ("loss", "valid")]
@@ -992,7 +940,6 @@ def assert_as_if_undisturbed(desk):
     assert losses_of(one) == losses_of(cut) and [*map(len, losses_of(one))] == [60, 2]
     a, b = (model.load_tensors(run / "model.safetensors")[0] for run in (one, cut))
     assert all(torch.equal(a[k], b[k]) for k in a) and (cut / "result.json").exists()
-
 def test_accumulation_gives_the_gradients_of_the_whole_batch():
     m, x, y = make(tiny("modern")), ids(6, 10), ids(6, 10, seed=1)
     y[4:, 3:] = -1  # the last micro-batch counts fewer targets than the others
@@ -1016,7 +963,6 @@ def test_evaluation_counts_every_token_and_byte_once_whatever_the_batch(desk):
     found = [train.validation(data.prepare("text.txt", "byte"), limit) for limit in (101, None)]
     n = len(found[1][0])  # a byte a token, less two end-of-texts; of a part, its own bytes
     assert [(len(some), n_bytes) for some, n_bytes in found] == [(101, 100), (n, n - 2)]
-
 def test_a_recipe_scales_to_other_budgets_by_the_laws_that_it_names():
     for row, k in itertools.product(train.RECIPES.values(), (2.0 ** -30, 1 / 9, 1, 64)):
         new = train.recipe(row, k * row["minutes"])[0]
@@ -1052,7 +998,6 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_undisturbed(desk):
     assert "SIGTERM: stopped after step" in out and not (desk / "runs/cut/result.json").exists()
     call(train, "--resume")
     assert_as_if_undisturbed(desk)
-
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(desk):
     (newest, older), before = train.checkpoints(one := desk / "runs/one"), losses_of(one)
     newest.write_bytes(newest.read_bytes()[:-50])
@@ -1074,14 +1019,12 @@ def test_a_step_without_a_finite_loss_is_skipped_and_three_end_the_run(desk, mon
         call(train, f"{WHOLE} --steps 12 --save_minutes 1 --run cut")
     assert all(torch.isfinite(p).all() for p in seen[0].parameters())
     assert all(math.isfinite(loss) for _, loss in losses_of(desk / "runs/cut")[0])
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_learns_in_bfloat16_compiled_as_a_cpu_does_in_float32(desk):
     for how in "cpu --dtype float32", "cuda --dtype bfloat16":
         call(train, f"{WHOLE} --dropout 0 --run {how[:3]} --device {how}")
     a, b = ([loss for _, loss in losses_of(desk / "runs" / name)[0]] for name in ("cpu", "cud"))
     assert a == pytest.approx(b, rel=0.05) and b[-1] < b[0] - 0.5  # bfloat16 keeps eight bits
-
 def test_owt_from_a_mirror_goes_from_download_to_sample_and_board(desk):
     text, runs = (EOT + "\n").join(TEXT.splitlines()).encode(), desk / "runs"
     files = {f"owt_{n}.txt.gz": gzip.compress(text[-9000:]) for n in ("train", "valid")}
@@ -1092,7 +1035,6 @@ def test_owt_from_a_mirror_goes_from_download_to_sample_and_board(desk):
     row = json.loads((runs / "web/result.json").read_text())
     (runs / "one/result.json").write_text(json.dumps(row | {"bits_per_byte": 0.1}))
     assert re.findall(r"^(one|web)\b", said(train, "--board"), re.M) == ["one", "web"]
-
 def test_a_race_trains_each_value_and_seed_and_prints_a_table(desk):
     table = said(train, f"{WHOLE} --steps 3 --race mixers=A,S --seeds 2")
     head, *table = map(str.split, table.splitlines())
@@ -1101,14 +1043,12 @@ def test_a_race_trains_each_value_and_seed_and_prints_a_table(desk):
         runs = [desk / f"runs/race-mixers-{mixer}-{i}" for i in (1, 2)]
         a, b = (json.loads((run / "result.json").read_text())["bits_per_byte"] for run in runs)
         assert a != b and (mean, std) == (f"{(a + b) / 2:.4f}", f"{abs(a - b) / 2 ** 0.5:.4f}")
-
 def test_walk_and_profile_leave_no_run(desk):
     out, profile, noise = (said(train, f"{WHOLE} --{look}") for look in train.LOOKS)
     before, after = map(float, re.search(r"9. .*\n +loss (\S+) -> (\S+)", out).groups())
     assert after <= before and "layers.0.self_attn.q_proj" in out and "aten::" in profile
     assert "gradient noise scale" in noise and (desk / "runs/trace.json").exists()
     assert len([*desk.glob("runs/*/")]) == 1
-
 def test_the_micro_batch_is_halved_until_it_fits_and_the_batch_stays():
     m, sizes = model.LM(tiny()), []
     loader = data.Loader(np.arange(600, dtype=np.uint16) % 61, 8, 4, 0)
@@ -1119,7 +1059,6 @@ def test_the_micro_batch_is_halved_until_it_fits_and_the_batch_stays():
     of = m, optim.SGD(m.parameters()), loader, cfg, machine, step
     assert train.warm_up(*of)[1] == 1 and sizes == [4, 2, 1]
     assert loader.seen == 0 and sum(len(x) for x, _ in train.take(loader, 1, CPU.device)) == 4
-
 BEFORE = {train: ON_TEXT, sample: "--run one"}  # and then flags, of which the last is wrong
 LAST = {sample: "--temperature -1 | --top_p 0 | --max_tokens 0 | --top_k 0 | --prompt ''",
     train: """--preset gpt7 | --dataset nowhere | --minutes -1 | --batch_size 6 --micro_batch 4
@@ -1134,7 +1073,6 @@ MISTAKES = [(script, flags, re.findall(r"--(\w+)", flags)[-1] + ": got")
     (train, "--batch_size 100000", "a smaller --"), (sample, "--run two", "as under runs/: one"),
     (train, "--run one --resume --softcap 3.0", "softcap: got 3.0, wanted None"),
     (sample, "--prompt \udce9", "a text in UTF-8"), (sample, "--prompt " + "x" * 17, "to 16, the")]
-
 @cases("script, flags, says", MISTAKES, ids=lambda x: ascii(x)[:60])
 def test_a_users_mistake_gives_one_message_and_leaves_nothing(desk, capsys, script, flags, says):
     with pytest.raises(SystemExit) as e: call(script, f"{BEFORE[script]} {flags}")
@@ -1142,8 +1080,7 @@ def test_a_users_mistake_gives_one_message_and_leaves_nothing(desk, capsys, scri
     assert e.value.code == 2 and says in err[-1] and len(err) == 1 + 2 * ("--prompt" in flags)
     assert [path.name for path in desk.glob("runs/*")] == ["one"]
 
-# -----------------------------------------------------------------------------
-# parallel.py: one forked group of four ranks does the work; tests look at what it found
+# --- parallel.py: one forked group of four ranks, tests of what it found -----
 
 SMALL = dict(vocab_size=61, seq_len=16, n_layers=2, d_model=16, n_heads=4)  # 61: padded for tp
 MODERN = dict(preset="modern", n_kv_heads=2, bigram=300)
@@ -1169,7 +1106,6 @@ def jolted(optimizer, fields):   # a whole model, no weight zero or equal to ano
                          dataclasses.replace(CPU, dtype=torch.float64))
     for p in m.parameters(): p.data += 0.1 * torch.randn_like(p)
     return m, opt
-
 def ten_steps(m, opt, micro, step, params, norms=optim.norms, n=1, rank=0, steps=10):
     """-> losses and norms; gradients of `params` in the first step; weights: [(place, tensor)]."""
     told, moved = [], sum((g["params"] for g in opt.groups), [])
@@ -1182,16 +1118,13 @@ def ten_steps(m, opt, micro, step, params, norms=optim.norms, n=1, rank=0, steps
         told.append(optim.clip_grad_norm(moved, 0.5, norms))
         opt.step(0.3)
     return told, first, [(p.place, p.detach()) for p in moved]
-
 def alone(optimizer, micro, fields):
     m, opt = jolted(optimizer, fields)
     for name, p in m.named_parameters(): p.place = optim.Place(name)
     return ten_steps(m, opt, micro, train.local_step, [*m.parameters()])
-
 def divided(m, opt, text, **flags):
     how = parallel.ParallelConfig(plan=text, **flags)
     return parallel.Engine(m, opt, parallel.Mesh(parallel.read_plan(text, 4), how.ring), how)
-
 def run_plan(text, flags, optimizer, micro, fields, steps=10, want=None):
     """-> engine, largest difference from one process: (in the first step, in all)."""
     engine = divided(*jolted(optimizer, fields), text, **flags)
@@ -1203,7 +1136,6 @@ def run_plan(text, flags, optimizer, micro, fields, steps=10, want=None):
         gaps += [max((x - at.take(whole[at.name])).abs().max().item() for at, x in some)]
     world = engine.mesh.world
     return engine, want and world.small(max(gaps[0], gaps[-2]), max(gaps), op=optim.MAX).tolist()
-
 def saved(folder, m, opt):   # and read: all tensors of weights and optimizer
     divided = isinstance(m, parallel.Engine)
     save = parallel.save_shards if divided else train.save_checkpoint
@@ -1253,14 +1185,11 @@ def four(tmp_path_factory):
     wants = [alone(*row[2:]) for row in PLANS]
     mp.start_processes(rank_of_four, (folder, wants), nprocs=4, start_method="fork")
     return *json.loads((folder / "found.json").read_text()), folder
-
 @cases("i", range(len(PLANS)), ids=[" ".join([p[0], *p[1]]) for p in PLANS])
 def test_a_plan_has_the_loss_gradients_and_ten_steps_of_one_process(four, i):
     assert four[0][i][0] < 1e-12 and four[0][i][1] < 1e-10
-
 def test_shards_checkpoints_and_messages_of_four_ranks_are_as_their_sentences_say(four):
     assert all(four[1].values()), four[1]
-
 def test_damaged_shards_are_named_and_the_checkpoint_before_them_used(four, capsys):
     stem = four[2] / "none/checkpoint-00000000"
     some = [Path(shutil.copytree(stem, f"{stem}"[:-1] + i)) for i in "123"]
@@ -1270,14 +1199,12 @@ def test_damaged_shards_are_named_and_the_checkpoint_before_them_used(four, caps
     out = capsys.readouterr().out
     assert all(f"{path} is left out" in out for path in some)
     assert train.checkpoints(stem.parent) == [stem]
-
 @cases("name,held", [("gpipe", lambda p, m, s: m), ("1f1b", lambda p, m, s: min(p - s, m))])
 def test_a_schedule_idles_by_the_formula_and_holds_what_it_says(name, held):
     for p, m in itertools.product(range(1, 6), range(1, 9)):
         idle, most = parallel.simulate(parallel.SCHEDULES[name], p, m)
         assert idle == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
         assert most == [held(p, m, s) for s in range(p)]
-
 def test_the_lesson_sends_and_keeps_what_the_formulas_say(capfd):
     call(parallel)
     rows = [line.split() for line in capfd.readouterr().out.splitlines() if "p=2" in line]
@@ -1285,7 +1212,6 @@ def test_the_lesson_sends_and_keeps_what_the_formulas_say(capfd):
     assert all(float(row[-1]) < 1e-12 and float(row[-2]) > 0 for row in rows)
     for row, want in zip(rows, [[1, 1, 2], [1, 1, 1], [0.5, 0.5, 1], [1, 1, 2], [0.5, 0.5, 1]]):
         assert [float(x) for x in row[-7:-4]] == pytest.approx(want, rel=0.02)
-
 @cases("text,world,words", [
     ("dp=3", 4, "plan: got dp=3, a product of 3, wanted 4"), ("zz=2", 2, "plan: got zz=2"),
     ("dp=4,ep=3", 4, "an ep that divides"), ("tp=8", 8, "n_heads"), ("pp=3", 3, "n_layers"),
@@ -1294,7 +1220,6 @@ def test_what_a_plan_cannot_divide_is_refused_by_name(text, world, words):
     m = model.LM(model.preset("llama", **SMALL, d_ff=62))
     with pytest.raises(UserError, match=words):
         parallel.check(m, parallel.read_plan(text, world), parallel.ParallelConfig())
-
 def test_a_refusal_writes_nothing_and_a_restart_goes_on_with_no_other_run(desk, monkeypatch):
     call(train, f"{WHOLE} --steps 3 --run other")
     for word in "RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=0".split() + [
@@ -1330,8 +1255,7 @@ def test_a_rank_that_is_killed_does_not_change_the_losses(desk):
     call(train, "--resume --run four")  # of shards alone, and finished
     assert losses_of(desk / "runs/four") == four and train.checkpoints(log.parent)[1].is_dir()
 
-# -----------------------------------------------------------------------------
-# scaling.py
+# --- scaling.py --------------------------------------------------------------
 
 def test_published_runs_optima_and_speeds_come_out_and_an_optimum_is_the_best_of_a_grid():
     for N, D, flops in scaling.PUBLISHED.values(): assert abs(6 * N * D / flops - 1) < 0.03
@@ -1356,7 +1280,6 @@ def test_planted_laws_come_back_by_the_published_objective():
     some, N = runs.some(np.arange(54) % 9 > 0), law.optimum(1e22)[0]  # not symmetric about the best
     for fit, within in zip(scaling.FITS.values(), (1e-6, 0.15, 1e-6)):  # no valley is a parabola
         assert abs(fit(some, np.ones((1, 48))).optimum(1e22)[0] / N - 1) < within
-
 def test_nine_of_ten_intervals_at_100_times_the_budget_hold_a_planted_optimum(trials=6, count=40):
     inside, drawn = 0, scaling.resamples(54, count)  # README.md: 200 trials of 200, by a call
     for law, rng in ((scaling.hidden_law(r), r) for r in map(np.random.default_rng, range(trials))):
@@ -1377,7 +1300,6 @@ def test_a_game_charges_a_query_once_a_refused_one_never_and_is_won_by_the_caref
     near, far = ((g := scaling.Game(1)).submit(*play(g.query, 2e18, 1e19))
                  for play in scaling.PLAYERS.values())
     assert 0 <= near[0] < min(far[0], 0.004) and abs(near[1]) < 0.03
-
 def test_a_study_is_accounted_before_it_starts_and_trains_nothing_twice(desk):
     study = " --dataset text.txt --seq_len 16 --budgets 1e8 2e8 --sizes 4 --ratio .75 --resamples 9"
     with pytest.raises(UserError, match="none of"): call(scaling, f"run {study} --flops 8e8")
@@ -1388,8 +1310,7 @@ def test_a_study_is_accounted_before_it_starts_and_trains_nothing_twice(desk):
     *again, best = json.loads(path.read_text())
     assert again == old and best["name"].startswith("8e+08")  # of equal seconds: none ran twice
 
-# -----------------------------------------------------------------------------
-# align.py
+# --- align.py ----------------------------------------------------------------
 
 def test_losses_and_gradients_equal_their_definitions_clipped_packed_or_not():
     lm, hidden = model.LM(model.preset("llama", vocab_size=16, d_model=16)).double(), []

@@ -50,8 +50,7 @@ from optim import (OPTIMIZERS, SCHEDULES, Level, Place, clip_grad_norm, health, 
 from sample import (RUNS, Sampling, TextStream, board, compare, evaluate, generate, pick_device,
                     plot, read_log, shannon)
 
-# -----------------------------------------------------------------------------
-# Configuration
+# --- Configuration -----------------------------------------------------------
 # A sequence is seq_len tokens; a step is one update of the weights from batch_size sequences, which
 # go through the model micro_batch at a time. Ranks are processes that share a step.
 
@@ -125,7 +124,6 @@ RECIPES = {
                  batch_size=128),
     "cuda owt": dict(minutes=90.0, vocab_size=32000, seq_len=1024, n_layers=12, d_model=1024,
                      n_heads=8, batch_size=512, micro_batch=32, save_minutes=5.0, log_steps=10)}
-
 def recipe(row, minutes):
     """(a row of RECIPES for another budget, the steps that lead to it as lines of text)."""
     k = minutes / row["minutes"]
@@ -142,8 +140,7 @@ def recipe(row, minutes):
         f"4. the batch with tokens^0.383 (2505.13738), to a power of two: {batch} sequences",
         "5. learning rates stay: Muon's steps are scaled by shape (for AdamW set --base_width)"]
 
-# -----------------------------------------------------------------------------
-# Setting up a machine
+# --- Setting up a machine ----------------------------------------------------
 
 @dataclass
 class Machine:
@@ -153,7 +150,6 @@ class Machine:
     compile: bool
     peak: float  # FLOP/s
     line: str
-
 def set_up(cfg):
     device, KERNELS["use"] = pick_device(cfg.device), cfg.kernels
     ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
@@ -167,7 +163,6 @@ def set_up(cfg):
                    f"{device} ({device_name(device)}), {torch.get_num_threads()} threads, {dtype}, "
                    f"compile {'on' if compiled else 'off'}, malloc keeps memory: {kept}; "
                    f"peak {peak:.3g} FLOP/s ({source})")
-
 def build(model_cfg, cfg, machine):
     """A fresh model on its device, and its optimizer. Weights are float32 (float64 on request), the
     residual stream has the dtype of the machine."""
@@ -184,8 +179,7 @@ def build(model_cfg, cfg, machine):
     if machine.compile: optimizer.orthogonalize = torch.compile(orthogonalize)  # Muon's products
     return model, optimizer
 
-# -----------------------------------------------------------------------------
-# One step
+# --- One step ----------------------------------------------------------------
 
 def local_step(model, batches):
     """Gradients of the mean loss over all counted targets of `batches` [(tokens, targets)], which
@@ -203,8 +197,7 @@ def local_step(model, batches):
         bias += model.cfg.balance_bias * torch.sign(load.sum() / len(load) - load)
     return total
 
-# -----------------------------------------------------------------------------
-# Checkpoints
+# --- Checkpoints -------------------------------------------------------------
 # One file, or of many ranks a directory of files, holds all that the next step depends on: weights,
 # optimizer state, where the data stands. It is there whole or not at all; the one before it, too.
 
@@ -218,13 +211,10 @@ class Progress:
     loss_sum: float = 0.0  # over the steps since the last line of the log
     loss_steps: int = 0
     level: tuple = ()      # of the loss, to tell a spike
-
 def checkpoints(run):   # newest first: a directory or a .safetensors, but no .part or .damaged
     return sorted(Path(run).glob("checkpoint-*[0-9s]"), reverse=True)
-
 def keep_two(run):
     for old in checkpoints(run)[2:]: shutil.rmtree(old) if old.is_dir() else old.unlink()
-
 def save_checkpoint(run, model, optimizer, progress):
     """Writes a checkpoint, then the weights alone as a directory that sample.py reads."""
     tensors = {f"model/{name}": p for name, p in model.state_dict().items()}
@@ -233,7 +223,6 @@ def save_checkpoint(run, model, optimizer, progress):
                  {"progress": json.dumps(dataclasses.asdict(progress))})
     save_model(model, run)
     keep_two(run)
-
 def read_checkpoint(path):
     """(tensors, metadata) of a file, or of a directory, whose files say of what they are parts."""
     if path.is_file(): return load_tensors(path)
@@ -245,7 +234,6 @@ def read_checkpoint(path):
             x = whole.setdefault(name, tensors[key].new_zeros(shape))
             Place(name, *place).put(x, tensors[key])
     return whole, metadata
-
 def load_checkpoint(run, model, optimizer):
     """Restores the newest checkpoint that is whole -> Progress; none at all is a fresh start."""
     for path in checkpoints(run):
@@ -263,8 +251,7 @@ def load_checkpoint(run, model, optimizer):
         raise UserError(f"{run}: got no checkpoint that is whole, wanted one; start a new run")
     return Progress()
 
-# -----------------------------------------------------------------------------
-# The loop
+# --- The loop ----------------------------------------------------------------
 # There is one, for one process or many. What is different with many is passed in: step (gets all
 # micro-batches of a step and leaves gradients), save, load, agree (one value for all ranks) and
 # is_main (who writes).
@@ -280,7 +267,6 @@ class Stop:
         self.__exit__()
     def __exit__(self, *_):
         for number, handler in self.old.items(): signal.signal(number, handler)
-
 class Log:
     """Prints a line and appends it as JSON to the run's log.jsonl, if is_main. A run that goes on
     first drops what came after its checkpoint: of the same step the evaluation, and nothing else.
@@ -394,7 +380,6 @@ def take(loader, micro, device, seed=0):
     cuda = device.type == "cuda"  # copies without waiting, from pinned memory only
     move = lambda x: (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
     return list(zip(*(map(move, x.split(micro)) for x in next(loader))))
-
 def warm_up(model, optimizer, loader, cfg, machine, step):
     """-> (model, micro_batch). Compiles if asked to, and on a GPU finds how many sequences fit into
     memory at once, on a step that is then taken back: this is set-up, not training. Halves
@@ -421,8 +406,7 @@ def warm_up(model, optimizer, loader, cfg, machine, step):
     if fresh: optimizer.state = [[{} for _ in states] for states in optimizer.state]
     return forward, micro
 
-# -----------------------------------------------------------------------------
-# Tools that look at a run
+# --- Tools that look at a run ------------------------------------------------
 
 def walk(model, optimizer, loader, cfg, machine, tok):
     """One batch through every stage from text to moved weights; waits for Enter in a terminal. Ten
@@ -483,7 +467,6 @@ def profile(model, optimizer, loader, cfg, machine, _):
     RUNS.mkdir(exist_ok=True)
     prof.export_chrome_trace(str(RUNS / "trace.json"))
     print(f"trace: {RUNS}/trace.json (open it at ui.perfetto.dev or chrome://tracing)")
-
 def noise(model, _, loader, cfg, machine, tok, parts=64):
     """Measures the gradient noise scale on batches of 1/4 batch_size (with --resume: of a run)."""
     b, total, small = max(1, cfg.batch_size // 4), 0, 0.0
@@ -498,17 +481,14 @@ def noise(model, _, loader, cfg, machine, tok, parts=64):
     print(f"gradient noise scale {scale:,.0f} sequences, {scale * loader.seq_len:,.0f} tokens: at "
           f"batch_size {cfg.batch_size} a step brings {of_step:.0%} of what an endless batch would,"
           f" a sequence {1 - of_step:.0%} of what it can")
-
 LOOKS = {"walk": walk, "profile": profile, "noise": noise}  # at a model; they leave no run
 
-# -----------------------------------------------------------------------------
-# The command line
+# --- The command line --------------------------------------------------------
 # The settings of a run are a dict: `train` and `model`, fields of the two configurations, `data`,
 # hashes of the tokenizer and the texts, and the steps of its `recipe`. Its train.json keeps them.
 
 FREE = ("device", "threads", "log_steps", "save_minutes", "data_dir", "mirror")  # may change later
 FIELDS = {f.name for c in (TrainConfig, ModelConfig) for f in dataclasses.fields(c)}
-
 def settle(given):
     """Flags over the preset's row over the recipe over the dataclasses' defaults -> settings."""
     cuda = pick_device(given.get("device", "auto")).type == "cuda"
@@ -526,7 +506,6 @@ def settle(given):
     pick = lambda config: dataclasses.asdict(config(**{
         f.name: merged[f.name] for f in dataclasses.fields(config) if f.name in merged}))
     return {"train": pick(TrainConfig), "model": pick(ModelConfig), "data": None, "recipe": steps}
-
 def resumed(run, given):
     """The settings a run was begun with. A flag given now that differs is an error, unless it
     is in FREE."""
@@ -539,10 +518,8 @@ def resumed(run, given):
             raise UserError(f"{name}: got {given[name]!r}, wanted {old!r}, as {run} was begun; "
                             f"leave --{name} out, or begin a new run")
     return settings
-
 def free(name):  # the first of runs/NAME-1, runs/NAME-2, ... that does not exist
     return next(p for p in (RUNS / f"{name}-{i}" for i in range(1, 10 ** 6)) if not p.exists())
-
 def run_directory(args):
     """Where the run lives: --run, or a free name; with --resume the newest unless named."""
     if args.resume:
@@ -557,7 +534,6 @@ def run_directory(args):
         raise UserError(f"run: got {path}, which exists; wanted a new name; set --run, or go on "
                         f"with it: --resume --run {path}")
     return path
-
 def get_corpus(run, cfg, settings, resume):
     """(Corpus, Loader). The settings of a run (None: of none) are written before the work, so that
     one that is killed meanwhile can be resumed, and taken back if they are wrong."""
@@ -639,7 +615,6 @@ def finish(run, model, tok, cfg, now, result, machine, text):
     print(f"\nmore: python sample.py --run {run} --prompt TEXT\nvalidation bits_per_byte "
           f"{result['bits_per_byte']:.4f}, loss {result['loss']:.4f} nats a token at context "
           f"{model.cfg.seq_len}, {minutes:.2f} minutes, {now.step} steps")
-
 def race(args):
     """A run for each value of a field and each seed, all on the same budget, and a table. Each is a
     process of its own: none inherits another's memory, or a processor that it has warmed up."""
@@ -665,7 +640,6 @@ def race(args):
         std = f"{bits.std(ddof=1):8.4f}" if len(bits) > 1 else f"{'-':>8s}"
         print(f"{value:14s}{n.mean():12,.0f}{bits.mean():15.4f}{std}{rate.mean():10,.0f}"
               f"{ms.mean():9.1f}{most.mean() / 1e6:9,.0f}  {stem}", flush=True)
-
 def build_parser():
     parser = argparse.ArgumentParser(description="Trains a language model for a budget of minutes.")
     add, place = parser.add_argument, lambda s: Path(s) if os.sep in s else RUNS / s
@@ -681,7 +655,6 @@ def build_parser():
     recipes = {name: {**row, **PRESETS[TrainConfig.preset]} for name, row in RECIPES.items()}
     for config in (TrainConfig, ModelConfig): add_fields(parser, config, recipes)
     return parser
-
 if __name__ == "__main__":
     try: main(build_parser().parse_args())
     except KeyboardInterrupt: sys.exit("\ninterrupted; go on with: python train.py --resume")
