@@ -645,7 +645,7 @@ def lesson(data_dir: str) -> None:
             file.write(json.dumps({"html": f"<ul>{page}<p>Mail me@x.org."}) + "\n")
     funnel([folder / "crawl.jsonl"], folder / "clean", "extract,lang=en,gopher,dedup,mask", show=1)
     print("dedup=.8 compares at J", {J: f"{1 - (1 - J**6) ** 21:.0%}" for J in (.5, .6, .7, .8)})
-    prepare(folder / "clean", "bpe", 512, data_dir, workers=1)
+    prepare(folder / "clean", "bpe", 512, folder, workers=1)
     print("\nTHE LOADER: tokens -> targets, for the ids 0 .. 10, seq_len 4, padding left out")
     for tokens, targets in itertools.islice(Loader(np.arange(11), 4, 1, seed=2), 3):
         met += (targets := targets[targets >= 0].tolist())
