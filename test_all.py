@@ -1281,7 +1281,7 @@ def test_planted_laws_come_back_by_the_published_objective():
     for fit, within in zip(scaling.FITS.values(), (1e-6, 0.15, 1e-6)):  # no valley is a parabola
         assert abs(fit(some, np.ones((1, 48))).optimum(1e22)[0] / N - 1) < within
 def test_nine_of_ten_intervals_at_100_times_the_budget_hold_a_planted_optimum(trials=6, count=40):
-    inside, drawn = 0, scaling.resamples(54, count)  # README.md: 200 trials of 200, by a call
+    inside, drawn = 0, scaling.resamples(54, count)  # README.md: 200 trials of 100, by a call
     for law, rng in ((scaling.hidden_law(r), r) for r in map(np.random.default_rng, range(trials))):
         N = scaling.parametric(scaling.simulate(law, rng), drawn).optimum(1e22)[0]
         inside += abs(np.mean(N[1:] < law.optimum(1e22)[0]) - 0.5) <= 0.45
