@@ -15,7 +15,7 @@ THE MATHS (N parameters, D tokens of training, C FLOPs, loss in nats a token)
 THE COSTS A study of budgets up to C costs a few C, and tells of 10 C to 100 C; fits cost little.
 CONTENTS  Law, LAWS / plan / FITS / report / run, verify / Game, PLAYERS / emergence / lesson
 NOT HERE  repeated data, laws of downstream scores, networks with congestion
-RUN       python scaling.py               # a minute; last line: "... from the loss; the truth ..."
+RUN       python scaling.py               # seconds; last line: "... from the loss; the truth ..."
           python scaling.py plan --gpus 32 --hours 336 --gpu H100 --mfu 0.4 --served 1e12
           python scaling.py fit runs.csv --at 1e21 1e24     # columns N, D or C, loss
           python scaling.py verify                # a study: runs, then its prediction at 4 times
